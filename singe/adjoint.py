@@ -1,0 +1,92 @@
+"""Weight gradients of gated rows, from the adjoint at the gate and what the layer was called with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def row_gradients(module: Any, x: Tensor, adjoint: Tensor) -> Tensor:
+    """Gradient with respect to every scaled row of a conv or linear, for every variant.
+
+    Args:
+        module: Conv1d/2d/3d or Linear with weight [C, ...].
+        x: what it was called with: [V, B, C_in, *X] (conv) or [V, B, *, C_in] (linear).
+        adjoint: gradient of the summed loss behind the gate: [V, B, C, *Y] or [V, B, *, C].
+
+    Returns:
+        [V, C, K]: K the row's weights, and the bias as last column if the module has one.
+    """
+    if isinstance(module, nn.Linear):
+        weight = _linear(x, adjoint)
+    else:
+        groups = int(module.groups)
+        parts = [_conv(module, a, b, groups) for a, b in zip(x, adjoint, strict=True)]
+        weight = torch.stack(parts)
+    return _with_bias(module, weight, adjoint)
+
+
+def unit_row_gradients(module: Any, x: Tensor, adjoint: Tensor, channels: Tensor) -> Tensor:
+    """The same where variant v asks for its rows ``channels[v]`` only.
+
+    Args:
+        channels: int64 [V, m].
+
+    Returns:
+        [V, m, K].
+    """
+    if isinstance(module, nn.Linear):
+        index = channels.view(len(channels), *[1] * (adjoint.dim() - 2), -1)
+        chosen = adjoint.gather(-1, index.expand(*adjoint.shape[:-1], -1))
+        return _with_bias(module, _linear(x, chosen), chosen)
+    chosen = torch.stack([a[:, rows] for a, rows in zip(adjoint, channels, strict=True)])
+    parts = []
+    for x_v, a_v, rows in zip(x, chosen, channels, strict=True):
+        if module.groups == 1:
+            parts.append(_conv(module, x_v, a_v, groups=1))
+        else:  # every row sees only its own block of inputs
+            width = module.weight.shape[1]
+            block = rows // (module.out_channels // module.groups)
+            seen = (block[:, None] * width + torch.arange(width, device=rows.device)).flatten()
+            parts.append(_conv(module, x_v[:, seen], a_v, groups=len(rows)))
+    return _with_bias(module, torch.stack(parts), chosen)
+
+
+def _linear(x: Tensor, adjoint: Tensor) -> Tensor:
+    return adjoint.flatten(1, -2).transpose(1, 2) @ x.flatten(1, -2)
+
+
+def _conv(module: Any, x: Tensor, adjoint: Tensor, groups: int) -> Tensor:
+    """[rows, C_in / groups * k...] for one variant; the number of rows is the adjoint's."""
+    padding = module.padding
+    if isinstance(padding, str) or module.padding_mode != "zeros":
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+        padding = (0,) * len(module.kernel_size)
+    shape = (adjoint.shape[1], *module.weight.shape[1:])
+    like = module.weight.new_empty(()).expand(shape)
+    gradient = torch.ops.aten.convolution_backward(
+        adjoint,
+        x,
+        like,
+        None,
+        module.stride,
+        padding,
+        module.dilation,
+        False,
+        [0] * (x.dim() - 2),
+        groups,
+        [False, True, False],
+    )[1]
+    return gradient.flatten(1)
+
+
+def _with_bias(module: Any, weight: Tensor, adjoint: Tensor) -> Tensor:
+    if module.bias is None:
+        return weight
+    channel = adjoint.dim() - 1 if isinstance(module, nn.Linear) else 2
+    others = [d for d in range(1, adjoint.dim()) if d != channel]
+    return torch.cat([weight, adjoint.sum(others).unsqueeze(2)], 2)

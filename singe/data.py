@@ -1,0 +1,158 @@
+"""Calibration data: what a batch is, how it reaches the model, and what makes it unusable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from singe.errors import DataError, NonFiniteError
+
+LABEL_KEYS = ("labels", "label", "targets", "target")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch, split into what the model is called with and what the objective compares with.
+
+    Attributes:
+        args: positional inputs of the model.
+        kwargs: keyword inputs of the model (from a dict batch).
+        labels: the targets, or None.
+        raw: the batch as it came (on the model's device); user objectives receive this.
+        size: number of samples B, the first dimension of the first input tensor.
+        index: position in the data, for messages.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    labels: Any
+    raw: Any
+    size: int
+    index: int
+
+    def call(self, model: nn.Module) -> Any:
+        """The model's outputs for this batch."""
+        return model(*self.args, **self.kwargs)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device of the first parameter or buffer; the CPU for a model without any."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Every tensor in a nested structure on ``device``, the rest as it is."""
+    return tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, value)
+
+
+def as_batch(raw: Any, index: int, device: torch.device) -> Batch:
+    """Read ``(x, y)``, ``(x,)``, a dict, or ``x`` alone as a :class:`Batch`.
+
+    Raises:
+        DataError: no tensor in it, or no samples.
+        NonFiniteError: NaN or infinity in a floating-point input.
+    """
+    raw = to_device(raw, device)
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    labels = None
+    if isinstance(raw, Mapping):
+        key = next((k for k in LABEL_KEYS if k in raw), None)
+        labels = raw[key] if key is not None else None
+        kwargs = {k: v for k, v in raw.items() if k != key}
+    elif isinstance(raw, tuple | list):
+        if not 1 <= len(raw) <= 2:
+            raise DataError(
+                f"batch {index} is a {type(raw).__name__} of {len(raw)} items; expected (inputs, "
+                "labels), (inputs,), a dict of model arguments, or a tensor"
+            )
+        inputs = raw[0]
+        labels = raw[1] if len(raw) == 2 else None
+        args = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+    else:
+        args = (raw,)
+
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    if not tensors or tensors[0].dim() == 0:
+        raise DataError(
+            f"batch {index} ({type(raw).__name__}) holds no input tensor with a batch dimension"
+        )
+    if tensors[0].shape[0] == 0:
+        raise DataError(f"batch {index} has no samples (shape {tuple(tensors[0].shape)})")
+    for tensor in tensors:
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise NonFiniteError(
+                f"batch {index} has {bad} NaN or infinite input values (shape "
+                f"{tuple(tensor.shape)}); clean the data or drop this batch"
+            )
+    return Batch(args, kwargs, labels, raw, tensors[0].shape[0], index)
+
+
+def check_reiterable(batches: Any, argument: str = "batches") -> None:
+    """Refuse generators (they can be read only once) and a single bare batch.
+
+    Raises:
+        DataError: with what to pass instead.
+    """
+    if isinstance(batches, Tensor | Mapping) or (
+        isinstance(batches, tuple) and batches and isinstance(batches[0], Tensor)
+    ):
+        raise DataError(
+            f"{argument} looks like one single batch; pass a sequence of batches, e.g. [(x, y)]"
+        )
+    if not isinstance(batches, Iterable):
+        raise DataError(
+            f"{argument} must be re-iterable (a list or a DataLoader), got {type(batches).__name__}"
+        )
+    if isinstance(batches, Iterator):
+        raise DataError(
+            f"{argument} is a one-shot iterator ({type(batches).__name__}): it can be read only "
+            "once, and may be used up already; pass a list or a DataLoader instead"
+        )
+
+
+def read_batches(batches: Iterable[Any], device: torch.device) -> Iterator[Batch]:
+    """All batches in order, each checked, on ``device``.
+
+    Raises:
+        DataError: no batch at all, or a malformed one.
+        NonFiniteError: NaN or infinity in an input.
+    """
+    empty = True
+    for index, raw in enumerate(batches):
+        empty = False
+        yield as_batch(raw, index, device)
+    if empty:
+        raise DataError("the calibration data is empty: it gave no batch; pass at least one")
+
+
+def first_batch(batches: Iterable[Any], device: torch.device) -> Batch:
+    """The first batch, for tracing."""
+    return next(read_batches(batches, device))
+
+
+def head(value: Any, count: int) -> Any:
+    """The first ``count`` samples of every tensor in a nested structure."""
+    return tree_map(lambda t: t[:count] if isinstance(t, Tensor) and t.dim() else t, value)
+
+
+def example_batch(example_inputs: Any, device: torch.device) -> Batch:
+    """A batch from ``example_inputs`` as Torch-Pruning takes them: a tensor, a tuple of positional
+    arguments, or a dict of keyword arguments.
+
+    Raises:
+        DataError: no tensor in it.
+    """
+    if isinstance(example_inputs, Batch):
+        return example_inputs
+    if isinstance(example_inputs, tuple | list):
+        return as_batch((tuple(example_inputs),), 0, device)
+    return as_batch(example_inputs, 0, device)

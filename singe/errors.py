@@ -1,0 +1,35 @@
+"""Every error a user can cause: what was wrong, where, and what to do."""
+
+from __future__ import annotations
+
+
+class SingeError(Exception):
+    """Base class of all errors this package raises on purpose."""
+
+
+class DataError(SingeError, ValueError):
+    """The calibration data is empty, one-shot, malformed, or does not fit the objective."""
+
+
+class NonFiniteError(SingeError, ArithmeticError):
+    """A batch, a loss or a score is NaN or infinite."""
+
+
+class ModelError(SingeError, ValueError):
+    """The model cannot be traced, has nothing to prune, or has no layer of that name."""
+
+
+class OptionError(SingeError, ValueError):
+    """An argument has a value that is not offered; the message lists what is."""
+
+
+class ScoresError(SingeError, ValueError):
+    """Scores or a plan do not belong to this model, or a file of them is damaged."""
+
+
+class BudgetError(SingeError, ValueError):
+    """A pruning target cannot be met; the message names the smallest one that can."""
+
+
+class KernelError(SingeError, RuntimeError):
+    """A kernel was asked for a device, dtype, shape or build that it does not have."""

@@ -1,0 +1,248 @@
+"""What can be removed from a model: its groups of coupled channels, read off Torch-Pruning's graph."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from singe.data import Batch
+from singe.errors import ModelError
+
+ROWS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+NORMS = (*BATCH_NORMS, nn.LayerNorm, nn.GroupNorm)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One layer in which the units of a group have channels.
+
+    Attributes:
+        name: the module's name in the model.
+        kind: ``"rows"`` (a conv or linear whose output channels the units are), ``"norm"`` (a
+            normalisation that is not folded into a row), ``"input"`` (a consumer that needs a gate
+            because something between maps 0 to another value).
+        channels: int64 [U, m]; the m channels of the module that belong to each unit.
+    """
+
+    name: str
+    kind: str
+    channels: Tensor
+
+    def is_whole(self, n_channels: int) -> bool:
+        """Whether unit u is channel u of a module with ``n_channels``, so nothing needs gathering."""
+        flat = self.channels.flatten()
+        return len(flat) == n_channels and torch.equal(flat, torch.arange(n_channels))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that live in the same coupled layers; removed one by one, each as a whole.
+
+    Attributes:
+        name: the root module's name.
+        n_units: number of units U.
+        root_channels: int64 [U, m]; the root module's output channels of each unit (m > 1 where a
+            grouped convolution or GroupNorm forces channels to go together).
+        members: every layer that holds parameters or gates of the units.
+        consumers: ``"input"`` members: the layers that read the units.
+    """
+
+    name: str
+    n_units: int
+    root_channels: Tensor
+    members: tuple[Member, ...]
+    consumers: tuple[Member, ...] = field(default=(), repr=False)
+    suspicious: bool = field(default=False, repr=False)
+
+    @property
+    def rows(self) -> tuple[Member, ...]:
+        return tuple(m for m in self.members if m.kind == "rows")
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the convs and linears whose output channels the units are."""
+        return tuple(m.name for m in self.rows)
+
+    def with_input_gates(self, names: set[str]) -> Group:
+        """The same group with gates at the inputs of the named consumers."""
+        gated = tuple(m for m in self.consumers if m.name in names)
+        return replace(self, members=self.members + gated)
+
+
+@dataclass(frozen=True)
+class ModelGraph:
+    """All groups of a model, the norms that fold into rows, and what was left out and why."""
+
+    groups: tuple[Group, ...]
+    folds: dict[str, str]  # conv or linear -> the BatchNorm that directly follows it
+    rejected: dict[str, str]  # root layer -> reason
+
+
+def private_copy(model: nn.Module, trainable: bool = False) -> nn.Module:
+    """A copy with its own module tree and buffers that shares the parameters' storage.
+
+    Nothing that happens to the copy's ``.grad``, ``requires_grad``, hooks, mode or buffers reaches
+    the original; writing into a parameter in place would, so nobody does.
+
+    Raises:
+        ModelError: the model cannot be deep-copied.
+    """
+    model = getattr(model, "_orig_mod", model)  # a torch.compile wrapper
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach(), requires_grad=trainable and p.is_floating_point())
+        for p in model.parameters()
+    }
+    memo.update({id(b): b.detach().clone() for b in model.buffers()})
+    try:
+        twin = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot be copied with copy.deepcopy ({error}); a model must be "
+            "deep-copyable to be scored without being touched"
+        ) from error
+    return twin.eval()
+
+
+def build_dependency_graph(model: nn.Module, batch: Batch) -> tp.DependencyGraph:
+    """Torch-Pruning's graph of ``model``, traced with one small batch.
+
+    Raises:
+        ModelError: the forward pass or the trace failed.
+    """
+    graph = tp.DependencyGraph()
+    try:
+        with warnings.catch_warnings(), torch.enable_grad():
+            warnings.simplefilter("ignore")
+            graph.build_dependency(
+                model, batch.args, forward_fn=lambda m, _: batch.call(m), verbose=False
+            )
+    except Exception as error:
+        raise ModelError(
+            f"tracing {type(model).__name__} with the first batch failed: {error}; check that "
+            "model(inputs) runs in evaluation mode and returns tensors"
+        ) from error
+    return graph
+
+
+def read_graph(model: nn.Module, batch: Batch, ignore: frozenset[str] = frozenset()) -> ModelGraph:
+    """Groups of ``model`` as Torch-Pruning couples them, before any numerical check.
+
+    Args:
+        model: any module; not changed.
+        batch: a small batch to trace with.
+        ignore: layers that must keep all their channels.
+    """
+    twin = private_copy(model, trainable=True)
+    names = {module: name for name, module in twin.named_modules()}
+    dg = build_dependency_graph(twin, batch)
+    folds = _find_folds(dg, names)
+    folded = set(folds.values())
+
+    groups: list[Group] = []
+    rejected: dict[str, str] = {}
+    for tp_group in dg.get_all_groups():
+        root = names[tp_group[0].dep.target.module]
+        group = _describe(dg, tp_group, names, folded)
+        if isinstance(group, str):
+            rejected[root] = group
+        elif hit := ignore.intersection(group.layers):
+            rejected[root] = f"{', '.join(sorted(hit))} is in `ignore`"
+        else:
+            groups.append(group)
+
+    order = {name: i for i, name in enumerate(names.values())}
+    groups.sort(key=lambda g: order[g.name])
+    return ModelGraph(tuple(groups), folds, rejected)
+
+
+def _find_folds(dg: tp.DependencyGraph, names: dict[nn.Module, str]) -> dict[str, str]:
+    """conv/linear -> BatchNorm pairs in which each is the other's only neighbour."""
+    folds = {}
+    for module, node in dg.module2node.items():
+        if not isinstance(module, ROWS) or len(set(node.outputs)) != 1:
+            continue
+        after = node.outputs[0]
+        if (
+            isinstance(after.module, BATCH_NORMS)
+            and set(after.inputs) == {node}
+            and after.module.running_mean is not None
+        ):
+            folds[names[module]] = names[after.module]
+    return folds
+
+
+def _blocks_of(module: nn.Module) -> int:
+    """Into how many equal blocks a layer cuts its channels: each must lose as many as the others."""
+    if isinstance(module, nn.GroupNorm):
+        return module.num_groups
+    groups = getattr(module, "groups", 1)
+    if isinstance(module, ROWS) and groups > 1 and groups != module.out_channels:
+        return int(groups)
+    return 1
+
+
+def _describe(
+    dg: tp.DependencyGraph, tp_group: Any, names: dict[nn.Module, str], folded: set[str]
+) -> Group | str:
+    """A Group, or the reason why this one cannot be offered."""
+    root = tp_group[0].dep.target.module
+    n_channels = len(tp_group[0].idxs)
+    blocks = math.lcm(*(_blocks_of(item.dep.target.module) for item in tp_group))
+    if n_channels % blocks:
+        return f"{n_channels} channels cannot be shared out over {blocks} blocks"
+    n_units = n_channels // blocks
+    if n_units < 2:
+        return "it has a single unit, and a layer cannot lose all its channels"
+
+    members: list[Member] = []
+    consumers: list[Member] = []
+    suspicious = False
+    for item in tp_group:
+        node, module = item.dep.target, item.dep.target.module
+        if isinstance(module, nn.Parameter):
+            return "its channels are tied to a bare nn.Parameter"
+        is_out = dg.is_out_channel_pruning_fn(item.dep.handler)
+        if is_out and not node.outputs:
+            return "its channels reach the model's output"
+        if module not in names or isinstance(module, nn.PReLU):
+            continue  # an element-wise, concat, split or reshape operation
+        name = names[module]
+        if not isinstance(module, (*ROWS, *NORMS)):
+            return f"{name} is a {type(module).__name__}, which has no gate yet"
+        if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
+            return f"{name} normalises over several dimensions"
+        channels = _channels_by_unit(item.idxs, item.root_idxs, n_units)
+        if channels is None:
+            return f"{name} does not hold as many channels of every unit"
+        if blocks > 1 and item.idxs != item.root_idxs:
+            return f"{name} is behind a concat or reshape and cuts its channels into blocks"
+        if isinstance(module, ROWS) and not is_out:
+            consumers.append(Member(name, "input", channels))
+        elif isinstance(module, ROWS):
+            members.append(Member(name, "rows", channels))
+            suspicious |= channels.numel() != module.weight.shape[0]
+        elif name not in folded:
+            members.append(Member(name, "norm", channels))
+    if not consumers:
+        return "no layer reads its channels, so they reach the model's output"
+    root_channels = torch.arange(n_channels).view(blocks, n_units).T.contiguous()
+    return Group(names[root], n_units, root_channels, tuple(members), tuple(consumers), suspicious)
+
+
+def _channels_by_unit(idxs: list[int], root_idxs: list[int], n_units: int) -> Tensor | None:
+    """[U, m] channels per unit, or None if units hold different numbers of channels."""
+    if len(idxs) % n_units:
+        return None
+    unit = torch.tensor(root_idxs) % n_units
+    order = torch.argsort(unit, stable=True)
+    if not torch.equal(unit[order], torch.arange(n_units).repeat_interleave(len(idxs) // n_units)):
+        return None
+    return torch.tensor(idxs)[order].view(n_units, -1)

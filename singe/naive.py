@@ -1,0 +1,176 @@
+"""The definition, as plain as a textbook: set the weights, run everything, ``loss.backward()``.
+
+Slow on purpose. It is the oracle of the tests and the baseline of the benchmarks; the fused engine
+must equal it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from singe.criteria import Criterion
+from singe.data import Batch
+from singe.graph import Group, Member, ModelGraph
+from singe.network import Network, site_key
+from singe.objectives import Objective
+from singe.quadrature import Quadrature
+from singe.result import Result, UnitSet, unit_sets
+
+
+class TextbookNetwork:
+    """The network with its norms folded and weights of its own, so that they can be set.
+
+    ``W_u`` of a unit are the rows of its layers with their folded biases; where a norm or an input
+    has a gate instead, that gate is the weight, and it is 1.
+    """
+
+    def __init__(self, model: nn.Module, graph: ModelGraph) -> None:
+        self.network = Network(model, graph.groups, graph.folds)
+        module = self.network.module
+        for submodule in module.modules():
+            for name, parameter in list(submodule.named_parameters(recurse=False)):
+                own = nn.Parameter(parameter.detach().clone(), requires_grad=True)
+                setattr(submodule, name, own)
+        for site in self.network.sites.values():
+            if site.kind != "rows":
+                site.gate = self.network.open_gate().repeat(site.channels).requires_grad_()
+        self.full = {key: self._tensors(key) for key in self.network.sites}
+        self.full = {k: [t.detach().clone() for t in v] for k, v in self.full.items()}
+
+    def _tensors(self, key: str) -> list[Tensor]:
+        site = self.network.sites[key]
+        if site.kind != "rows":
+            return [site.gate] if site.gate is not None else []
+        return [t for t in (site.module.weight, site.module.bias) if isinstance(t, Tensor)]
+
+    @torch.no_grad()
+    def set_scale(self, units: UnitSet, mu: float) -> None:
+        """Every weight of these units to ``mu * W_u``."""
+        for group, chosen in units:
+            for member in group.members:
+                channels = member.channels[chosen].flatten()
+                key = site_key(member)
+                for tensor, full in zip(self._tensors(key), self.full[key], strict=True):
+                    tensor[channels] = mu * full[channels]
+
+    def zero_grad(self) -> None:
+        for parameter in self.network.module.parameters():
+            parameter.grad = None
+        for site in self.network.sites.values():
+            if site.gate is not None:
+                site.gate.grad = None
+
+    def entries(self, group: Group, with_gates: bool) -> tuple[Tensor, Tensor]:
+        """``(W_u, grad_u)``, each [U, K], of all units of a group, after ``backward``."""
+        weights, grads = [], []
+        for member in group.members:
+            if member.kind != "rows" and not with_gates:
+                continue
+            key = site_key(member)
+            for tensor, full in zip(self._tensors(key), self.full[key], strict=True):
+                grad = tensor.grad if tensor.grad is not None else torch.zeros_like(tensor)
+                weights.append(_of_units(full, member))
+                grads.append(_of_units(grad, member))
+        return torch.cat(weights, 1), torch.cat(grads, 1)
+
+
+def _of_units(tensor: Tensor, member: Member) -> Tensor:
+    """[C, ...] of a module -> [U, m * ...] of the group's units."""
+    return tensor[member.channels].flatten(1)
+
+
+def naive_scores(
+    model: nn.Module,
+    graph: ModelGraph,
+    batches: Iterable[Batch],
+    objective: Objective,
+    criterion: Criterion,
+    path: str,
+    quadrature: Quadrature,
+    p: int | str,
+    norm: str,
+) -> Result:
+    """Scores of every unit of every group by the definition.
+
+    Args:
+        batches: read once and kept.
+        p: 1, 2 or ``"sum"``.
+
+    Returns:
+        Scores [U] per group, and for ``signed`` its distance from the true loss change.
+    """
+    batches = list(batches)
+    textbook = TextbookNetwork(model, graph)
+    network = textbook.network
+    references: list[Any] = []
+    with torch.no_grad():
+        for batch in batches:
+            references.append(network(batch))
+            objective.check(references[-1], batch)
+    n_samples = sum(batch.size for batch in batches)
+
+    def mean_loss(backward: bool) -> float:
+        total = 0.0
+        for batch, reference in zip(batches, references, strict=True):
+            loss = objective.total(network(batch), batch, reference)
+            objective.require_finite(loss, batch)
+            if backward:
+                (loss / n_samples).backward()
+            total += loss.item()
+        return total / n_samples
+
+    def loss_at(units: UnitSet, mu: float) -> float:
+        textbook.set_scale(units, mu)
+        with torch.no_grad():
+            loss = mean_loss(backward=False)
+        textbook.set_scale(units, 1.0)
+        return loss
+
+    def gradients_at(units: UnitSet, mu: float) -> dict[str, tuple[Tensor, Tensor]]:
+        textbook.set_scale(units, mu)
+        textbook.zero_grad()
+        mean_loss(backward=True)
+        textbook.set_scale(units, 1.0)
+        with_gates = criterion.integrand != "gradient"
+        return {group.name: textbook.entries(group, with_gates) for group, _ in units}
+
+    result = Result.empty(graph.groups, n_samples)
+    full_loss = loss_at([], 1.0)
+    nodes = list(zip(quadrature.nodes, quadrature.weights, strict=True))
+    for units in unit_sets(graph.groups, path):
+        if criterion.integrand == "loss":
+            (group, chosen), *_ = units
+            result.scores[group.name][chosen] = loss_at(units, 0.0) - full_loss
+            continue
+        integrands: dict[str, list[Tensor]] = {group.name: [] for group, _ in units}
+        for mu, _ in nodes:
+            for name, (weight, grad) in gradients_at(units, mu).items():
+                integrands[name].append(
+                    (grad if criterion.integrand == "gradient" else weight * grad).double()
+                )
+        omega = torch.tensor([w for _, w in nodes], dtype=torch.float64)
+        signed_sum = 0.0
+        for group, chosen in units:
+            values = torch.stack(integrands[group.name])[:, chosen].cpu()  # [S, U', K]
+            if criterion.integrand == "derivative":
+                score = -(omega[:, None] * values.sum(2)).sum(0)
+                signed_sum += score.sum().item()
+            elif norm == "outside":
+                score = _norm((omega[:, None, None] * values).sum(0), p)
+            else:
+                score = (omega[:, None] * _norm(values, p)).sum(0)
+            result.scores[group.name][chosen] = score
+        if criterion.integrand == "derivative":
+            result.note_completeness(units, path, signed_sum - (loss_at(units, 0.0) - full_loss))
+    return result
+
+
+def _norm(values: Tensor, p: int | str) -> Tensor:
+    """The p-norm over the last dimension; ``"sum"`` is the absolute value of the plain sum."""
+    if p == "sum":
+        return values.sum(-1).abs()
+    return torch.linalg.vector_norm(values, ord=float(p), dim=-1)

@@ -1,0 +1,302 @@
+"""A private copy of a model in which every unit has a gate that can be set, per variant, from outside.
+
+The copy is exact at gate 1: a BatchNorm that directly follows a convolution or linear layer is folded
+into it, every other normalisation keeps its place. At gate 0 it computes what the model computes once
+the unit has been physically removed:
+
+- rows (conv, linear): ``out = gate * y + probe``. The gate multiplies weights and folded bias alike;
+  the gradient with respect to the zero probe is the adjoint behind the gate.
+- BatchNorm that is not folded: ``a x + gate * shift``: what arrives is gated already, only the shift
+  remains to be.
+- LayerNorm, GroupNorm: mean and variance are taken over the channels weighted by their gates, so a
+  removed channel leaves the statistics; the shift is gated as above.
+- input of a layer: ``gate * x``, where an activation between maps 0 to something else (sigmoid).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from singe.data import Batch
+from singe.graph import BATCH_NORMS, Group, Member, private_copy
+from singe.kernels.masked_forward import masked_forward
+from singe.prefix import PrefixCache
+
+
+@dataclass
+class Site:
+    """Where a gate sits: one module of the private copy, and what this pass does there.
+
+    Attributes:
+        key: ``name`` for rows and norms, ``name + ":input"`` for input gates.
+        gate: [C], one factor per channel, or None for the plain network.
+        probes: one zero tensor per call of the module, in the shape of its output, or empty.
+        inputs: what the module was called with in this pass (rows only, when it has probes).
+        outputs: what it returned, call by call, in the last recording pass (rows only).
+    """
+
+    key: str
+    kind: str
+    module: Any
+    channels: int
+    gate: Tensor | None = None
+    probes: list[Tensor] = field(default_factory=list)
+    inputs: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    calls: int = 0
+
+    @property
+    def channel_dim(self) -> int:
+        return -1 if isinstance(self.module, nn.Linear | nn.LayerNorm) else 1
+
+    @property
+    def weight(self) -> Tensor:
+        """[C, K] rows with the folded bias, if there is one, as last column."""
+        rows = self.module.weight.detach().flatten(1)
+        if self.module.bias is None:
+            return rows
+        return torch.cat([rows, self.module.bias.detach()[:, None]], 1)
+
+    def clear(self) -> None:
+        """Open the gate and forget the pass."""
+        self.gate, self.probes, self.inputs, self.calls = None, [], [], 0
+
+
+def per_channel(vector: Tensor, like: Tensor, dim: int) -> Tensor:
+    """[C] -> broadcastable against ``like`` along its channel dimension."""
+    shape = [1] * like.dim()
+    shape[dim] = -1
+    return vector.view(shape)
+
+
+def gate_rows(y: Tensor, gate: Tensor, probe: Tensor | None, dim: int) -> Tensor:
+    """``gate * y + probe`` through the masked-forward kernel.
+
+    Args:
+        y: [B, C, *X] (dim 1) or [B, *X, C] (dim -1).
+        gate: [C].
+        probe: like ``y`` or None.
+    """
+
+    def canonical(t: Tensor) -> Tensor:  # [1, B, C, X] views
+        if dim == 1:
+            return (t.flatten(2) if t.dim() > 2 else t.unsqueeze(2)).unsqueeze(0)
+        t = t.unsqueeze(1) if t.dim() == 2 else t.flatten(1, -2)
+        return t.transpose(1, 2).unsqueeze(0)
+
+    out = masked_forward(
+        canonical(y), gate[None], residual=None if probe is None else canonical(probe)
+    ).squeeze(0)
+    return (out if dim == 1 else out.transpose(1, 2)).reshape(y.shape)
+
+
+def batch_norm_affine(norm: Any) -> tuple[Tensor, Tensor]:
+    """``(scale, shift)`` [C] in float64 of a BatchNorm in evaluation mode: ``y = scale x + shift``."""
+    mean, var = norm.running_mean.double(), norm.running_var.double()
+    scale = (var + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().double()
+    shift = -mean * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.detach().double()
+    return scale, shift
+
+
+def fold(row: Any, norm: Any) -> None:
+    """Put a BatchNorm's affine map into the layer before it, and make the BatchNorm the identity."""
+    scale, shift = batch_norm_affine(norm)
+    weight = row.weight.detach()
+    if row.bias is not None:
+        shift = shift + scale * row.bias.detach().double()
+    folded = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
+    memory_format = torch.channels_last if _is_channels_last(weight) else torch.contiguous_format
+    folded = folded.to(weight.dtype).contiguous(memory_format=memory_format)
+    row.weight = nn.Parameter(folded, requires_grad=False)
+    row.bias = nn.Parameter(shift.to(weight.dtype), requires_grad=False)
+    norm.forward = lambda x: x
+
+
+def _is_channels_last(weight: Tensor) -> bool:
+    return (
+        weight.dim() == 4
+        and weight.is_contiguous(memory_format=torch.channels_last)
+        and not weight.is_contiguous()
+    )
+
+
+class Network:
+    """The gated private copy of ``model``.
+
+    Args:
+        model: the user's model; never changed.
+        groups: the groups whose units get gates.
+        folds: conv/linear -> BatchNorm names, see :class:`singe.graph.ModelGraph`.
+    """
+
+    def __init__(self, model: nn.Module, groups: Iterable[Group], folds: dict[str, str]) -> None:
+        self.module = private_copy(model)
+        for submodule in self.module.modules():
+            if getattr(submodule, "inplace", None) is True:
+                setattr(submodule, "inplace", False)  # noqa: B010 - in-place ops would overwrite what is shared by variants
+        for row, norm in folds.items():
+            fold(self.module.get_submodule(row), self.module.get_submodule(norm))
+        self.cache = PrefixCache(self.module)
+        self.is_recording = False
+        self.sites: dict[str, Site] = {}
+        members = [m for group in groups for m in group.members]
+        for member in sorted(members, key=lambda m: m.kind == "input"):  # input gates outermost
+            self._install(member)
+
+    def _install(self, member: Member) -> None:
+        key = site_key(member)
+        if key in self.sites:
+            return
+        module: Any = self.module.get_submodule(member.name)
+        if member.kind == "input":
+            channels = getattr(module, "in_channels", None) or module.in_features
+        elif member.kind == "rows":
+            channels = module.weight.shape[0]
+        elif isinstance(module, nn.LayerNorm):
+            channels = module.normalized_shape[-1]
+        else:
+            channels = getattr(module, "num_features", None) or module.num_channels
+        site = Site(key, member.kind, module, int(channels))
+        module.forward = _GATED[member.kind](self, site, module.forward)
+        self.sites[key] = site
+
+    def __call__(self, batch: Batch) -> Any:
+        """Outputs with whatever gates and probes are set."""
+        for site in self.sites.values():
+            site.inputs, site.calls = [], 0
+        return batch.call(self.module)
+
+    def clear(self) -> None:
+        """All gates open, nothing recorded."""
+        for site in self.sites.values():
+            site.clear()
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Plain passes in here fill the prefix cache and note the outputs at the gates."""
+        for site in self.sites.values():
+            site.outputs = []
+        self.cache.record()
+        self.is_recording = True
+        try:
+            yield
+        finally:
+            self.is_recording = False
+            self.cache.recorded()
+
+    def open_gate(self) -> Tensor:
+        """A single open gate: 1 in the accumulation dtype, on the model's device."""
+        reference = next(iter(self.sites.values())).module
+        like = next((p for p in reference.parameters()), torch.empty(0))
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        return torch.ones((), dtype=dtype, device=like.device)
+
+
+def site_key(member: Member) -> str:
+    """Key of a member's site in :attr:`Network.sites`."""
+    return f"{member.name}:input" if member.kind == "input" else member.name
+
+
+Forward = Callable[..., Tensor]
+
+
+def _gated_rows(network: Network, site: Site, forward: Forward) -> Forward:
+    def gated(x: Tensor) -> Tensor:
+        y = forward(x)
+        call, site.calls = site.calls, site.calls + 1
+        if network.is_recording:
+            site.outputs.append(y)
+        if site.probes:
+            site.inputs.append(x)
+        if site.gate is None:
+            return y
+        probe = site.probes[call] if site.probes else None
+        return gate_rows(y, site.gate, probe, site.channel_dim)
+
+    return gated
+
+
+def _gated_input(network: Network, site: Site, forward: Forward) -> Forward:
+    def gated(x: Tensor) -> Tensor:
+        if site.gate is not None:
+            x = x * per_channel(site.gate.to(x.dtype), x, site.channel_dim)
+        return forward(x)
+
+    return gated
+
+
+def _gated_norm(network: Network, site: Site, forward: Forward) -> Forward:
+    norm = site.module
+    if isinstance(norm, BATCH_NORMS):
+        shift = batch_norm_affine(norm)[1]
+
+        def gated(x: Tensor) -> Tensor:
+            y = forward(x)
+            if site.gate is None:
+                return y
+            missing = (site.gate.double() - 1) * shift
+            return y + per_channel(missing.to(y.dtype), y, 1)
+
+    else:
+
+        def gated(x: Tensor) -> Tensor:
+            if site.gate is None:
+                return forward(x)
+            return weighted_norm(norm, x, site.gate)
+
+    return gated
+
+
+def weighted_norm(norm: Any, x: Tensor, gate: Tensor) -> Tensor:
+    """LayerNorm or GroupNorm over channels that count as much as their gates are open.
+
+    ``n = sum_c g_c``, ``mean = sum_c x_c / n``, ``var = sum_c g_c (x_c - mean)^2 / n`` (sums also over
+    positions), ``out_c = scale_c (x_c - g_c mean) / sqrt(var + eps) + g_c shift_c``, where ``x`` is
+    gated already. At gates of 0 and 1 this is the norm over the channels that remain.
+
+    Args:
+        norm: LayerNorm over the last dimension or GroupNorm.
+        x: [B, *, C] for LayerNorm, [B, C, *] for GroupNorm.
+        gate: [C].
+    """
+    gate = gate.to(x.dtype)
+    eps = float(norm.eps)
+    if isinstance(norm, nn.LayerNorm):
+        dim, out = -1, _standardise(x, gate, (-1,), 1, eps)
+    else:
+        blocks = int(norm.num_groups)
+        cut = x.reshape(x.shape[0], blocks, x.shape[1] // blocks, -1)
+        g = gate.reshape(1, blocks, -1, 1)
+        dim, out = 1, _standardise(cut, g, (2, 3), cut.shape[3], eps).reshape(x.shape)
+    if norm.weight is not None:
+        out = out * per_channel(norm.weight, x, dim)
+    if norm.bias is not None:
+        out = out + per_channel(norm.bias * gate, x, dim)
+    return out
+
+
+def _standardise(
+    x: Tensor, gate: Tensor, dims: tuple[int, ...], positions: int, eps: float
+) -> Tensor:
+    # The clamp only matters when every channel is gated off: 0 / tiny stays 0, not NaN.
+    n = gate.sum(dims[0], keepdim=True).clamp(min=1e-6) * positions
+    mean = x.sum(dims, keepdim=True) / n
+    var = (gate * (x - mean).square()).sum(dims, keepdim=True) / n
+    return (x - gate * mean) * (var + eps).rsqrt()
+
+
+_GATED: dict[str, Callable[[Network, Site, Forward], Forward]] = {
+    "rows": _gated_rows,
+    "norm": _gated_norm,
+    "input": _gated_input,
+}

@@ -1,0 +1,190 @@
+"""The scalar whose change is integrated: cross-entropy, label-free divergence, or the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from singe.data import Batch
+from singe.errors import DataError, NonFiniteError, OptionError
+
+IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """The logits in a model's output: a tensor, ``.logits``, ``["logits"]`` / ``["out"]``, or item 0."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    if hasattr(outputs, "logits"):
+        return outputs.logits
+    if isinstance(outputs, dict):
+        for key in ("logits", "out"):
+            if key in outputs:
+                return outputs[key]
+    elif isinstance(outputs, tuple | list) and outputs and isinstance(outputs[0], Tensor):
+        return outputs[0]
+    raise DataError(
+        f"cannot find logits in a model output of type {type(outputs).__name__}; pass a callable "
+        "objective(outputs, batch) that knows where they are"
+    )
+
+
+def _class_dim(logits: Tensor, labels: Tensor) -> int:
+    """1 for [B, C, ...] logits, last for [B, T, C] logits of token models."""
+    if labels.shape[1:] == logits.shape[1:-1] and logits.dim() > 2:
+        return logits.dim() - 1
+    return 1
+
+
+def _per_sample(loss: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Mean over all but the first dimension (over valid positions only) -> [B]."""
+    if loss.dim() == 1:
+        return loss
+    loss = loss.flatten(1)
+    if valid is None:
+        return loss.mean(1)
+    count = valid.flatten(1).sum(1).clamp(min=1)
+    return loss.sum(1) / count
+
+
+class Objective:
+    """One objective with its checks. ``name`` is kept in ``scores.meta``."""
+
+    name: str
+    needs_reference = False
+
+    def check(self, outputs: Any, batch: Batch) -> None:
+        """Raise a DataError if this batch does not fit the objective."""
+
+    def per_sample(self, outputs: Any, batch: Batch, reference: Any) -> Tensor:
+        """Loss per sample [B], or a scalar mean over the batch."""
+        raise NotImplementedError
+
+    def total(self, outputs: Any, batch: Batch, reference: Any = None) -> Tensor:
+        """Sum of the loss over the batch's samples (0-dim), so that totals add up over batches.
+
+        Raises:
+            NonFiniteError: NaN or infinite loss, with the batch's index.
+        """
+        loss = self.per_sample(outputs, batch, reference)
+        if loss.dim() == 0:
+            total = loss * batch.size
+        elif loss.shape == (batch.size,):
+            total = loss.sum()
+        else:
+            raise DataError(
+                f"objective {self.name!r} returned shape {tuple(loss.shape)} for batch "
+                f"{batch.index} of {batch.size} samples; expected a scalar mean or one loss per "
+                f"sample, shape ({batch.size},)"
+            )
+        return total
+
+    @staticmethod
+    def require_finite(total: Tensor, batch: Batch) -> None:
+        """Raise NonFiniteError naming the batch if a loss is NaN or infinite."""
+        if not bool(torch.isfinite(total).all()):
+            raise NonFiniteError(
+                f"the loss of batch {batch.index} is NaN or infinite; check this batch's inputs "
+                "and labels, and that the model's outputs are finite in evaluation mode"
+            )
+
+
+class CrossEntropy(Objective):
+    name = "cross_entropy"
+
+    def check(self, outputs: Any, batch: Batch) -> None:
+        logits, labels = logits_of(outputs), batch.labels
+        if not isinstance(labels, Tensor):
+            raise DataError(
+                f"objective 'cross_entropy' needs labels, batch {batch.index} has none; give "
+                "(inputs, labels) batches or use objective='kl', which needs no labels"
+            )
+        if labels.is_floating_point():
+            if labels.shape != logits.shape:
+                raise DataError(
+                    f"batch {batch.index}: floating-point labels are read as class probabilities "
+                    f"and must have the logits' shape {tuple(logits.shape)}, got "
+                    f"{tuple(labels.shape)}; pass integer class indices otherwise"
+                )
+            return
+        dim = _class_dim(logits, labels)
+        expected = logits.shape[:dim] + logits.shape[dim + 1 :]
+        if labels.shape != expected:
+            raise DataError(
+                f"batch {batch.index}: labels have shape {tuple(labels.shape)}, the model's "
+                f"outputs {tuple(logits.shape)} need {tuple(expected)}"
+            )
+        classes = logits.shape[dim]
+        bad = ((labels < 0) | (labels >= classes)) & (labels != IGNORE_INDEX)
+        if bool(bad.any()):
+            values = sorted(set(labels[bad].tolist()))[:5]
+            raise DataError(
+                f"batch {batch.index}: labels {values} are out of range for a model with {classes} "
+                f"outputs; labels must lie in [0, {classes - 1}]"
+            )
+
+    def per_sample(self, outputs: Any, batch: Batch, reference: Any) -> Tensor:
+        logits, labels = logits_of(outputs), batch.labels
+        if labels.is_floating_point():
+            return _per_sample(F.cross_entropy(logits, labels, reduction="none"))
+        dim = _class_dim(logits, labels)
+        if dim != 1:
+            logits = logits.movedim(dim, 1)
+        loss = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE_INDEX)
+        return _per_sample(loss, labels != IGNORE_INDEX if loss.dim() > 1 else None)
+
+
+class KL(Objective):
+    """KL(original || gated): ``sum_c p0_c (log p0_c - log p_c)``; zero, with zero gradient, at mu = 1."""
+
+    name = "kl"
+    needs_reference = True
+
+    def per_sample(self, outputs: Any, batch: Batch, reference: Any) -> Tensor:
+        logits = logits_of(outputs)
+        dim = 2 if logits.dim() == 3 else 1  # [B, T, C] tokens; [B, C] and [B, C, H, W] else
+        log_p = logits.log_softmax(dim)
+        log_p0 = logits_of(reference).log_softmax(dim)
+        return _per_sample((log_p0.exp() * (log_p0 - log_p)).sum(dim))
+
+
+class UserObjective(Objective):
+    """A user's ``objective(outputs, batch)``: per sample [B] or a scalar mean over the batch."""
+
+    def __init__(self, function: Loss) -> None:
+        self.function = function
+        self.name = getattr(function, "__qualname__", type(function).__name__)
+
+    def per_sample(self, outputs: Any, batch: Batch, reference: Any) -> Tensor:
+        loss = self.function(outputs, batch.raw)
+        if not isinstance(loss, Tensor):
+            raise DataError(
+                f"objective {self.name!r} returned {type(loss).__name__}; expected a tensor: one "
+                "loss per sample or their mean"
+            )
+        return loss
+
+
+def as_objective(value: str | Loss | Objective) -> Objective:
+    """``"cross_entropy"``, ``"kl"`` or a callable ``(outputs, batch) -> Tensor``.
+
+    Raises:
+        OptionError: anything else.
+    """
+    if isinstance(value, Objective):
+        return value
+    if value == "cross_entropy":
+        return CrossEntropy()
+    if value == "kl":
+        return KL()
+    if callable(value):
+        return UserObjective(value)
+    raise OptionError(
+        f"unknown objective {value!r}; use 'cross_entropy', 'kl' or a callable(outputs, batch)"
+    )

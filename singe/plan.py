@@ -1,0 +1,227 @@
+"""Which units go: a plan made from scores for a target, or by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from singe.cost import CostModel, count
+from singe.criteria import choose
+from singe.data import Batch, device_of, example_batch
+from singe.errors import BudgetError, OptionError, ScoresError
+from singe.graph import ModelGraph, private_copy
+from singe.removal import remove_units
+from singe.scores import Scores
+from singe.units import find_groups, small
+
+RANKINGS = ("global", "local")
+
+
+class Plan(Mapping[str, list[int]]):
+    """Group name -> sorted indices of the units to remove.
+
+    Attributes:
+        meta: what it was made for and what it is expected to give (MACs, parameters); empty for a
+            plan made by hand.
+    """
+
+    def __init__(
+        self, remove: Mapping[str, Sequence[int]], meta: Mapping[str, Any] | None = None
+    ) -> None:
+        self._remove = {
+            name: sorted({int(u) for u in units}) for name, units in remove.items() if len(units)
+        }
+        self.meta = dict(meta or {})
+
+    def __getitem__(self, name: str) -> list[int]:
+        return self._remove[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._remove)
+
+    def __len__(self) -> int:
+        return len(self._remove)
+
+    @property
+    def n_units(self) -> int:
+        """Number of units that go."""
+        return sum(map(len, self._remove.values()))
+
+    def __repr__(self) -> str:
+        return f"Plan({self.n_units} units of {len(self)} groups)"
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write as JSON."""
+        Path(path).write_text(json.dumps({"remove": self._remove, "meta": self.meta}, indent=1))
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Plan:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ScoresError: the file is no plan.
+        """
+        try:
+            content = json.loads(Path(path).read_text())
+            return cls(content["remove"], content.get("meta"))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ScoresError(f"cannot read a plan from {path}: {error}") from error
+
+
+def plan(
+    model: nn.Module,
+    scores: Scores,
+    example_inputs: Any,
+    *,
+    macs: float | None = None,
+    params: float | None = None,
+    channels: float | None = None,
+    ranking: str = "global",
+    max_pruning_ratio: float = 0.9,
+) -> Plan:
+    """Choose the units to remove: the lowest scores that meet a target from below.
+
+    Args:
+        model: the model the scores were computed on; not changed.
+        scores: what :func:`singe.score` returned.
+        example_inputs: a tensor, a tuple of arguments or a dict, as for Torch-Pruning.
+        macs: target in multiply-accumulates: a share of the model's (<= 1) or an absolute number.
+        params: the same in parameters. Exactly one of ``macs``, ``params``, ``channels`` is given.
+        channels: the same in units of the scored groups.
+        ranking: ``"global"`` compares all units with each other, ``"local"`` takes the same share of
+            every group.
+        max_pruning_ratio: no group loses more than this share of its units, and none all of them.
+
+    Returns:
+        A :class:`Plan`; ``plan.meta`` holds the expected cost.
+
+    Raises:
+        ScoresError: scores of another model.
+        BudgetError: the target cannot be met; names the smallest that can.
+        OptionError: not exactly one target, or a value out of range.
+    """
+    scores.check(model)
+    batch = small(example_batch(example_inputs, device_of(model)))
+    graph = find_groups(model, batch, layers=list(scores))
+    return make_plan(
+        model, graph, scores, batch, macs=macs, params=params, channels=channels,
+        ranking=ranking, max_pruning_ratio=max_pruning_ratio,
+    )  # fmt: skip
+
+
+def make_plan(
+    model: nn.Module,
+    graph: ModelGraph,
+    scores: Scores,
+    batch: Batch,
+    *,
+    macs: float | None,
+    params: float | None,
+    channels: float | None,
+    ranking: str,
+    max_pruning_ratio: float,
+    floors: Mapping[str, int] | None = None,
+) -> Plan:
+    """:func:`plan` for a graph that is at hand already; ``floors`` are units that groups keep."""
+    choose("ranking", ranking, RANKINGS)
+    if not 0.0 < max_pruning_ratio <= 1.0:
+        raise OptionError(f"max_pruning_ratio must lie in (0, 1], got {max_pruning_ratio!r}")
+    kind, value = _target(macs=macs, params=params, channels=channels)
+    cost = CostModel(model, graph, batch)
+    full = cost({})
+    target = value * full[kind] if value <= 1.0 else value
+    floors = floors or {
+        g.name: max(1, g.n_units - int(max_pruning_ratio * g.n_units)) for g in graph.groups
+    }
+    caps = {g.name: max(0, g.n_units - floors[g.name]) for g in graph.groups}
+    order = _order(scores, caps, ranking)
+
+    def removed(length: int) -> dict[str, list[int]]:
+        gone: dict[str, list[int]] = {}
+        for name, unit in order[:length]:
+            gone.setdefault(name, []).append(unit)
+        return gone
+
+    def predicted(length: int) -> float:
+        return cost({name: len(units) for name, units in removed(length).items()})[kind]
+
+    def measured(length: int) -> dict[str, float]:
+        twin = private_copy(model, trainable=True)
+        groups = {g.name: g for g in graph.groups}
+        remove_units(twin, batch, [(groups[n], u) for n, u in removed(length).items()])
+        twin_macs, twin_params = count(twin, batch)
+        return {"macs": twin_macs, "params": twin_params, "channels": full["channels"] - length}
+
+    smallest = predicted(len(order))
+    if target < smallest:
+        raise BudgetError(
+            f"{kind}={value:g} cannot be met: with max_pruning_ratio={max_pruning_ratio:g} the "
+            f"smallest reachable is {smallest / full[kind]:.3f} of the model's {full[kind]:.4g} "
+            f"({smallest:.4g}); raise the target or max_pruning_ratio, or score more layers"
+        )
+    length, reached = 0, full
+    aim = target
+    for _ in range(8):  # the prediction leaves out activations and pooling: correct by what is left
+        length = _shortest(predicted, len(order), aim)
+        reached = measured(length)
+        if reached[kind] <= target or length == len(order):
+            break
+        aim -= max(reached[kind] - target, 1e-9 * full[kind])
+    if reached[kind] > target:
+        raise BudgetError(
+            f"{kind}={value:g} cannot be met: the smallest reachable is "
+            f"{reached[kind] / full[kind]:.3f} of the model's {full[kind]:.4g}"
+        )
+    meta = {
+        "target": {kind: value},
+        "ranking": ranking,
+        "max_pruning_ratio": max_pruning_ratio,
+        "criterion": scores.meta.get("criterion"),
+        "fingerprint": scores.meta.get("fingerprint"),
+        "before": {k: full[k] for k in ("macs", "params", "channels")},
+        "after": reached,
+    }
+    return Plan(removed(length), meta)
+
+
+def _target(**targets: float | None) -> tuple[str, float]:
+    given = [(kind, value) for kind, value in targets.items() if value is not None]
+    if len(given) != 1:
+        raise OptionError(
+            f"give exactly one target of {', '.join(targets)}, got "
+            f"{', '.join(kind for kind, _ in given) or 'none'}"
+        )
+    kind, value = given[0]
+    if not value > 0:
+        raise OptionError(f"{kind} must be positive: a share (<= 1) or a number, got {value!r}")
+    return kind, float(value)
+
+
+def _order(scores: Scores, caps: Mapping[str, int], ranking: str) -> list[tuple[str, int]]:
+    """All units that may go, the first to go first; ties keep the order of groups and units."""
+    candidates: list[tuple[float, str, int]] = []
+    for name, values in scores.items():
+        lowest = torch.argsort(values, stable=True)[: caps[name]]
+        for rank, unit in enumerate(lowest.tolist()):
+            key = float(values[unit]) if ranking == "global" else (rank + 1) / len(values)
+            candidates.append((key, name, unit))
+    candidates.sort(key=lambda c: c[0])
+    return [(name, unit) for _, name, unit in candidates]
+
+
+def _shortest(cost: Callable[[int], float], most: int, target: float) -> int:
+    """Smallest length with ``cost(length) <= target``; cost falls with length."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high) // 2
+        if cost(middle) <= target:
+            high = middle
+        else:
+            low = middle + 1
+    return low

@@ -1,0 +1,86 @@
+"""What lies before the gates does not depend on them: computed once per batch, then replayed.
+
+Every leaf module of the network remembers its output for the current batch. In a later pass a module
+whose input does not depend on a gate returns what it remembers; functional operations in between
+(additions, views) are cheap and run again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def depends_on_gates(x: Tensor) -> bool:
+    """Whether a tensor inside ``torch.vmap`` differs between variants."""
+    return torch._C._functorch.is_batchedtensor(x)
+
+
+class PrefixCache:
+    """Outputs of the leaf modules for one batch.
+
+    Install before any gate wraps a module's ``forward``, so that what is remembered is ungated.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._outputs: dict[int, tuple[Tensor, int]] = {}
+        self._overwritten: set[int] = set()  # calls whose output a later in-place op changes
+        self._mode = "off"
+        self._call = 0
+        self.bytes = 0
+        for leaf in module.modules():
+            if not any(True for _ in leaf.children()):
+                self._wrap(leaf)
+
+    def _wrap(self, leaf: nn.Module) -> None:
+        forward = leaf.forward
+
+        def remembered(*args: Any, **kwargs: Any) -> Any:
+            if self._mode == "off":
+                return forward(*args, **kwargs)
+            call, self._call = self._call, self._call + 1
+            if self._mode == "record":
+                out = forward(*args, **kwargs)
+                if isinstance(out, Tensor):
+                    self._remember(call, out)
+                return out
+            if kwargs or len(args) != 1 or depends_on_gates(args[0]):
+                return forward(*args, **kwargs)
+            kept = self._outputs.get(call)
+            if kept is None:
+                return forward(*args)
+            return kept[0].clone() if call in self._overwritten else kept[0]
+
+        leaf.forward = remembered
+
+    def _remember(self, call: int, out: Tensor) -> None:
+        self.bytes += out.numel() * out.element_size()
+        kept = out.clone() if call in self._overwritten else out
+        self._outputs[call] = (kept, kept._version)
+
+    def record(self) -> None:
+        """Start a plain pass that remembers."""
+        self.clear()
+        self._mode, self._call = "record", 0
+
+    def recorded(self) -> None:
+        """End it: forget what an in-place operation changed afterwards, and copy it next time."""
+        self._mode = "off"
+        for call, (out, version) in list(self._outputs.items()):
+            if out._version != version:
+                self._overwritten.add(call)
+                del self._outputs[call]
+
+    def replay(self) -> None:
+        """Start a pass that reuses."""
+        self._mode, self._call = "replay", 0
+
+    def stop(self) -> None:
+        self._mode = "off"
+
+    def clear(self) -> None:
+        """Free the remembered outputs."""
+        self._outputs = {}
+        self._mode, self.bytes = "off", 0

@@ -1,0 +1,98 @@
+"""``singe.prune``: carry out a plan, physically and in place."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from singe.cost import count
+from singe.data import device_of, example_batch
+from singe.errors import ScoresError
+from singe.graph import Group, private_copy
+from singe.plan import Plan
+from singe.removal import remove_units
+from singe.scores import fingerprint
+from singe.units import find_groups, small
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What pruning changed. MACs are per sample, counted as Torch-Pruning counts them."""
+
+    macs_before: float
+    macs_after: float
+    params_before: int
+    params_after: int
+    removed: dict[str, int]
+    kept: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"{sum(self.removed.values())} units removed: MACs {self.macs_before:.4g} -> "
+            f"{self.macs_after:.4g} ({self.macs_after / self.macs_before:.1%}), parameters "
+            f"{self.params_before:,} -> {self.params_after:,} "
+            f"({self.params_after / self.params_before:.1%})"
+        )
+
+
+def prune(model: nn.Module, plan: Plan, example_inputs: Any) -> PruneReport:
+    """Remove the units of ``plan`` from ``model``, in place.
+
+    Parameters of the touched layers are new, smaller objects afterwards: make a new optimizer. The
+    removal is rehearsed on a copy first, so that a plan that does not fit leaves the model as it was.
+
+    Args:
+        model: pruned in place; mode and ``requires_grad`` flags are kept.
+        plan: from :func:`singe.plan`, or ``singe.Plan({"layer1.0.conv1": [3, 7]})``.
+        example_inputs: a tensor, a tuple of arguments or a dict, as for Torch-Pruning.
+
+    Raises:
+        ScoresError: the plan was made for another model, or names units that are not there.
+        ModelError: a layer of the plan is unknown or cannot be pruned.
+    """
+    expected = plan.meta.get("fingerprint")
+    if expected is not None and expected != fingerprint(model):
+        raise ScoresError(
+            "this plan was made for another model (names or shapes differ); was it pruned since? "
+            "Score the model again and make a new plan"
+        )
+    batch = small(example_batch(example_inputs, device_of(model)))
+    removals = [] if not plan else _resolve(model, plan, batch)
+    rehearsal = private_copy(model, trainable=True)
+    remove_units(rehearsal, batch, removals)
+    macs_before, params_before = count(model, batch)
+    macs_after, params_after = count(rehearsal, batch)
+    remove_units(model, batch, removals)
+    return PruneReport(
+        macs_before,
+        macs_after,
+        params_before,
+        params_after,
+        {group.name: len(units) for group, units in removals},
+        {group.name: group.n_units - len(units) for group, units in removals},
+    )
+
+
+def _resolve(model: nn.Module, plan: Plan, batch: Any) -> list[tuple[Group, list[int]]]:
+    graph = find_groups(model, batch, layers=list(plan))
+    removals = []
+    for group in graph.groups:
+        names = [name for name in plan if name == group.name or name in group.layers]
+        units = sorted({unit for name in names for unit in plan[name]})
+        if units[0] < 0 or units[-1] >= group.n_units:
+            raise ScoresError(
+                f"the plan removes unit {units[0] if units[0] < 0 else units[-1]} of {group.name!r}, "
+                f"which has units 0..{group.n_units - 1}"
+            )
+        if len(units) == group.n_units:
+            raise ScoresError(
+                f"the plan removes all {group.n_units} units of {group.name!r}; a layer must keep "
+                "at least one"
+            )
+        removals.append((group, units))
+    return removals

@@ -1,0 +1,142 @@
+"""Scores as data: a mapping from group name to one number per unit, with where they come from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from os import PathLike, fspath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from singe.errors import NonFiniteError, ScoresError
+
+FORMAT = "singe-scores-1"
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the names and shapes of all parameters and buffers, not their values."""
+    model = getattr(model, "_orig_mod", model)
+    shapes = sorted((name, list(t.shape)) for name, t in model.state_dict().items())
+    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
+
+
+class Scores(Mapping[str, Tensor]):
+    """Group name -> float32 CPU tensor [U], higher = keep.
+
+    Attributes:
+        groups: per group the layers whose output channels its units are.
+        meta: criterion, path, quadrature, objective, samples, versions, fingerprint, seconds.
+        stderr: standard errors in the same mapping, or None where they were not computed.
+        completeness: criterion ``signed`` only: integral minus true loss change, [U] per group on the
+            neuron path, [1] per group on the layer path, [1] under ``"network"``.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, Tensor],
+        groups: Mapping[str, tuple[str, ...]],
+        meta: Mapping[str, Any],
+        stderr: Mapping[str, Tensor] | None = None,
+        completeness: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self._values = {name: t.detach().to("cpu", torch.float32) for name, t in values.items()}
+        for name, tensor in self._values.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise NonFiniteError(
+                    f"the scores of group {name!r} hold NaN or infinite values; are the gradients "
+                    "of this network finite? A half-precision model may overflow: score in float32"
+                )
+        self.groups = dict(groups)
+        self.meta = dict(meta)
+        self.stderr = None if stderr is None else dict(stderr)
+        self.completeness = None if completeness is None else dict(completeness)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        units = sum(len(t) for t in self._values.values())
+        what = self.meta.get("criterion", "?")
+        return (
+            f"Scores({what}, {len(self)} groups, {units} units, {self.meta.get('samples')} samples)"
+        )
+
+    def check(self, model: nn.Module) -> None:
+        """Raise unless these scores were computed on a model of the same names and shapes.
+
+        Raises:
+            ScoresError: another architecture, or the same one pruned since.
+        """
+        expected, got = self.meta.get("fingerprint"), fingerprint(model)
+        if expected != got:
+            raise ScoresError(
+                f"these scores belong to another model: they were computed on "
+                f"{self.meta.get('model')} with fingerprint {str(expected)[:12]}, this "
+                f"{type(model).__name__} has {got[:12]}. Was it pruned since? Score it again"
+            )
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write a safetensors file; everything but the tensors goes into its metadata as JSON."""
+        tensors = {f"score/{name}": t.contiguous() for name, t in self._values.items()}
+        for kind in ("stderr", "completeness"):
+            for name, t in (getattr(self, kind) or {}).items():
+                tensors[f"{kind}/{name}"] = t.detach().cpu().float().contiguous()
+        header = {"format": FORMAT, "groups": self.groups, "meta": self.meta}
+        save_file(tensors, fspath(path), metadata={"singe": json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], model: nn.Module | None = None) -> Scores:
+        """Read what :meth:`save` wrote; with ``model``, check that they belong to it.
+
+        Raises:
+            ScoresError: not such a file, damaged, or the scores of another model.
+        """
+        parts: dict[str, dict[str, Tensor]] = {"score": {}, "stderr": {}, "completeness": {}}
+        try:
+            with safe_open(fspath(path), framework="pt") as file:
+                header = json.loads((file.metadata() or {}).get("singe", "null"))
+                if not header or header.get("format") != FORMAT:
+                    raise ScoresError(f"{fspath(path)} is no file of singe scores ({FORMAT})")
+                for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                    kind, name = key.split("/", 1)
+                    parts[kind][name] = file.get_tensor(key)
+        except (SafetensorError, json.JSONDecodeError, KeyError, OSError) as error:
+            raise ScoresError(f"cannot read scores from {fspath(path)}: {error}") from error
+        order = [name for name in header["groups"] if name in parts["score"]]
+        scores = cls(
+            {name: parts["score"][name] for name in order},
+            {name: tuple(layers) for name, layers in header["groups"].items()},
+            header["meta"],
+            parts["stderr"] or None,
+            parts["completeness"] or None,
+        )
+        if model is not None:
+            scores.check(model)
+        return scores
+
+    def summary(self) -> list[dict[str, Any]]:
+        """One row per group: name, units, smallest, median and largest score."""
+        rows = []
+        for name, t in self._values.items():
+            quantiles = [float(q) for q in (t.min(), t.median(), t.max())]
+            rows.append(
+                dict(
+                    zip(
+                        ("group", "units", "min", "median", "max"),
+                        (name, len(t), *quantiles),
+                        strict=True,
+                    )
+                )
+            )
+        return rows

@@ -1,0 +1,202 @@
+"""``singe.score``: from a model and data to one number per unit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from singe.criteria import NORMS, PATHS, POWERS, Criterion, as_criterion, choose
+from singe.data import check_reiterable, device_of, first_batch, read_batches
+from singe.engine import FusedEngine
+from singe.graph import ModelGraph
+from singe.naive import naive_scores
+from singe.network import Network, site_key
+from singe.objectives import Loss, Objective, as_objective
+from singe.quadrature import Quadrature, as_quadrature
+from singe.result import Result
+from singe.scores import Scores, fingerprint
+from singe.units import find_groups
+
+ENDPOINT = Quadrature("endpoint", (1.0,), (1.0,))
+
+
+def score(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    objective: str | Loss | Objective = "cross_entropy",
+    criterion: str = "singe",
+    path: str = "layer",
+    quadrature: int | str | Quadrature = 4,
+    p: int | str = 1,
+    norm: str = "inside",
+    layers: Iterable[str | nn.Module] | None = None,
+    ignore: Iterable[str | nn.Module] = (),
+    engine: str = "fused",
+    max_memory: int | None = None,
+    progress: bool = True,
+    seed: int = 0,
+) -> Scores:
+    """Score every prunable unit of ``model``: higher = keep.
+
+    The model is evaluated in evaluation mode and is never changed: all work happens on a copy that
+    shares its parameters' storage.
+
+    Args:
+        model: an ``nn.Module`` whose first tensor dimension is the batch.
+        batches: re-iterable: a list or DataLoader of ``(x, y)``, dicts of model arguments (with
+            ``labels``), or ``x`` alone for label-free objectives. Moved to the model's device.
+        objective: ``"cross_entropy"``, ``"kl"`` (label-free: divergence from the original outputs),
+            or ``callable(outputs, batch)`` giving a loss per sample [B] or their mean.
+        criterion: ``singe``, ``ig``, ``signed``, ``taylor``, ``gradient``, ``magnitude``,
+            ``ablation`` or ``random``; see the README's table.
+        path: which gates move together: ``"layer"`` (one group), ``"neuron"`` (one unit),
+            ``"network"`` (everything: cheapest).
+        quadrature: nodes on the path: an int (Gauss-Legendre), a :class:`Quadrature`, or a name.
+        p: 1, 2 or ``"sum"`` (absolute derivative along the gate; needs no weight gradient).
+        norm: ``"inside"`` (integral of norms) or ``"outside"`` (norm of the integral).
+        layers: only the groups of these layers (names or modules); default all prunable groups.
+        ignore: layers that keep all their channels (names or modules, containers included).
+        engine: ``"fused"``, or ``"naive"``: the definition, run literally.
+        max_memory: bytes for the stacked activations of one pass; default a quarter of what is free.
+        progress: show a progress bar when standard error is a terminal.
+        seed: for ``criterion="random"``.
+
+    Returns:
+        :class:`Scores`, float32 on the CPU.
+
+    Raises:
+        DataError: empty or one-shot data, labels missing or out of range (with the batch).
+        NonFiniteError: NaN or infinity in an input or a loss (with the batch).
+        ModelError: nothing to prune, an unknown layer, a model that cannot be traced.
+        OptionError: an argument value that is not offered.
+
+    The criteria follow SInGE (arXiv 2207.04089); the exact definitions are in ``docs/criteria.md``.
+    """
+    chosen = as_criterion(criterion)
+    choose("path", path, PATHS)
+    choose("norm", norm, NORMS)
+    choose("p", p, POWERS)
+    choose("engine", engine, ("fused", "naive"))
+    rule = ENDPOINT if chosen.endpoint else as_quadrature(quadrature)
+    target = as_objective(objective)
+    check_reiterable(batches)
+    # At mu = 1 every path passes through the same point: one sweep serves all units.
+    path = "network" if chosen.endpoint else "neuron" if criterion == "ablation" else path
+
+    start = time.perf_counter()
+    device = device_of(model)
+    with _random_state_kept(device):
+        graph = find_groups(model, first_batch(batches, device), layers, ignore)
+        found = time.perf_counter()
+        if not chosen.needs_data:
+            result = _data_free(model, graph, chosen, p, seed)
+        else:
+            result = _sweep(
+                model, graph, batches, target, chosen, path, rule, p, norm,
+                engine, max_memory, progress,
+            )  # fmt: skip
+    end = time.perf_counter()
+    meta = {
+        "model": type(model).__name__,
+        "fingerprint": fingerprint(model),
+        "criterion": criterion,
+        "path": path,
+        "quadrature": rule.name,
+        "nodes": list(rule.nodes),
+        "weights": list(rule.weights),
+        "objective": target.name,
+        "p": p,
+        "norm": norm,
+        "engine": engine,
+        "samples": result.n_samples,
+        "seed": seed,
+        "seconds": {"groups": found - start, "sweep": end - found},
+        "device": str(device),
+        "rejected": graph.rejected,
+        "versions": _versions(),
+        **result.meta,
+    }
+    layers_of = {g.name: g.layers for g in graph.groups}
+    return Scores(result.scores, layers_of, meta, completeness=result.completeness)
+
+
+def _sweep(
+    model: nn.Module,
+    graph: ModelGraph,
+    batches: Iterable[Any],
+    objective: Objective,
+    criterion: Criterion,
+    path: str,
+    rule: Quadrature,
+    p: int | str,
+    norm: str,
+    engine: str,
+    max_memory: int | None,
+    progress: bool,
+) -> Result:
+    data = read_batches(batches, device_of(model))
+    if engine == "naive":
+        return naive_scores(model, graph, data, objective, criterion, path, rule, p, norm)
+    count = len(batches) if isinstance(batches, Sized) else None
+    fused = FusedEngine(model, graph, objective, criterion, path, rule, p, norm, max_memory)
+    total = None if count is None else count * fused.variants_per_batch()
+    with _progress(f"{criterion.name}, {path} path", total, progress) as advance:
+        fused.on_pass = advance
+        return fused.run(data)
+
+
+def _data_free(
+    model: nn.Module, graph: ModelGraph, criterion: Criterion, p: int | str, seed: int
+) -> Result:
+    result = Result.empty(graph.groups, 0)
+    if criterion.name == "random":
+        generator = torch.Generator().manual_seed(seed)
+        for name, values in result.scores.items():
+            result.scores[name] = torch.rand(len(values), generator=generator, dtype=torch.float64)
+        return result
+    network = Network(model, graph.groups, graph.folds)
+    for group in graph.groups:
+        weight = torch.cat(
+            [network.sites[site_key(m)].weight.cpu()[m.channels].flatten(1) for m in group.rows], 1
+        ).double()
+        result.scores[group.name] = magnitude(weight, p)
+    return result
+
+
+def magnitude(weight: Tensor, p: int | str) -> Tensor:
+    """``||W_u||_p`` [U] of [U, K] weights; ``"sum"`` is the absolute value of their plain sum."""
+    if p == "sum":
+        return weight.sum(1).abs()
+    return torch.linalg.vector_norm(weight, ord=float(p), dim=1)
+
+
+@contextmanager
+def _random_state_kept(device: torch.device) -> Iterator[None]:
+    """A shuffling DataLoader draws from the global generator: give that back as it was."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+@contextmanager
+def _progress(title: str, total: int | None, wanted: bool) -> Iterator[Callable[[int], None]]:
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True,
+                  disable=not (wanted and console.is_terminal)) as bar:  # fmt: skip
+        task = bar.add_task(title, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def _versions() -> dict[str, str]:
+    from singe import __version__
+
+    return {"singe": __version__, "torch": torch.__version__}

@@ -1,0 +1,56 @@
+"""A model put back exactly as it was when something fails half-way."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Snapshot:
+    """Context manager: on an exception (Ctrl-C included) the model is restored.
+
+    Values, shapes, the very parameter objects, their ``.grad`` and ``requires_grad``, buffers, plain
+    attributes such as ``out_channels``, and modes are put back. Costs one copy of the parameters.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [
+            (module, {k: _shallow(v) for k, v in module.__dict__.items()})
+            for module in model.modules()
+        ]
+        tensors = [*model.parameters(), *model.buffers()]
+        self._values = [(t, t.detach().clone(), t.requires_grad, t.grad) for t in tensors]
+        self._kept = True
+
+    def discard(self) -> None:
+        """The changes are wanted: restore nothing."""
+        self._kept = False
+
+    def restore(self) -> None:
+        for module, state in self._modules:
+            module.__dict__.clear()
+            module.__dict__.update(state)
+        with torch.no_grad():
+            for tensor, value, requires_grad, grad in self._values:
+                tensor.copy_(value)
+                tensor.requires_grad_(requires_grad)
+                tensor.grad = grad
+
+    def __enter__(self) -> Snapshot:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._kept:
+            self.restore()
+
+
+def _shallow(value: Any) -> Any:
+    return value.copy() if isinstance(value, dict | list) else value

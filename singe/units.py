@@ -1,0 +1,210 @@
+"""The units of a model: groups of removable channels, checked by removing some."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from singe.data import Batch, head
+from singe.errors import ModelError
+from singe.graph import Group, ModelGraph, private_copy, read_graph
+from singe.network import Network, site_key
+from singe.removal import remove_units
+
+TRACE_SAMPLES = 2  # a batch of 1 would hide coupling along the batch dimension
+
+
+def small(batch: Batch) -> Batch:
+    """The first samples of a batch, for tracing."""
+    size = min(TRACE_SAMPLES, batch.size)
+    return replace(batch, args=head(batch.args, size), kwargs=head(batch.kwargs, size), size=size)
+
+
+def find_groups(
+    model: nn.Module,
+    batch: Batch,
+    layers: Iterable[str | nn.Module] | None = None,
+    ignore: Iterable[str | nn.Module] = (),
+) -> ModelGraph:
+    """Groups of prunable units, each proven on this model: gating equals removing.
+
+    Args:
+        model: any module in which Torch-Pruning finds groups; not changed.
+        batch: real inputs; the first two samples are used.
+        layers: only the groups that these layers (names or modules) belong to; default all but those
+            that reach the output.
+        ignore: layers (names or modules, containers included) that keep all their channels.
+
+    Returns:
+        The graph with the chosen groups in module order; ``rejected`` says why others are not there.
+
+    Raises:
+        ModelError: nothing to prune, an unknown layer, a layer that cannot be pruned (with reason).
+    """
+    names = dict(model.named_modules())
+    ignored = _expand(names, _resolve(names, ignore, "ignore"))
+    batch = small(batch)
+    graph = read_graph(model, batch, frozenset(ignored))
+    graph = _with_input_gates(model, batch, graph)
+    if layers is not None:
+        wanted = _resolve(names, layers, "layers")
+        graph = _select(graph, wanted)
+    graph = _verified(model, batch, graph)
+    if layers is not None:
+        _select(graph, wanted)  # name the reason if a wanted group failed its check
+    if not graph.groups:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(graph.rejected.items())[:5])
+        raise ModelError(
+            f"{type(model).__name__} has nothing to prune ({reasons or 'no conv or linear layer'})"
+        )
+    return graph
+
+
+def _resolve(
+    names: dict[str, nn.Module], layers: Iterable[str | nn.Module], argument: str
+) -> list[str]:
+    if isinstance(layers, str | nn.Module):
+        layers = [layers]
+    by_module = {module: name for name, module in names.items()}
+    resolved = []
+    for layer in layers:
+        if isinstance(layer, nn.Module):
+            if layer not in by_module:
+                raise ModelError(f"`{argument}` holds a {type(layer).__name__} not in this model")
+            resolved.append(by_module[layer])
+        elif layer in names:
+            resolved.append(layer)
+        else:
+            near = difflib.get_close_matches(str(layer), names, n=3, cutoff=0.4)
+            hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
+            raise ModelError(f"`{argument}` names {layer!r}, which this model does not have{hint}")
+    return resolved
+
+
+def _expand(names: dict[str, nn.Module], roots: Sequence[str]) -> set[str]:
+    """The named modules and everything inside them."""
+    return {n for n in names for root in roots if n == root or n.startswith(root + ".")}
+
+
+def _select(graph: ModelGraph, wanted: Sequence[str]) -> ModelGraph:
+    groups = []
+    for group in graph.groups:
+        if group.name in wanted or set(group.layers) & set(wanted):
+            groups.append(group)
+    covered = {name for g in groups for name in (g.name, *g.layers)}
+    for name in wanted:
+        if name not in covered:
+            why = graph.rejected.get(name, "it is no conv or linear layer with prunable outputs")
+            raise ModelError(f"layer {name!r} cannot be pruned: {why}")
+    return replace(graph, groups=tuple(groups))
+
+
+def _outputs(outputs: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+@torch.no_grad()
+def _with_input_gates(model: nn.Module, batch: Batch, graph: ModelGraph) -> ModelGraph:
+    """Gate the inputs of consumers that do not read zeros when every gate is at zero."""
+    network = Network(model, graph.groups, graph.folds)
+    seen: dict[str, Tensor] = {}
+
+    def watch(name: str, module: nn.Module) -> None:
+        dim = -1 if isinstance(module, nn.Linear) else 1
+        module.register_forward_pre_hook(
+            lambda _, args: seen.__setitem__(
+                name, args[0].movedim(dim, 0).flatten(1).abs().amax(1) != 0
+            )
+        )
+
+    for name in {m.name for g in graph.groups for m in g.consumers}:
+        watch(name, network.module.get_submodule(name))
+    set_gates(network, [(g, range(g.n_units)) for g in graph.groups], 0.0)
+    network(batch)
+    groups = []
+    for group in graph.groups:
+        leaky = {
+            m.name for m in group.consumers if m.name in seen and seen[m.name][m.channels].any()
+        }
+        groups.append(group.with_input_gates(leaky) if leaky else group)
+    return replace(graph, groups=tuple(groups))
+
+
+def set_gates(network: Network, units: Iterable[tuple[Group, Iterable[int]]], value: float) -> None:
+    """Set the gates of some units to ``value`` and of all others to 1."""
+    network.clear()
+    for group, indices in units:
+        chosen = list(indices)
+        for member in group.members:
+            site = network.sites[site_key(member)]
+            if site.gate is None:
+                site.gate = network.open_gate().repeat(site.channels)
+            site.gate[member.channels[chosen].flatten()] = value
+
+
+@torch.no_grad()
+def _verified(model: nn.Module, batch: Batch, graph: ModelGraph) -> ModelGraph:
+    """Keep the groups in which gating a unit off equals removing it physically.
+
+    One unit of every group at once; only if that fails, group by group.
+    """
+    network = Network(model, graph.groups, graph.folds)
+    network.clear()
+    base = _outputs(network(batch))
+    original = _outputs(batch.call(private_copy(model)))
+    if _distance(base, original) > _tolerance(original):
+        raise ModelError(
+            f"the folded copy of {type(model).__name__} differs from the model by "
+            f"{_distance(base, original):.2e} (relative); is its evaluation mode deterministic?"
+        )
+
+    def problem(groups: Sequence[Group]) -> str | None:
+        units = [(g, [g.n_units // 2]) for g in groups]
+        set_gates(network, units, 0.0)
+        gated = _outputs(network(batch))
+        small_model = private_copy(model)
+        try:
+            with torch.enable_grad():
+                remove_units(small_model, batch, units)
+            removed = _outputs(batch.call(small_model))
+        except Exception as error:
+            return f"removing one of its units fails ({type(error).__name__}: {error})"
+        if [t.shape for t in removed] != [t.shape for t in base]:
+            return "removing one of its units changes the shape of the model's output"
+        off = _distance(gated, removed)
+        allowed = max(_tolerance(base), 1e-2 * _distance(gated, base))
+        if not off <= allowed:
+            return f"gating one of its units and removing it differ by {off:.1e} (relative)"
+        return None
+
+    sound = [g for g in graph.groups if not g.suspicious]
+    reasons: dict[str, str] = {}
+    alone = [g for g in graph.groups if g.suspicious]
+    if sound and problem(sound) is not None:
+        alone = list(graph.groups)
+    for group in alone:
+        if (why := problem([group])) is not None:
+            reasons[group.name] = why
+    return ModelGraph(
+        tuple(g for g in graph.groups if g.name not in reasons),
+        graph.folds,
+        {**graph.rejected, **reasons},
+    )
+
+
+def _distance(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    """Largest difference relative to the largest value of ``right``."""
+    scale = max((float(r.abs().max()) for r in right if r.numel()), default=0.0) or 1.0
+    worst = max((float((a - b).abs().max()) for a, b in zip(left, right, strict=True)), default=0.0)
+    return worst / scale
+
+
+def _tolerance(outputs: Sequence[Tensor]) -> float:
+    """About 1e3 roundings: folding and removal change the order of sums, layer after layer."""
+    return max((1e3 * torch.finfo(t.dtype).eps for t in outputs), default=0.0)

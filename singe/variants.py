@@ -1,0 +1,95 @@
+"""All variants of a batch in one pass: every setting of the gates is one slice of a stacked run."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from singe.data import Batch
+from singe.network import Network
+
+Inputs = dict[str, list[Tensor]]
+
+
+def zero_probes(outputs: Sequence[Tensor], variants: int) -> list[Tensor]:
+    """Zeros [V, *shape of output] without memory of their own; their gradients are the adjoints."""
+    return [y.new_zeros(()).expand(variants, *y.shape).requires_grad_() for y in outputs]
+
+
+class VariantRunner:
+    """Runs a network for V settings of its gates at once, its ungated prefix once per batch.
+
+    ``torch.vmap`` carries the variants: what does not depend on a gate stays unstacked. A model that
+    vmap cannot run (data-dependent control flow, an operation without a batching rule) is run once
+    per variant instead; the result is the same, and a warning says so.
+    """
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self.stacked = True
+
+    def __call__(
+        self,
+        batch: Batch,
+        gates: Mapping[str, Tensor],
+        probes: Mapping[str, list[Tensor]],
+    ) -> tuple[Any, Inputs]:
+        """One pass.
+
+        Args:
+            gates: [V, C] per site.
+            probes: per site one [V, *output shape] tensor for every call of its module; what these
+                sites were called with is returned.
+
+        Returns:
+            The model's outputs, every tensor [V, ...]; and [V, ...] inputs of the probed sites, where
+            what all variants share is expanded (stride 0).
+        """
+
+        def run(gates: Mapping[str, Tensor], probes: Mapping[str, list[Tensor]]) -> Any:
+            network = self.network
+            network.clear()
+            try:
+                for key, gate in gates.items():
+                    network.sites[key].gate = gate
+                for key, probe in probes.items():
+                    network.sites[key].probes = probe
+                outputs = network(batch)
+                return outputs, {key: list(network.sites[key].inputs) for key in probes}
+            finally:
+                network.clear()
+
+        if self.stacked:
+            self.network.cache.replay()
+            try:
+                return torch.vmap(run, randomness="same")(dict(gates), dict(probes))
+            except (RuntimeError, ValueError) as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                self.stacked = False
+                warnings.warn(
+                    f"variants run one after the other, which is slower: torch.vmap cannot run this "
+                    f"model ({str(error).splitlines()[0]})",
+                    stacklevel=2,
+                )
+            finally:
+                self.network.cache.stop()
+        count = len(next(iter(gates.values())))
+        runs = [
+            run(
+                {key: gate[v] for key, gate in gates.items()},
+                {key: [t[v] for t in probe] for key, probe in probes.items()},
+            )
+            for v in range(count)
+        ]
+        return tree_map(lambda *slices: torch.stack(slices), *runs)
+
+
+def variant(outputs: Any, index: int) -> Any:
+    """One variant's outputs."""
+    return tree_map(lambda t: t[index] if isinstance(t, Tensor) else t, outputs)
