@@ -600,7 +600,7 @@ def test_vmap_shares_what_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SINGE_KERNELS", "torch")
 
     def watched(y: Tensor, gate: Tensor, scale: Any, shift: Any, residual: Any, *rest: Any) -> Any:
-        scalar = residual is not None and op._scalar_or(residual).dim() == 0
+        scalar = residual is not None and op.scalar_or(residual).dim() == 0
         shapes.append((y.shape[0], gate.shape[0], scalar))
         return reference(y, gate, scale, shift, residual, *rest)
 
