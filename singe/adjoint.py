@@ -67,7 +67,7 @@ def _conv(module: Any, x: Tensor, adjoint: Tensor, groups: int) -> Tensor:
         x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
         padding = (0,) * len(module.kernel_size)
     shape = (adjoint.shape[1], *module.weight.shape[1:])
-    like = module.weight.new_empty(()).expand(shape)
+    like = adjoint.new_empty(()).expand(shape)
     gradient = torch.ops.aten.convolution_backward(
         adjoint,
         x,

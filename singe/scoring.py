@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from singe.criteria import NORMS, PATHS, POWERS, Criterion, as_criterion, choose
 from singe.data import check_reiterable, device_of, first_batch, read_batches
 from singe.engine import FusedEngine
+from singe.errors import OptionError
 from singe.graph import ModelGraph
 from singe.naive import naive_scores
 from singe.network import Network, site_key
@@ -41,6 +42,8 @@ def score(
     ignore: Iterable[str | nn.Module] = (),
     engine: str = "fused",
     max_memory: int | None = None,
+    autocast: torch.dtype | None = None,
+    compile: bool = False,
     progress: bool = True,
     seed: int = 0,
 ) -> Scores:
@@ -66,6 +69,8 @@ def score(
         ignore: layers that keep all their channels (names or modules, containers included).
         engine: ``"fused"``, or ``"naive"``: the definition, run literally.
         max_memory: bytes for the stacked activations of one pass; default a quarter of what is free.
+        autocast: reserved; only None is offered.
+        compile: reserved; only False is offered.
         progress: show a progress bar when standard error is a terminal.
         seed: for ``criterion="random"``.
 
@@ -85,6 +90,8 @@ def score(
     choose("norm", norm, NORMS)
     choose("p", p, POWERS)
     choose("engine", engine, ("fused", "naive"))
+    if autocast is not None or compile:
+        raise OptionError("autocast and compile are not offered yet; leave them at None and False")
     rule = ENDPOINT if chosen.endpoint else as_quadrature(quadrature)
     target = as_objective(objective)
     check_reiterable(batches)

@@ -206,5 +206,6 @@ def _distance(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
 
 
 def _tolerance(outputs: Sequence[Tensor]) -> float:
-    """About 1e3 roundings: folding and removal change the order of sums, layer after layer."""
-    return max((1e3 * torch.finfo(t.dtype).eps for t in outputs), default=0.0)
+    """1e3 roundings: folding and removal reorder sums, layer after layer; fewer where they are coarse."""
+    eps = [torch.finfo(t.dtype).eps for t in outputs]
+    return max((1e3 * e if e < 1e-4 else 16 * e for e in eps), default=0.0)

@@ -1,0 +1,111 @@
+"""One JSON file per measurement: numbers, machine, versions, commit and command."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def environment() -> dict[str, Any]:
+    """What a reader needs to repeat or to doubt a number."""
+    import singe
+    from singe.kernels import native
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": _git("rev-parse", "--short=12", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "command": " ".join(["python", *_relative(sys.orig_argv[1:])]),
+        "machine": {
+            "cpu": _cpu(),
+            "cores": len(os.sched_getaffinity(0)),
+            "gpu": gpu,
+            "load_before": os.getloadavg()[0],
+        },
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "singe": singe.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "native": native.status(),
+    }
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def _relative(arguments: list[str]) -> list[str]:
+    return [a.replace(f"{ROOT}/", "") for a in arguments]
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def write(name: str, results: Any, folder: Path | None = None) -> Path:
+    """Write ``{"environment", "results"}`` and say where."""
+    folder = folder or Path(os.environ.get("SINGE_RESULTS", RESULTS))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({"environment": environment(), "results": results}, indent=1) + "\n")
+    print(f"wrote {path.name}")
+    return path
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """Wall time of one call, the GPU waited for."""
+    synchronize()
+    start = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def paired(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, Any]]:
+    """Time several things in turn, A B C A B C ..., after one warm-up of each.
+
+    Returns:
+        per name: all times, their median and minimum, in seconds.
+    """
+    for run in runs.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            times[name].append(seconds(run))
+    return {
+        name: {"median": statistics.median(t), "min": min(t), "all": t} for name, t in times.items()
+    }
+
+
+def median_ratio(times: dict[str, dict[str, Any]], slow: str, fast: str) -> float:
+    """Median over the rounds of ``slow / fast``: what drifts together cancels."""
+    pairs = zip(times[slow]["all"], times[fast]["all"], strict=True)
+    return statistics.median(a / b for a, b in pairs)
