@@ -19,7 +19,7 @@ from singe.cost import count
 from singe.data import as_batch, check_reiterable, device_of, first_batch, read_batches
 from singe.errors import DataError, NonFiniteError, OptionError
 from singe.objectives import Loss, Objective, as_objective, logits_of
-from singe.plan import make_plan
+from singe.plan import MAX_PRUNING_RATIO, make_plan
 from singe.removal import remove_units
 from singe.scoring import score
 from singe.snapshot import Snapshot
@@ -89,7 +89,7 @@ def compress(
     objective: str | Loss | Objective = "cross_entropy",
     finetune_objective: str | Loss | Objective = "cross_entropy",
     ranking: str = "global",
-    max_pruning_ratio: float = 0.9,
+    max_pruning_ratio: float = MAX_PRUNING_RATIO,
     progress: bool = True,
     **score_options: Any,
 ) -> CompressReport:

@@ -21,6 +21,8 @@ from singe.scores import Scores
 from singe.units import find_groups, small
 
 RANKINGS = ("global", "local")
+# A layer cut to a few channels does not recover in fine-tuning; a single round can do it.
+MAX_PRUNING_RATIO = 0.75
 
 
 class Plan(Mapping[str, list[int]]):
@@ -83,7 +85,7 @@ def plan(
     params: float | None = None,
     channels: float | None = None,
     ranking: str = "global",
-    max_pruning_ratio: float = 0.9,
+    max_pruning_ratio: float = MAX_PRUNING_RATIO,
 ) -> Plan:
     """Choose the units to remove: the lowest scores that meet a target from below.
 

@@ -494,22 +494,22 @@ def test_dispatch_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     for mode in ("auto", "torch"):
         monkeypatch.setenv("SINGE_KERNELS", mode)
-        assert op._backend(cpu) is None
+        assert op.backend(cpu) is None
     monkeypatch.setenv("SINGE_KERNELS", "cuda")
     with pytest.raises(KernelError, match="auto, triton or torch"):
-        op._backend(cpu)
+        op.backend(cpu)
     monkeypatch.setenv("SINGE_KERNELS", "triton")
     kernels = op._triton()
     if kernels is not None:
-        assert op._backend(cpu) is kernels
+        assert op.backend(cpu) is kernels
         monkeypatch.setattr(kernels, "interpreted", lambda: False)
         with pytest.raises(KernelError, match="TRITON_INTERPRET=1 set before triton was imported"):
-            op._backend(cpu)
+            op.backend(cpu)
     monkeypatch.setattr(op, "_triton", lambda: None)
     with pytest.raises(KernelError, match="triton is not installed"):
-        op._backend(cpu)
+        op.backend(cpu)
     monkeypatch.setenv("SINGE_KERNELS", "auto")
-    assert op._backend(torch.device("cuda")) is None
+    assert op.backend(torch.device("cuda")) is None
 
 
 def test_works_without_triton() -> None:

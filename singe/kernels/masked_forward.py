@@ -96,7 +96,7 @@ def _triton() -> ModuleType | None:
     return masked_forward_triton
 
 
-def _backend(device: torch.device) -> ModuleType | None:
+def backend(device: torch.device) -> ModuleType | None:
     """The module with the launchers, or None for the torch reference."""
     mode = os.environ.get("SINGE_KERNELS", "auto")
     if mode not in ("auto", "triton", "torch"):
@@ -131,7 +131,7 @@ def _forward(
     y: Tensor, gate: Tensor, scale: OptTensor, shift: OptTensor, residual: OptTensor, act: str
 ) -> Tensor:
     _check(y, gate, scale, shift, residual, act)
-    kernels = _backend(y.device)
+    kernels = backend(y.device)
     channels_last = is_channels_last(y)
     out = empty_like_layout(y, gate.shape[0], channels_last)
     if kernels is None:
@@ -172,7 +172,7 @@ def _backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(y, gate, scale, shift, residual, act, grad, needs)
-    kernels = _backend(y.device)
+    kernels = backend(y.device)
     if kernels is None:
         return masked_forward_backward_reference(grad, y, gate, scale, shift, residual, act, needs)
     outputs = _backward_outputs(grad, y, gate, residual, needs)

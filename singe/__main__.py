@@ -1,0 +1,5 @@
+"""``python -m singe``."""
+
+from singe.cli import main
+
+main()
