@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,16 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from singe.cost import count
 from singe.data import as_batch, check_reiterable, device_of, first_batch, read_batches
 from singe.errors import DataError, NonFiniteError, OptionError
+from singe.graph import ModelGraph
 from singe.objectives import Loss, Objective, as_objective, logits_of
-from singe.plan import MAX_PRUNING_RATIO, make_plan
+from singe.plan import (
+    MAX_PRUNING_RATIO,
+    absolute,
+    check_ratio,
+    floors_of,
+    make_plan,
+    target_of,
+)
 from singe.removal import remove_units
 from singe.scoring import score
 from singe.snapshot import Snapshot
@@ -42,7 +51,7 @@ class Round:
     metric_pruned: float | None
     metric_finetuned: float | None
     finetune_loss: float | None
-    seconds_scoring: float
+    seconds_pruning: float
     seconds_finetuning: float
 
 
@@ -137,87 +146,86 @@ def compress(
         calibrate = _first_samples(train, CALIBRATION_SAMPLES)
     check_reiterable(calibrate, "calibrate")
     measure = _as_evaluate(evaluate)
-    trained = as_objective(finetune_objective)
+    kind, value = target_of(macs=macs, params=params, channels=channels)
+    check_ratio(max_pruning_ratio)
+    tune = partial(
+        finetune,
+        batches=_endless(train),
+        steps=finetune_steps,
+        optimizer=optimizer or _default_optimizer(lr),
+        scheduler=scheduler or _cosine,
+        objective=as_objective(finetune_objective),
+    )
+    score_options |= {"objective": objective, "progress": progress}
     console = Console(stderr=True, quiet=not progress)
     with Snapshot(model) as snapshot:
-        report = _loop(
-            model, train, calibrate, measure, {"macs": macs, "params": params, "channels": channels},
-            rounds, finetune_steps, optimizer or _default_optimizer(lr),
-            scheduler or _cosine, objective, trained, ranking, max_pruning_ratio,
-            score_options | {"progress": progress}, console,
-        )  # fmt: skip
+        batch = small(first_batch(calibrate, device_of(model)))
+        report = CompressReport(*count(model, batch), measure(model) if measure else None)
+        schedule: Schedule | None = None
+        for index in range(1, rounds + 1):
+            began = time.perf_counter()
+            scores = score(model, calibrate, **score_options)
+            graph = find_groups(model, batch, layers=list(scores))
+            schedule = schedule or Schedule.start(report, graph, kind, value, max_pruning_ratio)
+            plan = make_plan(
+                model, graph, scores, batch, kind, schedule.target(index / rounds),
+                ranking=ranking, floors=schedule.floors, last=schedule.last,
+            )  # fmt: skip
+            remove_units(model, batch, [(g, plan[g.name]) for g in graph.groups if g.name in plan])
+            pruned = time.perf_counter()
+            metric_pruned = measure(model) if measure else None
+            tuning = time.perf_counter()
+            loss = tune(model)
+            tuned = time.perf_counter()
+            done = Round(
+                *count(model, batch), plan.n_units, metric_pruned,
+                measure(model) if measure else None, loss, pruned - began, tuned - tuning,
+            )  # fmt: skip
+            report.rounds.append(done)
+            console.print(f"round {index}/{rounds}: {_describe(done, report)}", highlight=False)
         snapshot.discard()
     return report
 
 
-def _loop(
-    model: nn.Module,
-    train: Iterable[Any],
-    calibrate: Iterable[Any],
-    measure: Evaluate | None,
-    targets: dict[str, float | None],
-    rounds: int,
-    finetune_steps: int,
-    optimizer: OptimizerFactory,
-    scheduler: SchedulerFactory,
-    objective: str | Loss | Objective,
-    trained: Objective,
-    ranking: str,
-    max_pruning_ratio: float,
-    score_options: dict[str, Any],
-    console: Console,
-) -> CompressReport:
-    device = device_of(model)
-    batch = small(first_batch(calibrate, device))
-    macs, params = count(model, batch)
-    report = CompressReport(macs, params, measure(model) if measure else None)
-    batches = _endless(train)
-    original: dict[str, int] = {}
-    start: dict[str, float] = {}
-    for index in range(1, rounds + 1):
-        began = time.perf_counter()
-        scores = score(model, calibrate, objective=objective, **score_options)
-        graph = find_groups(model, batch, layers=list(scores))
-        if not original:
-            original = {g.name: g.n_units for g in graph.groups}
-            start = {"macs": macs, "params": params, "channels": float(sum(original.values()))}
-        floors = {
-            g.name: max(1, original[g.name] - int(max_pruning_ratio * original[g.name]))
-            for g in graph.groups
-        }
-        targets_now = {
-            kind: None if value is None else _step_towards(start[kind], value, index / rounds)
-            for kind, value in targets.items()
-        }
-        plan = make_plan(
-            model, graph, scores, batch, **targets_now, ranking=ranking,
-            max_pruning_ratio=max_pruning_ratio, floors=floors,
-        )  # fmt: skip
-        removals = [(g, plan[g.name]) for g in graph.groups if g.name in plan]
-        remove_units(model, batch, removals)
-        macs, params = count(model, batch)
-        seconds_scoring = time.perf_counter() - began
-        metric_pruned = measure(model) if measure else None
-        began = time.perf_counter()
-        loss = finetune(model, batches, finetune_steps, optimizer, scheduler, trained)
-        seconds = time.perf_counter() - began
-        metric = measure(model) if measure else None
-        report.rounds.append(
-            Round(macs, params, plan.n_units, metric_pruned, metric, loss, seconds_scoring, seconds)
-        )
-        console.print(
-            f"round {index}/{rounds}: {plan.n_units} units, "
-            f"{macs / report.macs_before:.1%} MACs, {params / report.params_before:.1%} parameters"
-            + (f", metric {metric_pruned:.4f} -> {metric:.4f}" if metric is not None else ""),
-            highlight=False,
-        )
-    return report
+@dataclass(frozen=True)
+class Schedule:
+    """Equal steps from the cost of the original model to the target.
+
+    Attributes:
+        full: cost of the original model.
+        last: the target, in the same unit.
+        floors: units that every group keeps at least, from its original number.
+    """
+
+    full: float
+    last: float
+    floors: dict[str, int]
+
+    @classmethod
+    def start(
+        cls, report: CompressReport, graph: ModelGraph, kind: str, value: float, ratio: float
+    ) -> Schedule:
+        units = {g.name: g.n_units for g in graph.groups}
+        full = {
+            "macs": report.macs_before,
+            "params": float(report.params_before),
+            "channels": float(sum(units.values())),
+        }[kind]
+        return cls(full, absolute(value, full), floors_of(units, ratio))
+
+    def target(self, share: float) -> float:
+        """The absolute target once ``share`` of the way is done."""
+        return self.full + (self.last - self.full) * share
 
 
-def _step_towards(full: float, target: float, share: float) -> float:
-    """The absolute target of a round that has gone ``share`` of the way."""
-    end = target * full if target <= 1.0 else target
-    return full + (end - full) * share
+def _describe(done: Round, report: CompressReport) -> str:
+    text = (
+        f"{done.units_removed} units, {done.macs / report.macs_before:.1%} MACs, "
+        f"{done.params / report.params_before:.1%} parameters"
+    )
+    if done.metric_finetuned is None:
+        return text
+    return f"{text}, metric {done.metric_pruned:.4f} -> {done.metric_finetuned:.4f}"
 
 
 def finetune(
@@ -251,7 +259,7 @@ def finetune(
             loss = objective.total(batch.call(model), batch) / batch.size
             if not bool(torch.isfinite(loss)):
                 raise NonFiniteError(
-                    f"fine-tuning diverged: the loss of step {step} is {float(loss)}; lower `lr`"
+                    f"fine-tuning diverged: the loss of step {step} is {loss.item()}; lower `lr`"
                 )
             optim.zero_grad(set_to_none=True)
             loss.backward()

@@ -7,6 +7,8 @@ of removed units; the count on the pruned network is the last word.
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +25,10 @@ from singe.graph import NORMS, ROWS, Group, ModelGraph, private_copy
 def count(model: nn.Module, batch: Batch) -> tuple[float, int]:
     """``(MACs per sample, parameters)`` of a model."""
     inputs = batch.kwargs if batch.kwargs else batch.args
-    macs, params = tp.utils.count_ops_and_params(private_copy(model), inputs)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints for keyword inputs,
+        macs, params = tp.utils.count_ops_and_params(private_copy(model), inputs)
+    if batch.kwargs:  # and takes them for one sample
+        macs /= batch.size
     return float(macs), int(params)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -142,6 +142,12 @@ def first_batch(batches: Iterable[Any], device: torch.device) -> Batch:
 def head(value: Any, count: int) -> Any:
     """The first ``count`` samples of every tensor in a nested structure."""
     return tree_map(lambda t: t[:count] if isinstance(t, Tensor) and t.dim() else t, value)
+
+
+def first_samples(batch: Batch, count: int) -> Batch:
+    """The first ``count`` samples of a batch's inputs."""
+    size = min(count, batch.size)
+    return replace(batch, args=head(batch.args, size), kwargs=head(batch.kwargs, size), size=size)
 
 
 def example_batch(example_inputs: Any, device: torch.device) -> Batch:

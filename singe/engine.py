@@ -3,7 +3,6 @@ computed that the criterion does not use."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,6 +15,7 @@ from singe.criteria import Criterion
 from singe.data import Batch, device_of
 from singe.graph import Group, Member, ModelGraph
 from singe.kernels.integral import Norm, accumulate
+from singe.memory import free_memory, is_out_of_memory
 from singe.network import Network, site_key
 from singe.objectives import Objective
 from singe.quadrature import Quadrature
@@ -39,13 +39,6 @@ class Variant:
     index: int
     node: int | None
     mu: float
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on ``device``."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class FusedEngine:
@@ -94,11 +87,12 @@ class FusedEngine:
         """Score every unit; ``batches`` is read once."""
         jobs = self._jobs()
         full_loss, n_samples = 0.0, 0
+        budget = self.max_memory or free_memory(self.device) // 4
         for batch in batches:
             reference = self._record(batch)
             full_loss += self._totals([reference], batch, reference).item()
             n_samples += batch.size
-            self.chunk = min(self.chunk, self._variants_that_fit())
+            self.chunk = min(self.chunk, self._variants_that_fit(budget))
             for job in jobs:
                 self._run_job(job, batch, reference)
         return self._result(full_loss, n_samples)
@@ -131,22 +125,21 @@ class FusedEngine:
         done = 0
         while done < len(job):
             variants = job[done : done + self.chunk]
+            run = self._add_gradients if variants[0].node is not None else self._add_end_losses
             try:
-                if variants[0].node is None:
-                    self._add_end_losses(variants, batch, reference)
-                else:
-                    self._add_gradients(variants, batch, reference)
-            except torch.OutOfMemoryError:
-                if len(variants) == 1:
+                run(variants, batch, reference)
+            except RuntimeError as error:
+                if len(variants) == 1 or not is_out_of_memory(error):
                     raise
                 self.chunk = len(variants) // 2
-                torch.cuda.empty_cache()
+            else:
+                done += len(variants)
+                self.on_pass(len(variants))
                 continue
-            done += len(variants)
-            self.on_pass(len(variants))
+            if self.device.type == "cuda":  # here the failed pass's tensors are gone
+                torch.cuda.empty_cache()
 
-    def _variants_that_fit(self) -> int:
-        budget = self.max_memory or free_memory(self.device) // 4
+    def _variants_that_fit(self, budget: int) -> int:
         return max(1, budget // max(1, ACTIVATION_COPIES * self.network.cache.bytes))
 
     # ------------------------------------------------------------------ one pass
@@ -211,38 +204,46 @@ class FusedEngine:
         gate_grads = dict(zip(derivable, found, strict=False))
         rest = iter(found[len(derivable) :])
         adjoints = {key: [next(rest) for _ in ts] for key, ts in probes.items()}
+        computed = []
         for group, _ in variants[0].units:
             for member in group.members:
                 key = site_key(member)
-                if key in adjoints:
-                    calls = zip(inputs[key], adjoints[key], strict=True)
-                    for x, adjoint in calls:
-                        self._add_rows(group, member, variants, x.detach(), adjoint)
-                elif key in gate_grads:
-                    self._add(group, member, variants, gate_grads[key].unsqueeze(2))
+                for x, adjoint in zip(inputs.get(key, ()), adjoints.get(key, ()), strict=True):
+                    part = self._rows(group, member, variants, x.detach(), adjoint)
+                    computed.append((group, key, part))
+                if key in gate_grads:
+                    part = self._of_units(group, member, variants, gate_grads[key].unsqueeze(2))
+                    computed.append((group, key, part))
+        # Added only now: running out of memory above must not leave half a pass in the sums.
+        for group, key, part in computed:
+            self._add_to_slots(group, key, variants, part)
 
-    def _add_rows(
+    def _rows(
         self, group: Group, member: Member, variants: Sequence[Variant], x: Tensor, adjoint: Tensor
-    ) -> None:
+    ) -> Tensor:
+        """Gradients of a layer's rows, by unit: [V, U, k], or [V, k] of one unit per variant."""
         module = self.network.sites[member.name].module
         if self.path == "neuron":
-            channels = member.channels[[one.units[0][1][0] for one in variants]]
-            rows = unit_row_gradients(module, x, adjoint, channels.to(self.device))
-            self._add_to_slots(group, member.name, variants, rows.flatten(1))
-        else:
-            self._add(group, member, variants, row_gradients(module, x, adjoint))
+            channels = self._channels_per_variant(member, variants).to(self.device)
+            return unit_row_gradients(module, x, adjoint, channels).flatten(1)
+        return self._of_units(group, member, variants, row_gradients(module, x, adjoint))
 
-    def _add(self, group: Group, member: Member, variants: Sequence[Variant], grad: Tensor) -> None:
-        """Add [V, C, k] gradients of a module's channels to its units."""
+    def _of_units(
+        self, group: Group, member: Member, variants: Sequence[Variant], grad: Tensor
+    ) -> Tensor:
+        """[V, C, k] gradients of a module's channels, by unit as in :meth:`_rows`."""
         if self.path == "neuron":
-            channels = member.channels[[one.units[0][1][0] for one in variants]]
-            grad = torch.stack([g[c] for g, c in zip(grad, channels, strict=True)])  # [V, m, k]
-            self._add_to_slots(group, site_key(member), variants, grad.flatten(1))
-        else:
-            if not member.is_whole(grad.shape[1]):
-                grad = grad[:, member.channels]  # [V, U, m, k]
-            grad = grad.reshape(len(variants), group.n_units, -1)
-            self._add_to_slots(group, site_key(member), variants, grad)
+            channels = self._channels_per_variant(member, variants)
+            chosen = [g[c] for g, c in zip(grad, channels, strict=True)]  # [m, k] each
+            return torch.stack(chosen).flatten(1)
+        if not member.is_whole(grad.shape[1]):
+            grad = grad[:, member.channels]  # [V, U, m, k]
+        return grad.reshape(len(variants), group.n_units, -1)
+
+    @staticmethod
+    def _channels_per_variant(member: Member, variants: Sequence[Variant]) -> Tensor:
+        """[V, m]: the channels of the one unit that each variant moves."""
+        return member.channels[[one.units[0][1][0] for one in variants]]
 
     def _add_to_slots(
         self, group: Group, key: str, variants: Sequence[Variant], grad: Tensor

@@ -84,6 +84,12 @@ class ModelGraph:
     groups: tuple[Group, ...]
     folds: dict[str, str]  # conv or linear -> the BatchNorm that directly follows it
     rejected: dict[str, str]  # root layer -> reason
+    rejected_layers: dict[str, str]  # every layer of those groups -> root layer
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside a ``torch.compile`` wrapper, else the model itself."""
+    return getattr(model, "_orig_mod", model)
 
 
 def private_copy(model: nn.Module, trainable: bool = False) -> nn.Module:
@@ -95,7 +101,7 @@ def private_copy(model: nn.Module, trainable: bool = False) -> nn.Module:
     Raises:
         ModelError: the model cannot be deep-copied.
     """
-    model = getattr(model, "_orig_mod", model)  # a torch.compile wrapper
+    model = unwrapped(model)
     memo: dict[int, Any] = {
         id(p): nn.Parameter(p.detach(), requires_grad=trainable and p.is_floating_point())
         for p in model.parameters()
@@ -148,19 +154,28 @@ def read_graph(model: nn.Module, batch: Batch, ignore: frozenset[str] = frozense
 
     groups: list[Group] = []
     rejected: dict[str, str] = {}
+    rejected_layers: dict[str, str] = {}
     for tp_group in dg.get_all_groups():
         root = names[tp_group[0].dep.target.module]
         group = _describe(dg, tp_group, names, folded)
+        layers = {
+            names[item.dep.target.module]
+            for item in tp_group
+            if isinstance(item.dep.target.module, ROWS)
+            and dg.is_out_channel_pruning_fn(item.dep.handler)
+        }
         if isinstance(group, str):
             rejected[root] = group
+            rejected_layers |= dict.fromkeys(layers, root)
         elif hit := ignore.intersection(group.layers):
             rejected[root] = f"{', '.join(sorted(hit))} is in `ignore`"
+            rejected_layers |= dict.fromkeys(layers, root)
         else:
             groups.append(group)
 
     order = {name: i for i, name in enumerate(names.values())}
     groups.sort(key=lambda g: order[g.name])
-    return ModelGraph(tuple(groups), folds, rejected)
+    return ModelGraph(tuple(groups), folds, rejected, rejected_layers)
 
 
 def _find_folds(dg: tp.DependencyGraph, names: dict[nn.Module, str]) -> dict[str, str]:
@@ -187,6 +202,16 @@ def _blocks_of(module: nn.Module) -> int:
     if isinstance(module, ROWS) and groups > 1 and groups != module.out_channels:
         return int(groups)
     return 1
+
+
+def _width(module: Any, is_out: bool) -> int:
+    """Output or input channels of a layer; those of a norm."""
+    for name in ("out_channels", "out_features") if is_out else ("in_channels", "in_features"):
+        if hasattr(module, name):
+            return int(getattr(module, name))
+    if isinstance(module, nn.LayerNorm):
+        return module.normalized_shape[-1]
+    return int(getattr(module, "num_features", None) or module.num_channels)
 
 
 def _describe(
@@ -219,6 +244,10 @@ def _describe(
             return f"{name} is a {type(module).__name__}, which has no gate yet"
         if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
             return f"{name} normalises over several dimensions"
+        if isinstance(module, BATCH_NORMS) and module.running_mean is None:
+            return f"{name} keeps no running statistics"
+        if max(item.idxs) >= _width(module, is_out):
+            return f"something in front of {name} moves channels in a way that cannot be followed"
         channels = _channels_by_unit(item.idxs, item.root_idxs, n_units)
         if channels is None:
             return f"{name} does not hold as many channels of every unit"

@@ -238,14 +238,14 @@ def _gated_input(network: Network, site: Site, forward: Forward) -> Forward:
 def _gated_norm(network: Network, site: Site, forward: Forward) -> Forward:
     norm = site.module
     if isinstance(norm, BATCH_NORMS):
-        shift = batch_norm_affine(norm)[1]
+        scale, shift = batch_norm_affine(norm)
 
         def gated(x: Tensor) -> Tensor:
-            y = forward(x)
             if site.gate is None:
-                return y
-            missing = (site.gate.double() - 1) * shift
-            return y + per_channel(missing.to(y.dtype), y, 1)
+                return forward(x)
+            # Written out, so that nothing but zeros comes out where nothing but zeros goes in.
+            a, b = scale.to(x.dtype), (site.gate * shift).to(x.dtype)
+            return x * per_channel(a, x, 1) + per_channel(b, x, 1)
 
     else:
 

@@ -109,12 +109,14 @@ def plan(
         OptionError: not exactly one target, or a value out of range.
     """
     scores.check(model)
+    kind, value = target_of(macs=macs, params=params, channels=channels)
+    check_ratio(max_pruning_ratio)
     batch = small(example_batch(example_inputs, device_of(model)))
     graph = find_groups(model, batch, layers=list(scores))
-    return make_plan(
-        model, graph, scores, batch, macs=macs, params=params, channels=channels,
-        ranking=ranking, max_pruning_ratio=max_pruning_ratio,
-    )  # fmt: skip
+    floors = floors_of({g.name: g.n_units for g in graph.groups}, max_pruning_ratio)
+    made = make_plan(model, graph, scores, batch, kind, value, ranking=ranking, floors=floors)
+    made.meta["max_pruning_ratio"] = max_pruning_ratio
+    return made
 
 
 def make_plan(
@@ -122,27 +124,27 @@ def make_plan(
     graph: ModelGraph,
     scores: Scores,
     batch: Batch,
+    kind: str,
+    target: float,
     *,
-    macs: float | None,
-    params: float | None,
-    channels: float | None,
     ranking: str,
-    max_pruning_ratio: float,
-    floors: Mapping[str, int] | None = None,
+    floors: Mapping[str, int],
+    last: float | None = None,
 ) -> Plan:
-    """:func:`plan` for a graph that is at hand already; ``floors`` are units that groups keep."""
+    """:func:`plan` for a graph that is at hand already.
+
+    Args:
+        kind: ``"macs"``, ``"params"`` or ``"channels"``.
+        target: a share (<= 1) or an absolute number.
+        floors: units that every group keeps at least.
+        last: a later, lower target that must be reachable as well.
+    """
     choose("ranking", ranking, RANKINGS)
-    if not 0.0 < max_pruning_ratio <= 1.0:
-        raise OptionError(f"max_pruning_ratio must lie in (0, 1], got {max_pruning_ratio!r}")
-    kind, value = _target(macs=macs, params=params, channels=channels)
     cost = CostModel(model, graph, batch)
     full = cost({})
-    target = value * full[kind] if value <= 1.0 else value
-    floors = floors or {
-        g.name: max(1, g.n_units - int(max_pruning_ratio * g.n_units)) for g in graph.groups
-    }
-    caps = {g.name: max(0, g.n_units - floors[g.name]) for g in graph.groups}
-    order = _order(scores, caps, ranking)
+    target = absolute(target, full[kind])
+    groups = {g.name: g for g in graph.groups}
+    order = _order(scores, {n: max(0, g.n_units - floors[n]) for n, g in groups.items()}, ranking)
 
     def removed(length: int) -> dict[str, list[int]]:
         gone: dict[str, list[int]] = {}
@@ -155,44 +157,42 @@ def make_plan(
 
     def measured(length: int) -> dict[str, float]:
         twin = private_copy(model, trainable=True)
-        groups = {g.name: g for g in graph.groups}
         remove_units(twin, batch, [(groups[n], u) for n, u in removed(length).items()])
-        twin_macs, twin_params = count(twin, batch)
-        return {"macs": twin_macs, "params": twin_params, "channels": full["channels"] - length}
+        macs, params = count(twin, batch)
+        return {"macs": macs, "params": params, "channels": full["channels"] - length}
 
-    smallest = predicted(len(order))
-    if target < smallest:
+    lowest = target if last is None else min(target, last)
+    if predicted(len(order)) > lowest and (reached := measured(len(order))[kind]) > lowest:
         raise BudgetError(
-            f"{kind}={value:g} cannot be met: with max_pruning_ratio={max_pruning_ratio:g} the "
-            f"smallest reachable is {smallest / full[kind]:.3f} of the model's {full[kind]:.4g} "
-            f"({smallest:.4g}); raise the target or max_pruning_ratio, or score more layers"
+            f"a target of {lowest:.4g} {kind} cannot be met: the smallest reachable is "
+            f"{reached / full[kind]:.4f} of the model's {full[kind]:.4g} ({reached:.4g}); raise the "
+            "target or max_pruning_ratio, or score more layers"
         )
-    length, reached = 0, full
+    length, after = 0, full
     aim = target
     for _ in range(8):  # the prediction leaves out activations and pooling: correct by what is left
         length = _shortest(predicted, len(order), aim)
-        reached = measured(length)
-        if reached[kind] <= target or length == len(order):
+        after = measured(length)
+        if after[kind] <= target:
             break
-        aim -= max(reached[kind] - target, 1e-9 * full[kind])
-    if reached[kind] > target:
-        raise BudgetError(
-            f"{kind}={value:g} cannot be met: the smallest reachable is "
-            f"{reached[kind] / full[kind]:.3f} of the model's {full[kind]:.4g}"
-        )
+        aim -= max(after[kind] - target, 1e-9 * full[kind])
     meta = {
-        "target": {kind: value},
+        "target": {kind: target},
         "ranking": ranking,
-        "max_pruning_ratio": max_pruning_ratio,
         "criterion": scores.meta.get("criterion"),
         "fingerprint": scores.meta.get("fingerprint"),
-        "before": {k: full[k] for k in ("macs", "params", "channels")},
-        "after": reached,
+        "before": full,
+        "after": after,
     }
     return Plan(removed(length), meta)
 
 
-def _target(**targets: float | None) -> tuple[str, float]:
+def target_of(**targets: float | None) -> tuple[str, float]:
+    """The one target that was given, ``(kind, value)``.
+
+    Raises:
+        OptionError: none or several, or not positive.
+    """
     given = [(kind, value) for kind, value in targets.items() if value is not None]
     if len(given) != 1:
         raise OptionError(
@@ -203,6 +203,22 @@ def _target(**targets: float | None) -> tuple[str, float]:
     if not value > 0:
         raise OptionError(f"{kind} must be positive: a share (<= 1) or a number, got {value!r}")
     return kind, float(value)
+
+
+def absolute(value: float, full: float) -> float:
+    """A share (<= 1) of ``full``, or the number itself."""
+    return value * full if value <= 1.0 else value
+
+
+def check_ratio(max_pruning_ratio: float) -> None:
+    """Raise OptionError unless the ratio lies in (0, 1]."""
+    if not 0.0 < max_pruning_ratio <= 1.0:
+        raise OptionError(f"max_pruning_ratio must lie in (0, 1], got {max_pruning_ratio!r}")
+
+
+def floors_of(units: Mapping[str, int], max_pruning_ratio: float) -> dict[str, int]:
+    """Units that every group keeps at least."""
+    return {name: max(1, n - int(max_pruning_ratio * n)) for name, n in units.items()}
 
 
 def _order(scores: Scores, caps: Mapping[str, int], ranking: str) -> list[tuple[str, int]]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from singe.data import Batch
-from singe.graph import Group, build_dependency_graph
+from singe.graph import Group, build_dependency_graph, unwrapped
 
 
 def remove_units(
@@ -21,6 +21,7 @@ def remove_units(
         batch: a small batch to trace with.
         removals: (group, unit indices) pairs; every group at most once, never all of its units.
     """
+    model = unwrapped(model)
     training = {name: module.training for name, module in model.named_modules()}
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     for parameter in model.parameters():

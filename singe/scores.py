@@ -14,14 +14,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from singe.errors import NonFiniteError, ScoresError
+from singe.graph import unwrapped
 
 FORMAT = "singe-scores-1"
 
 
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over the names and shapes of all parameters and buffers, not their values."""
-    model = getattr(model, "_orig_mod", model)
-    shapes = sorted((name, list(t.shape)) for name, t in model.state_dict().items())
+    state = unwrapped(model).state_dict()
+    shapes = sorted((name, list(t.shape)) for name, t in state.items())
     return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
 
 

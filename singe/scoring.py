@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any
@@ -92,6 +93,8 @@ def score(
     choose("engine", engine, ("fused", "naive"))
     if autocast is not None or compile:
         raise OptionError("autocast and compile are not offered yet; leave them at None and False")
+    if max_memory is not None and max_memory <= 0:
+        raise OptionError(f"max_memory must be a positive number of bytes, got {max_memory!r}")
     rule = ENDPOINT if chosen.endpoint else as_quadrature(quadrature)
     target = as_objective(objective)
     check_reiterable(batches)
@@ -100,7 +103,8 @@ def score(
 
     start = time.perf_counter()
     device = device_of(model)
-    with _random_state_kept(device):
+    # The caller may be in no_grad or inference mode; what is computed here needs gradients.
+    with _random_state_kept(device), torch.inference_mode(False), torch.enable_grad():
         graph = find_groups(model, first_batch(batches, device), layers, ignore)
         found = time.perf_counter()
         if not chosen.needs_data:
@@ -131,6 +135,13 @@ def score(
         "versions": _versions(),
         **result.meta,
     }
+    if chosen.needs_data and not any(bool(t.any()) for t in result.scores.values()):
+        warnings.warn(
+            f"every score is zero: objective {target.name!r} has no gradient where "
+            f"criterion {criterion!r} looks"
+            + ("; 'kl' is flat at mu = 1, integrate over the path" if target.name == "kl" else ""),
+            stacklevel=2,
+        )
     layers_of = {g.name: g.layers for g in graph.groups}
     return Scores(result.scores, layers_of, meta, completeness=result.completeness)
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from singe.data import Batch, head
-from singe.errors import ModelError
-from singe.graph import Group, ModelGraph, private_copy, read_graph
+from singe.data import Batch, first_samples
+from singe.errors import ModelError, NonFiniteError
+from singe.graph import Group, ModelGraph, private_copy, read_graph, unwrapped
 from singe.network import Network, site_key
 from singe.removal import remove_units
 
@@ -22,8 +22,7 @@ TRACE_SAMPLES = 2  # a batch of 1 would hide coupling along the batch dimension
 
 def small(batch: Batch) -> Batch:
     """The first samples of a batch, for tracing."""
-    size = min(TRACE_SAMPLES, batch.size)
-    return replace(batch, args=head(batch.args, size), kwargs=head(batch.kwargs, size), size=size)
+    return first_samples(batch, TRACE_SAMPLES)
 
 
 def find_groups(
@@ -47,6 +46,7 @@ def find_groups(
     Raises:
         ModelError: nothing to prune, an unknown layer, a layer that cannot be pruned (with reason).
     """
+    model = unwrapped(model)
     names = dict(model.named_modules())
     ignored = _expand(names, _resolve(names, ignore, "ignore"))
     batch = small(batch)
@@ -100,7 +100,8 @@ def _select(graph: ModelGraph, wanted: Sequence[str]) -> ModelGraph:
     covered = {name for g in groups for name in (g.name, *g.layers)}
     for name in wanted:
         if name not in covered:
-            why = graph.rejected.get(name, "it is no conv or linear layer with prunable outputs")
+            root = graph.rejected_layers.get(name, name)
+            why = graph.rejected.get(root, "it is no conv or linear layer with prunable outputs")
             raise ModelError(f"layer {name!r} cannot be pruned: {why}")
     return replace(graph, groups=tuple(groups))
 
@@ -158,7 +159,12 @@ def _verified(model: nn.Module, batch: Batch, graph: ModelGraph) -> ModelGraph:
     network.clear()
     base = _outputs(network(batch))
     original = _outputs(batch.call(private_copy(model)))
-    if _distance(base, original) > _tolerance(original):
+    if not all(bool(torch.isfinite(t).all()) for t in original):
+        raise NonFiniteError(
+            f"{type(model).__name__} gives NaN or infinite outputs for the first batch in evaluation "
+            "mode; check its parameters and running statistics"
+        )
+    if not _distance(base, original) <= _tolerance(original):
         raise ModelError(
             f"the folded copy of {type(model).__name__} differs from the model by "
             f"{_distance(base, original):.2e} (relative); is its evaluation mode deterministic?"
@@ -191,10 +197,12 @@ def _verified(model: nn.Module, batch: Batch, graph: ModelGraph) -> ModelGraph:
     for group in alone:
         if (why := problem([group])) is not None:
             reasons[group.name] = why
-    return ModelGraph(
-        tuple(g for g in graph.groups if g.name not in reasons),
-        graph.folds,
-        {**graph.rejected, **reasons},
+    failed = {layer: g.name for g in alone if g.name in reasons for layer in g.layers}
+    return replace(
+        graph,
+        groups=tuple(g for g in graph.groups if g.name not in reasons),
+        rejected={**graph.rejected, **reasons},
+        rejected_layers={**graph.rejected_layers, **failed},
     )
 
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from singe.data import Batch
+from singe.errors import SingeError
+from singe.memory import is_out_of_memory
 from singe.network import Network
 
 Inputs = dict[str, list[Tensor]]
@@ -51,6 +53,8 @@ class VariantRunner:
             what all variants share is expanded (stride 0).
         """
 
+        structure: list[tuple[list[Any], TreeSpec]] = []  # of the outputs, None and floats included
+
         def run(gates: Mapping[str, Tensor], probes: Mapping[str, list[Tensor]]) -> Any:
             network = self.network
             network.clear()
@@ -59,7 +63,9 @@ class VariantRunner:
                     network.sites[key].gate = gate
                 for key, probe in probes.items():
                     network.sites[key].probes = probe
-                outputs = network(batch)
+                leaves, spec = tree_flatten(network(batch))
+                structure.append((leaves, spec))
+                outputs = [t for t in leaves if isinstance(t, Tensor)]
                 return outputs, {key: list(network.sites[key].inputs) for key in probes}
             finally:
                 network.clear()
@@ -67,9 +73,10 @@ class VariantRunner:
         if self.stacked:
             self.network.cache.replay()
             try:
-                return torch.vmap(run, randomness="same")(dict(gates), dict(probes))
+                outputs, inputs = torch.vmap(run, randomness="same")(dict(gates), dict(probes))
+                return _rebuilt(outputs, *structure[-1]), inputs
             except (RuntimeError, ValueError) as error:
-                if isinstance(error, torch.OutOfMemoryError):
+                if isinstance(error, SingeError) or is_out_of_memory(error):
                     raise
                 self.stacked = False
                 warnings.warn(
@@ -87,7 +94,14 @@ class VariantRunner:
             )
             for v in range(count)
         ]
-        return tree_map(lambda *slices: torch.stack(slices), *runs)
+        outputs, inputs = tree_map(lambda *slices: torch.stack(slices), *runs)
+        return _rebuilt(outputs, *structure[-1]), inputs
+
+
+def _rebuilt(tensors: list[Tensor], leaves: list[Any], spec: TreeSpec) -> Any:
+    """The model's outputs with their tensors replaced, in order."""
+    rest = iter(tensors)
+    return tree_unflatten([next(rest) if isinstance(t, Tensor) else t for t in leaves], spec)
 
 
 def variant(outputs: Any, index: int) -> Any:

@@ -49,8 +49,9 @@ def empty_like_layout(
     like: Tensor, leading: int, channels_last: bool, dtype: torch.dtype | None = None
 ) -> Tensor:
     _, batch, channels, spatial = like.shape
-    if channels_last:
-        return like.new_empty((leading, batch, spatial, channels), dtype=dtype).transpose(2, 3)
+    if channels_last:  # not a transpose: a view made in an op cannot be written in place later
+        strides = (batch * channels * spatial, channels * spatial, 1, channels)
+        return like.new_empty_strided((leading, batch, channels, spatial), strides, dtype=dtype)
     return like.new_empty((leading, batch, channels, spatial), dtype=dtype)
 
 

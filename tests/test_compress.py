@@ -1,0 +1,301 @@
+"""The entwined loop: it meets its target, trains only what is left, and undoes itself on failure."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+import torch_pruning as tp
+from helpers import (
+    CASES,
+    assert_unchanged,
+    clone,
+    make_batches,
+    one_thread,  # noqa: F401 - autouse
+    randomise,
+    residual,
+    snapshot,
+    vgg,
+)
+from torch import nn
+
+import singe
+
+SHAPE = (3, 8, 8)
+# Torch-Pruning counts a linear layer's bias once per batch: its MACs per sample depend, by less than
+# this, on how many samples it is shown.
+MACS = 1e-3
+BATCHES = make_batches(SHAPE, (4, 4, 4), dtype=torch.float32)
+OPTIONS = {"train": BATCHES, "rounds": 2, "finetune_steps": 3, "progress": False}
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return randomise(vgg((8, 10, 9), 12))
+
+
+def macs_of(model: nn.Module) -> float:
+    return tp.utils.count_ops_and_params(model, BATCHES[0][0][:2])[0]
+
+
+def params_of(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+class Failing:
+    """Training data that fails after so many batches, and counts the passes."""
+
+    def __init__(self, batches, after: int, error: type[BaseException]) -> None:
+        self.batches, self.after, self.error, self.given = batches, after, error, 0
+
+    def __iter__(self):
+        for batch in self.batches:
+            if self.given == self.after:
+                raise self.error("the disk is gone")
+            self.given += 1
+            yield batch
+
+
+@pytest.mark.parametrize("ranking", ["global", "local"])
+@pytest.mark.parametrize("kind", ["macs", "params", "channels"])
+def test_the_target_is_met_from_below(kind, ranking):
+    model = network()
+    units = sum(m.out_channels for m in model if isinstance(m, nn.Conv2d)) + 12
+    before = {"macs": macs_of(model), "params": params_of(model), "channels": units}
+    report = singe.compress(model, ranking=ranking, **{kind: 0.5}, **OPTIONS)
+    left = sum(m.out_channels for m in model if isinstance(m, nn.Conv2d)) + model[13].out_features
+    after = {"macs": macs_of(model), "params": params_of(model), "channels": left}
+    assert after[kind] <= 0.5 * before[kind]
+    assert after[kind] >= 0.3 * before[kind], "far more was removed than was asked for"
+    assert report.macs_after == pytest.approx(after["macs"], rel=MACS)
+    assert report.params_after == after["params"]
+
+
+def test_what_comes_back_is_an_ordinary_module():
+    model = network().train()
+    model[1].eval()
+    kinds = [type(m) for m in model.modules()]
+    modes = [m.training for m in model.modules()]
+    singe.compress(model, macs=0.5, **OPTIONS)
+    assert [type(m) for m in model.modules()] == kinds
+    assert [m.training for m in model.modules()] == modes
+    assert all("forward" not in m.__dict__ for m in model.modules())
+    assert all(type(p) is nn.Parameter and p.is_leaf for p in model.parameters())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert not any(h for m in model.modules() for h in (m._forward_hooks, m._backward_hooks))
+    x = BATCHES[0][0]
+    assert torch.equal(clone(model).eval()(x), model.eval()(x))
+
+
+def test_no_layer_is_ever_emptied():
+    model = network()
+    singe.compress(model, macs=0.12, max_pruning_ratio=1.0, **OPTIONS)
+    assert all(m.out_channels >= 1 for m in model if isinstance(m, nn.Conv2d))
+    assert model(BATCHES[0][0]).shape == (4, 4)
+
+
+def test_the_pruning_ratio_is_of_the_original_widths():
+    """Over several rounds no group falls below what it may keep of its first width."""
+    model = network()
+    widths = [8, 10, 9]
+    singe.compress(model, channels=0.55, max_pruning_ratio=0.5, **{**OPTIONS, "rounds": 3})
+    left = [m.out_channels for m in model if isinstance(m, nn.Conv2d)]
+    assert all(now >= was - was // 2 for now, was in zip(left, widths, strict=True))
+
+
+def test_every_rounds_optimizer_holds_the_live_parameters_and_no_other():
+    model = network()
+    model[0].weight.requires_grad_(False)
+    seen = []
+
+    def factory(parameters):
+        parameters = list(parameters)
+        live = {id(p) for p in model.parameters() if p.requires_grad}
+        assert {id(p) for p in parameters} == live
+        seen.append(parameters)
+        return torch.optim.AdamW(parameters, lr=1e-3)
+
+    singe.compress(model, macs=0.5, optimizer=factory, **{**OPTIONS, "rounds": 3})
+    assert len(seen) == 3
+    sizes = [sum(p.numel() for p in parameters) for parameters in seen]
+    assert sizes[0] > sizes[1] > sizes[2]
+    last = {id(p) for p in seen[-1]}
+    assert last == {id(p) for p in model.parameters() if p.requires_grad}
+    assert not model[0].weight.requires_grad
+
+
+def test_fine_tuning_trains():
+    """Steps change the weights, the scheduler is stepped after each, and none means none."""
+    rates = []
+
+    def scheduler(optimizer, steps):
+        assert steps == 5
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rates.append(step) or 1.0)
+
+    tuned, raw = network(), network()
+    options = {**OPTIONS, "rounds": 1, "macs": 0.7}
+    report = singe.compress(tuned, **{**options, "finetune_steps": 5}, scheduler=scheduler)
+    assert rates == [0, 1, 2, 3, 4, 5]
+    assert report.rounds[0].finetune_loss > 0
+    report = singe.compress(raw, **{**options, "finetune_steps": 0})
+    assert report.rounds[0].finetune_loss is None
+    assert tuned[0].weight.shape == raw[0].weight.shape
+    assert not torch.equal(tuned[0].weight, raw[0].weight)
+    assert not torch.equal(tuned[1].running_mean, raw[1].running_mean)
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_failure_half_way_puts_everything_back(error):
+    """In the second round: the model has been pruned and trained by then."""
+    model = network().train()
+    model[1].eval()
+    model[0].weight.requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.ones_like(parameter)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    before = snapshot(model)
+    shapes = []
+    train = Failing(BATCHES, after=4, error=error)
+
+    def evaluate(m):
+        shapes.append(m[0].out_channels + m[4].out_channels + m[8].out_channels)
+        return 0.0
+
+    with pytest.raises(error, match="the disk is gone"):
+        singe.compress(
+            model, calibrate=BATCHES, macs=0.4, evaluate=evaluate, **{**OPTIONS, "train": train}
+        )
+    assert shapes[-1] < shapes[0], "nothing had been pruned: no test"
+    assert_unchanged(model, before, versions=False)
+    assert (model[0].out_channels, model[4].in_channels) == (8, 8)
+    optimizer.step()  # it still holds the model's own parameters
+    assert not torch.equal(model[4].weight, before["state"]["4.weight"])
+
+
+def test_an_objective_that_diverges_puts_everything_back():
+    model = network()
+    before = snapshot(model)
+    with pytest.raises(singe.NonFiniteError, match=r"diverged.*lower `lr`"):
+        singe.compress(model, macs=0.5, lr=1e30, **OPTIONS)
+    assert_unchanged(model, before, versions=False)
+
+
+def test_a_target_out_of_reach_fails_before_anything_is_trained():
+    """And the smallest reachable one it names is a share of the model that came in."""
+    model = network()
+    before, train = snapshot(model), Failing(BATCHES, after=10**9, error=OSError)
+    options = {**OPTIONS, "train": train, "calibrate": BATCHES, "max_pruning_ratio": 0.5}
+    with pytest.raises(singe.BudgetError, match="smallest reachable") as caught:
+        singe.compress(model, macs=0.05, **options)
+    assert_unchanged(model, before, versions=False)
+    assert train.given == 0, f"{train.given} steps were trained first"
+    share = float(re.search(r"smallest reachable is ([0-9.]+) of", str(caught.value)).group(1))
+    report = singe.compress(model, macs=share + 0.001, **options)
+    assert report.macs_after <= (share + 0.001) * report.macs_before
+    assert report.macs_after >= (share - 0.001) * report.macs_before
+
+
+def test_evaluate_takes_batches_or_a_callable():
+    def accuracy(model: nn.Module) -> float:
+        with torch.no_grad():
+            right = [(model.eval()(x).argmax(1) == y).sum().item() for x, y in BATCHES]
+        return sum(right) / 12
+
+    model = network()
+    expected = accuracy(model)
+    report = singe.compress(model, macs=0.7, evaluate=BATCHES, **OPTIONS)
+    assert report.metric_before == pytest.approx(expected)
+    assert report.metric_after == pytest.approx(accuracy(model))
+
+    calls = []
+
+    def metric(m: nn.Module) -> float:
+        calls.append(m)
+        return float(len(calls))
+
+    model = network()
+    report = singe.compress(model, macs=0.7, evaluate=metric, **OPTIONS)
+    assert all(m is model for m in calls)
+    assert report.metric_before == 1.0
+    metrics = [(r.metric_pruned, r.metric_finetuned) for r in report.rounds]
+    assert metrics == [(2.0, 3.0), (4.0, 5.0)]
+    assert report.metric_after == 5.0
+
+
+def test_the_report():
+    model = network()
+    before = macs_of(model), params_of(model)
+    report = singe.compress(model, macs=0.5, **OPTIONS)
+    assert report.macs_before == pytest.approx(before[0], rel=MACS)
+    assert report.params_before == before[1]
+    assert report.metric_before is None
+    assert report.metric_after is None
+    assert len(report.rounds) == 2
+    first, second = report.rounds
+    # Equal steps towards the target, each from below.
+    full = report.macs_before
+    assert second.macs <= 0.5 * full < first.macs <= 0.75 * full
+    assert first.params > second.params == report.params_after
+    for entry in report.rounds:
+        assert entry.units_removed > 0
+        assert entry.finetune_loss > 0
+        assert entry.seconds_pruning > 0
+        assert entry.seconds_finetuning > 0
+    data = json.loads(json.dumps(report.to_dict()))
+    assert len(data["rounds"]) == 2
+
+
+def test_calibration_data_is_what_is_scored_on():
+    """Without it the first samples of the training data are."""
+    seen = []
+
+    def objective(outputs, batch):
+        seen.append(batch[0])
+        return nn.functional.cross_entropy(outputs, batch[1])
+
+    calibrate = make_batches(SHAPE, (5,), seed=9, dtype=torch.float32)
+    options = {**OPTIONS, "rounds": 1, "macs": 0.8, "objective": objective}
+    singe.compress(network(), calibrate=calibrate, **options)
+    assert {len(x) for x in seen} == {5}
+    seen.clear()
+    singe.compress(network(), **options)
+    assert {len(x) for x in seen} == {4}
+
+
+def test_options_reach_the_scoring():
+    model = network()
+    singe.compress(model, channels=0.8, ignore=["0", "13"], criterion="magnitude", **OPTIONS)
+    assert model[0].out_channels == 8
+    assert model[13].out_features == 12
+
+
+@pytest.mark.parametrize("argument", ["train", "calibrate", "evaluate"])
+def test_one_shot_data_is_refused(argument):
+    model = network()
+    before = snapshot(model)
+    with pytest.raises(singe.DataError, match=f"{argument} is a one-shot iterator"):
+        singe.compress(model, macs=0.5, **{**OPTIONS, argument: iter(BATCHES)})
+    assert_unchanged(model, before)
+
+
+def test_empty_training_data():
+    model = network()
+    before = snapshot(model)
+    with pytest.raises(singe.DataError, match="empty"):
+        singe.compress(model, macs=0.5, calibrate=BATCHES, **{**OPTIONS, "train": []})
+    assert_unchanged(model, before, versions=False)
+    with pytest.raises(singe.DataError, match="empty"):
+        singe.compress(model, macs=0.5, **{**OPTIONS, "train": []})
+    assert_unchanged(model, before, versions=False)
+
+
+def test_residual_networks():
+    torch.manual_seed(0)
+    model = randomise(residual())
+    batches = CASES["residual"].batches((4, 4), dtype=torch.float32)
+    report = singe.compress(model, macs=0.6, **{**OPTIONS, "train": batches})
+    assert report.macs_after <= 0.6 * report.macs_before
+    assert model[0].out_channels == model[3].body[3].out_channels

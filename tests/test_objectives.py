@@ -1,0 +1,138 @@
+"""Objectives: what they compute, where they find logits and labels, and what they refuse."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    CASES,
+    batch_of,
+    one_thread,  # noqa: F401 - autouse
+    run_engine,
+)
+
+import singe
+from singe.objectives import as_objective, logits_of
+
+RNG = torch.Generator().manual_seed(0)
+
+
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=RNG, dtype=torch.float64)
+
+
+def total(objective, outputs, raw, reference=None) -> float:
+    goal, batch = as_objective(objective), batch_of(raw)
+    goal.check(outputs, batch)
+    return float(goal.total(outputs, batch, reference))
+
+
+def test_cross_entropy_is_the_sum_over_samples():
+    logits, y = randn(5, 4), torch.tensor([0, 1, 2, 3, 0])
+    expected = F.cross_entropy(logits, y, reduction="sum").item()
+    assert total("cross_entropy", logits, (randn(5, 2), y)) == pytest.approx(expected)
+
+
+def test_cross_entropy_of_class_probabilities():
+    logits, y = randn(5, 4), randn(5, 4).softmax(1)
+    expected = F.cross_entropy(logits, y, reduction="sum").item()
+    assert total("cross_entropy", logits, (randn(5, 2), y)) == pytest.approx(expected)
+
+
+def test_cross_entropy_of_pixels_is_their_mean():
+    logits, y = randn(2, 4, 3, 3), torch.randint(4, (2, 3, 3), generator=RNG)
+    expected = 2 * F.cross_entropy(logits, y).item()
+    assert total("cross_entropy", logits, (randn(2, 1), y)) == pytest.approx(expected)
+
+
+def test_cross_entropy_of_tokens_leaves_out_the_ignored():
+    """[B, T, C] logits; every sample is the mean over its own valid tokens."""
+    logits, y = randn(2, 3, 4), torch.tensor([[0, 1, -100], [2, -100, -100]])
+    samples = [F.cross_entropy(logits[0, :2], y[0, :2]), F.cross_entropy(logits[1, :1], y[1, :1])]
+    expected = float(sum(samples))
+    assert total("cross_entropy", logits, (randn(2, 3), y)) == pytest.approx(expected)
+
+
+def test_kl_is_the_divergence_from_the_original():
+    logits, original = randn(5, 4), randn(5, 4)
+    expected = F.kl_div(
+        logits.log_softmax(1), original.log_softmax(1), reduction="sum", log_target=True
+    ).item()
+    assert total("kl", logits, randn(5, 2), original) == pytest.approx(expected)
+    assert total("kl", original, randn(5, 2), original) == pytest.approx(0.0, abs=1e-15)
+
+
+def test_kl_needs_no_labels_and_is_blind_at_the_full_network():
+    """Its gradient is zero at mu = 1, so Taylor sees nothing where the path integral does."""
+    case = CASES["residual"]
+    model = case.model()
+    inputs = [x for x, _ in case.batches()]
+    integral = run_engine(model, inputs, objective="kl").scores
+    taylor = run_engine(model, inputs, objective="kl", criterion="taylor").scores
+    for name, scores in integral.items():
+        assert scores.norm() > 1e-3
+        assert taylor[name].norm() < 1e-12
+
+
+def test_labels_do_not_reach_kl():
+    case = CASES["mlp"]
+    model, batches = case.model(), case.batches()
+    with_labels = run_engine(model, batches, objective="kl").scores
+    without = run_engine(model, [x for x, _ in batches], objective="kl").scores
+    assert all(torch.equal(with_labels[name], without[name]) for name in without)
+
+
+def test_where_logits_are_found():
+    logits = randn(2, 3)
+    for outputs in (
+        logits,
+        SimpleNamespace(logits=logits),
+        {"logits": logits},
+        {"out": logits},
+        (logits, randn(1)),
+        [logits],
+    ):
+        assert logits_of(outputs) is logits
+    with pytest.raises(singe.DataError, match="callable"):
+        logits_of({"hidden": logits})
+
+
+def test_a_users_objective_gets_outputs_and_the_batch_as_it_came():
+    case = CASES["dict"]
+    model, batches = case.model(), case.batches()
+    seen = []
+
+    def objective(outputs, batch):
+        seen.append(batch)
+        return F.cross_entropy(outputs["logits"], batch["labels"], reduction="none")
+
+    mine = run_engine(model, batches, objective=objective).scores
+    built_in = run_engine(model, batches).scores
+    assert seen[0].keys() == batches[0].keys()
+    assert all(torch.allclose(mine[n], built_in[n], rtol=1e-12) for n in built_in)
+
+
+@pytest.mark.parametrize(
+    ("objective", "outputs", "raw", "message"),
+    [
+        ("cross_entropy", randn(3, 4), randn(3, 2), "needs labels.*objective='kl'"),
+        ("cross_entropy", randn(3, 4), (randn(3, 2), torch.tensor([0, 1, 9])), r"batch 0.*9"),
+        ("cross_entropy", randn(3, 4), (randn(3, 2), torch.tensor([0, 1])), "shape"),
+        ("cross_entropy", randn(3, 4), (randn(3, 2), randn(3)), "class probabilities"),
+        (lambda o, b: o, randn(3, 4), randn(3, 2), r"shape \(3, 4\).*scalar mean"),
+        (lambda o, b: 1.0, randn(3, 4), randn(3, 2), "float; expected a tensor"),
+    ],
+)
+def test_what_does_not_fit(objective, outputs, raw, message):
+    with pytest.raises(singe.DataError, match=message):
+        total(objective, outputs, raw)
+
+
+def test_unknown_objectives():
+    with pytest.raises(singe.OptionError, match=r"cross_entropy.*kl.*callable"):
+        as_objective("mse")
+    with pytest.raises(singe.OptionError, match="None"):
+        as_objective(None)

@@ -1,0 +1,223 @@
+"""Invariant 10: scoring leaves no trace on the model or the process, whether it succeeds or fails."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    CASES,
+    assert_close,
+    assert_unchanged,
+    channels_last,
+    one_thread,  # noqa: F401 - autouse
+    randomise,
+    same_bits,
+    snapshot,
+)
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import singe
+
+CASE = CASES["residual"]
+RUNS = [
+    {"criterion": "singe", "path": "layer"},
+    {"criterion": "singe", "path": "neuron", "p": 2},
+    {"criterion": "signed", "path": "network"},
+    {"criterion": "taylor"},
+    {"criterion": "ablation"},
+    {"criterion": "magnitude"},
+    {"criterion": "random"},
+    {"criterion": "singe", "objective": "kl", "norm": "outside"},
+]
+
+
+def used_model() -> nn.Module:
+    """A model in the middle of its life: mixed modes, frozen parameters, gradients, hooks."""
+    model = CASE.model().train()
+    model[1].eval()
+    model[0].weight.requires_grad_(False)
+    for index, parameter in enumerate(model.parameters()):
+        if parameter.requires_grad and index % 2:
+            parameter.grad = torch.full_like(parameter, float(index))
+    model[3].register_forward_hook(lambda module, args, out: None)
+    model[3].body[0].register_forward_pre_hook(lambda module, args: None)
+    model[4].register_full_backward_hook(lambda module, grads, outs: None)
+    return model
+
+
+def process_state() -> tuple:
+    return (
+        torch.get_rng_state().numpy().tobytes(),
+        random.getstate(),
+        str(np.random.get_state()),  # noqa: NPY002 - the global state is what must not move
+        torch.is_grad_enabled(),
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+@pytest.mark.parametrize("engine", ["fused", "naive"])
+@pytest.mark.parametrize("options", RUNS, ids=lambda o: "-".join(map(str, o.values())))
+def test_after_success(options, engine):
+    model, batches = used_model(), CASE.batches()
+    data = [(x.clone(), y.clone()) for x, y in batches]
+    before, process = snapshot(model), process_state()
+    singe.score(model, batches, engine=engine, progress=False, **options)
+    assert_unchanged(model, before)
+    assert process_state() == process
+    for (x, y), (x0, y0) in zip(batches, data, strict=True):
+        assert same_bits(x, x0)
+        assert same_bits(y, y0)
+        assert x.grad is None
+
+
+@pytest.mark.parametrize("engine", ["fused", "naive"])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_after_an_exception_in_the_middle(engine, error):
+    """The objective fails on the second batch, when the first has been through the whole path."""
+    model, batches = used_model(), CASE.batches((3, 2, 2))
+    before, process = snapshot(model), process_state()
+    calls = []
+
+    def objective(outputs, batch):
+        calls.append(batch[0].shape[0])
+        if len(batch[0]) == 2 and len(calls) > 3:
+            raise error("stop here")
+        return outputs.square().mean()
+
+    with pytest.raises(error, match="stop here"):
+        singe.score(model, batches, objective=objective, engine=engine, progress=False)
+    assert 3 in calls
+    assert_unchanged(model, before)
+    assert process_state() == process
+
+
+def test_after_an_exception_in_the_data():
+    model, batches = used_model(), CASE.batches((3, 2, 2))
+    before, process = snapshot(model), process_state()
+
+    class Broken:
+        def __iter__(self):
+            yield batches[0]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        singe.score(model, Broken(), progress=False)
+    assert_unchanged(model, before)
+    assert process_state() == process
+
+
+def test_a_shuffling_loader_leaves_the_generator():
+    (x, y), = CASE.batches((8,))  # fmt: skip
+    loader = DataLoader(TensorDataset(x, y), batch_size=3, shuffle=True)
+    model = used_model()
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    scores = singe.score(model, loader, progress=False)
+    assert torch.equal(torch.get_rng_state(), before)
+    straight = singe.score(model, [(x, y)], progress=False)
+    assert_close(scores, straight, 1e-6)  # float32: shuffled data is the same data
+
+
+def test_memory_format():
+    torch.manual_seed(0)
+    model = randomise(channels_last().double())
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+    before = snapshot(model)
+    singe.score(model, CASE.batches(), criterion="ablation", progress=False)
+    assert_unchanged(model, before)
+
+
+def test_the_users_hooks_are_part_of_the_model():
+    """They still fire afterwards, and what they do to the outputs is scored."""
+    model, batches = CASE.model(), CASE.batches()
+    plain = singe.score(model, batches, progress=False)
+    model[4].register_forward_hook(lambda module, args, out: 2 * out)
+    doubled = model(batches[0][0])
+    hooked = singe.score(model, batches, progress=False)
+    assert torch.equal(model(batches[0][0]), doubled)
+    twice = CASE.model()
+    with torch.no_grad():
+        for parameter in twice[4].parameters():
+            parameter.mul_(2)
+    assert_close(hooked, singe.score(twice, batches, progress=False), 1e-6)
+    assert not torch.allclose(hooked["0"], plain["0"])
+
+
+def test_the_optimizer_keeps_working():
+    """The same step with and without scoring in between, momentum included."""
+
+    def two_steps(between) -> dict[str, torch.Tensor]:
+        model, batches = CASE.model(), CASE.batches()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        model.train()
+        for x, y in batches:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            between(model, batches)  # between backward and step: .grad counts
+            optimizer.step()
+        return model.state_dict()
+
+    plain = two_steps(lambda model, batches: None)
+    scored = two_steps(lambda model, batches: singe.score(model, batches, progress=False))
+    assert all(same_bits(scored[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("engine", ["fused", "naive"])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_the_callers_grad_mode_does_not_matter(context, engine):
+    model, batches = CASE.model(), CASE.batches()
+    expected = singe.score(model, batches, engine="fused", progress=False)
+    with context():
+        found = singe.score(model, batches, engine=engine, progress=False)
+    assert_close(found, expected, 1e-6)
+
+
+def test_frozen_models_are_scored():
+    """``requires_grad`` is the user's business: a frozen model has the same scores."""
+    model, batches = CASE.model(), CASE.batches()
+    expected = singe.score(model, batches, progress=False)
+    model.requires_grad_(False)
+    assert_close(singe.score(model, batches, progress=False), expected, 0.0)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("engine", ["fused", "naive"])
+def test_tied_parameters_stay_tied(engine):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4))
+    model[2].weight = model[0].weight
+    model.double()
+    before = snapshot(model)
+    with contextlib.suppress(singe.SingeError):  # whether it can be pruned is another question
+        singe.score(model, CASES["mlp"].batches(), engine=engine, progress=False)
+    assert model[2].weight is model[0].weight
+    assert_unchanged(model, before)
+
+
+def test_planning_changes_nothing():
+    model, batches = used_model(), CASE.batches()
+    scores = singe.score(model, batches, progress=False)
+    before, process = snapshot(model), process_state()
+    singe.plan(model, scores, batches[0][0], macs=0.7)
+    assert_unchanged(model, before)
+    assert process_state() == process
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [{"3.body.0": [99]}, {"3.body.0": [0, 1, 2, 3, 4, 5]}, {"nowhere": [0]}, {"4.linear": [0]}],
+)
+def test_a_plan_that_does_not_fit_changes_nothing(plan):
+    model, batches = used_model(), CASE.batches()
+    before = snapshot(model)
+    with pytest.raises(singe.SingeError):
+        singe.prune(model, singe.Plan(plan), batches[0][0])
+    assert_unchanged(model, before)
