@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from singe.cost import count
 from singe.data import as_batch, check_reiterable, device_of, first_batch, read_batches
-from singe.errors import DataError, NonFiniteError, OptionError
+from singe.errors import DataError, ModelError, NonFiniteError, OptionError
 from singe.graph import ModelGraph
 from singe.objectives import Loss, Objective, as_objective, logits_of
 from singe.plan import (
@@ -148,13 +148,16 @@ def compress(
     measure = _as_evaluate(evaluate)
     kind, value = target_of(macs=macs, params=params, channels=channels)
     check_ratio(max_pruning_ratio)
+    trained = as_objective(finetune_objective)
+    if trained.needs_reference:
+        raise OptionError(f"finetune_objective={trained.name!r} compares with the original model")
     tune = partial(
         finetune,
         batches=_endless(train),
         steps=finetune_steps,
         optimizer=optimizer or _default_optimizer(lr),
         scheduler=scheduler or _cosine,
-        objective=as_objective(finetune_objective),
+        objective=trained,
     )
     score_options |= {"objective": objective, "progress": progress}
     console = Console(stderr=True, quiet=not progress)
@@ -248,6 +251,8 @@ def finetune(
         return None
     device = device_of(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise ModelError("no parameter requires a gradient, so there is nothing to fine-tune")
     optim = optimizer(parameters)
     schedule = scheduler(optim, steps)
     modes = {module: module.training for module in model.modules()}
@@ -256,7 +261,9 @@ def finetune(
     try:
         for step in range(steps):
             batch = as_batch(next(batches), step, device)
-            loss = objective.total(batch.call(model), batch) / batch.size
+            outputs = batch.call(model)
+            objective.check(outputs, batch)
+            loss = objective.total(outputs, batch) / batch.size
             if not bool(torch.isfinite(loss)):
                 raise NonFiniteError(
                     f"fine-tuning diverged: the loss of step {step} is {loss.item()}; lower `lr`"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import DataLoader
 
 from singe.errors import DataError, NonFiniteError
 
@@ -49,7 +50,15 @@ def device_of(model: nn.Module) -> torch.device:
 
 def to_device(value: Any, device: torch.device) -> Any:
     """Every tensor in a nested structure on ``device``, the rest as it is."""
-    return tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, value)
+
+    def move(t: Any) -> Any:
+        if not isinstance(t, Tensor):
+            return t
+        return t.to(device).clone() if t.is_inference() else t.to(device)
+
+    if isinstance(value, Mapping):  # tree_map knows dict, not every mapping
+        value = dict(value)
+    return tree_map(move, value)
 
 
 def as_batch(raw: Any, index: int, device: torch.device) -> Batch:
@@ -112,7 +121,8 @@ def check_reiterable(batches: Any, argument: str = "batches") -> None:
         raise DataError(
             f"{argument} must be re-iterable (a list or a DataLoader), got {type(batches).__name__}"
         )
-    if isinstance(batches, Iterator):
+    once = not isinstance(batches, DataLoader) and iter(batches) is iter(batches)
+    if isinstance(batches, Iterator) or once:
         raise DataError(
             f"{argument} is a one-shot iterator ({type(batches).__name__}): it can be read only "
             "once, and may be used up already; pass a list or a DataLoader instead"

@@ -168,7 +168,7 @@ class FusedEngine:
                     key = site_key(member)
                     if key not in gates:
                         gates[key] = (
-                            self.network.open_gate()
+                            self.network.open_gate(key)
                             .expand(len(variants), self.network.sites[key].channels)
                             .clone()
                         )
@@ -252,7 +252,7 @@ class FusedEngine:
         sums = self.sums.get((group.name, key))
         if sums is None:
             slots = 1 if self.nodes_in_one else len(self.quadrature)
-            like = self.network.open_gate()
+            like = self.network.open_gate(key)
             sums = like.new_zeros(slots, group.n_units, grad.shape[-1])
             self.sums[group.name, key] = sums
         for one, part in zip(variants, grad.to(sums.dtype), strict=True):
@@ -300,5 +300,5 @@ class FusedEngine:
         member = next(m for m in group.members if site_key(m) == key)
         site = self.network.sites[key]
         if site.kind != "rows":
-            return self.network.open_gate().expand(member.channels.shape)
+            return self.network.open_gate(key).expand(member.channels.shape)
         return site.weight[member.channels.to(self.device)].flatten(1)

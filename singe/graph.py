@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from singe.data import Batch
 from singe.errors import ModelError
@@ -88,7 +89,9 @@ class ModelGraph:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside a ``torch.compile`` wrapper, else the model itself."""
+    """The module inside a ``torch.compile`` or data-parallel wrapper, else the model itself."""
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return unwrapped(model.module)
     return getattr(model, "_orig_mod", model)
 
 
@@ -103,7 +106,10 @@ def private_copy(model: nn.Module, trainable: bool = False) -> nn.Module:
     """
     model = unwrapped(model)
     memo: dict[int, Any] = {
-        id(p): nn.Parameter(p.detach(), requires_grad=trainable and p.is_floating_point())
+        id(p): nn.Parameter(
+            p.detach().clone() if p.is_inference() else p.detach(),
+            requires_grad=trainable and p.is_floating_point(),
+        )
         for p in model.parameters()
     }
     memo.update({id(b): b.detach().clone() for b in model.buffers()})
@@ -128,7 +134,13 @@ def build_dependency_graph(model: nn.Module, batch: Batch) -> tp.DependencyGraph
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")
             graph.build_dependency(
-                model, batch.args, forward_fn=lambda m, _: batch.call(m), verbose=False
+                model,
+                batch.args,
+                forward_fn=lambda m, _: batch.call(m),
+                output_transform=lambda out: [
+                    t for t in tree_leaves(out) if isinstance(t, Tensor) and t.grad_fn is not None
+                ],
+                verbose=False,
             )
     except Exception as error:
         raise ModelError(
@@ -138,18 +150,22 @@ def build_dependency_graph(model: nn.Module, batch: Batch) -> tp.DependencyGraph
     return graph
 
 
-def read_graph(model: nn.Module, batch: Batch, ignore: frozenset[str] = frozenset()) -> ModelGraph:
+def read_graph(
+    model: nn.Module, batch: Batch, ignore: frozenset[str] = frozenset(), fold: bool = True
+) -> ModelGraph:
     """Groups of ``model`` as Torch-Pruning couples them, before any numerical check.
 
     Args:
         model: any module; not changed.
         batch: a small batch to trace with.
         ignore: layers that must keep all their channels.
+        fold: treat a BatchNorm that directly follows a row as part of it.
     """
     twin = private_copy(model, trainable=True)
     names = {module: name for name, module in twin.named_modules()}
     dg = build_dependency_graph(twin, batch)
-    folds = _find_folds(dg, names)
+    folds = _find_folds(dg, names) if fold else {}
+    tied = _tied(twin)
     folded = set(folds.values())
 
     groups: list[Group] = []
@@ -157,7 +173,7 @@ def read_graph(model: nn.Module, batch: Batch, ignore: frozenset[str] = frozense
     rejected_layers: dict[str, str] = {}
     for tp_group in dg.get_all_groups():
         root = names[tp_group[0].dep.target.module]
-        group = _describe(dg, tp_group, names, folded)
+        group = _describe(dg, tp_group, names, folded, tied)
         layers = {
             names[item.dep.target.module]
             for item in tp_group
@@ -184,6 +200,8 @@ def _find_folds(dg: tp.DependencyGraph, names: dict[nn.Module, str]) -> dict[str
     for module, node in dg.module2node.items():
         if not isinstance(module, ROWS) or len(set(node.outputs)) != 1:
             continue
+        if "weight" not in module._parameters:  # computed by a parametrization
+            continue
         after = node.outputs[0]
         if (
             isinstance(after.module, BATCH_NORMS)
@@ -192,6 +210,16 @@ def _find_folds(dg: tp.DependencyGraph, names: dict[nn.Module, str]) -> dict[str
         ):
             folds[names[module]] = names[after.module]
     return folds
+
+
+def _tied(model: nn.Module) -> set[str]:
+    """Layers whose weight is also another layer's: removing from one would untie them."""
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            users.setdefault(id(weight), []).append(name)
+    return {name for sharers in users.values() if len(sharers) > 1 for name in sharers}
 
 
 def _blocks_of(module: nn.Module) -> int:
@@ -215,7 +243,11 @@ def _width(module: Any, is_out: bool) -> int:
 
 
 def _describe(
-    dg: tp.DependencyGraph, tp_group: Any, names: dict[nn.Module, str], folded: set[str]
+    dg: tp.DependencyGraph,
+    tp_group: Any,
+    names: dict[nn.Module, str],
+    folded: set[str],
+    tied: set[str],
 ) -> Group | str:
     """A Group, or the reason why this one cannot be offered."""
     root = tp_group[0].dep.target.module
@@ -244,6 +276,10 @@ def _describe(
             return f"{name} is a {type(module).__name__}, which has no gate yet"
         if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
             return f"{name} normalises over several dimensions"
+        if isinstance(module, ROWS) and "weight" not in module._parameters:
+            return f"{name} computes its weight; remove its weight_norm or parametrization first"
+        if name in tied:
+            return f"{name} shares its weight with another layer"
         if isinstance(module, BATCH_NORMS) and module.running_mean is None:
             return f"{name} keeps no running statistics"
         if max(item.idxs) >= _width(module, is_out):

@@ -35,9 +35,9 @@ class TextbookNetwork:
             for name, parameter in list(submodule.named_parameters(recurse=False)):
                 own = nn.Parameter(parameter.detach().clone(), requires_grad=True)
                 setattr(submodule, name, own)
-        for site in self.network.sites.values():
+        for key, site in self.network.sites.items():
             if site.kind != "rows":
-                site.gate = self.network.open_gate().repeat(site.channels).requires_grad_()
+                site.gate = self.network.open_gate(key).repeat(site.channels).requires_grad_()
         self.full = {key: self._tensors(key) for key in self.network.sites}
         self.full = {k: [t.detach().clone() for t in v] for k, v in self.full.items()}
 

@@ -119,7 +119,11 @@ def fold(row: Any, norm: Any) -> None:
     folded = folded.to(weight.dtype).contiguous(memory_format=memory_format)
     row.weight = nn.Parameter(folded, requires_grad=False)
     row.bias = nn.Parameter(shift.to(weight.dtype), requires_grad=False)
-    norm.forward = lambda x: x
+    norm.forward = _identity
+
+
+def _identity(input: Tensor) -> Tensor:
+    return input
 
 
 def _is_channels_last(weight: Tensor) -> bool:
@@ -194,10 +198,9 @@ class Network:
             self.is_recording = False
             self.cache.recorded()
 
-    def open_gate(self) -> Tensor:
-        """A single open gate: 1 in the accumulation dtype, on the model's device."""
-        reference = next(iter(self.sites.values())).module
-        like = next((p for p in reference.parameters()), torch.empty(0))
+    def open_gate(self, key: str) -> Tensor:
+        """A single open gate of a site: 1 in its accumulation dtype, on its device."""
+        like = (*self.sites[key].module.parameters(), *self.module.parameters())[0]
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         return torch.ones((), dtype=dtype, device=like.device)
 
@@ -211,13 +214,13 @@ Forward = Callable[..., Tensor]
 
 
 def _gated_rows(network: Network, site: Site, forward: Forward) -> Forward:
-    def gated(x: Tensor) -> Tensor:
-        y = forward(x)
+    def gated(input: Tensor) -> Tensor:
+        y = forward(input)
         call, site.calls = site.calls, site.calls + 1
         if network.is_recording:
             site.outputs.append(y)
         if site.probes:
-            site.inputs.append(x)
+            site.inputs.append(input)
         if site.gate is None:
             return y
         probe = site.probes[call] if site.probes else None
@@ -227,10 +230,10 @@ def _gated_rows(network: Network, site: Site, forward: Forward) -> Forward:
 
 
 def _gated_input(network: Network, site: Site, forward: Forward) -> Forward:
-    def gated(x: Tensor) -> Tensor:
+    def gated(input: Tensor) -> Tensor:
         if site.gate is not None:
-            x = x * per_channel(site.gate.to(x.dtype), x, site.channel_dim)
-        return forward(x)
+            input = input * per_channel(site.gate.to(input.dtype), input, site.channel_dim)
+        return forward(input)
 
     return gated
 
@@ -240,19 +243,19 @@ def _gated_norm(network: Network, site: Site, forward: Forward) -> Forward:
     if isinstance(norm, BATCH_NORMS):
         scale, shift = batch_norm_affine(norm)
 
-        def gated(x: Tensor) -> Tensor:
+        def gated(input: Tensor) -> Tensor:
             if site.gate is None:
-                return forward(x)
+                return forward(input)
             # Written out, so that nothing but zeros comes out where nothing but zeros goes in.
-            a, b = scale.to(x.dtype), (site.gate * shift).to(x.dtype)
-            return x * per_channel(a, x, 1) + per_channel(b, x, 1)
+            a, b = scale.to(input.dtype), (site.gate * shift).to(input.dtype)
+            return input * per_channel(a, input, 1) + per_channel(b, input, 1)
 
     else:
 
-        def gated(x: Tensor) -> Tensor:
+        def gated(input: Tensor) -> Tensor:
             if site.gate is None:
-                return forward(x)
-            return weighted_norm(norm, x, site.gate)
+                return forward(input)
+            return weighted_norm(norm, input, site.gate)
 
     return gated
 

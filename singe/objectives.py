@@ -36,10 +36,15 @@ def logits_of(outputs: Any) -> Tensor:
 
 
 def _class_dim(logits: Tensor, labels: Tensor) -> int:
-    """1 for [B, C, ...] logits, last for [B, T, C] logits of token models."""
-    if labels.shape[1:] == logits.shape[1:-1] and logits.dim() > 2:
+    """1 for [B, C, ...] logits as in torch, else last where labels fit the [B, T, C] of token models."""
+    if labels.shape[1:] != logits.shape[2:] and labels.shape[1:] == logits.shape[1:-1]:
         return logits.dim() - 1
     return 1
+
+
+def _widened(logits: Tensor) -> Tensor:
+    """Half precision to float32: sums over samples would round the differences away."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 def _per_sample(loss: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -72,7 +77,7 @@ class Objective:
         Raises:
             NonFiniteError: NaN or infinite loss, with the batch's index.
         """
-        loss = self.per_sample(outputs, batch, reference)
+        loss = _widened(self.per_sample(outputs, batch, reference))
         if loss.dim() == 0:
             total = loss * batch.size
         elif loss.shape == (batch.size,):
@@ -130,7 +135,7 @@ class CrossEntropy(Objective):
             )
 
     def per_sample(self, outputs: Any, batch: Batch, reference: Any) -> Tensor:
-        logits, labels = logits_of(outputs), batch.labels
+        logits, labels = _widened(logits_of(outputs)), batch.labels
         if labels.is_floating_point():
             return _per_sample(F.cross_entropy(logits, labels, reduction="none"))
         dim = _class_dim(logits, labels)
@@ -147,10 +152,11 @@ class KL(Objective):
     needs_reference = True
 
     def per_sample(self, outputs: Any, batch: Batch, reference: Any) -> Tensor:
-        logits = logits_of(outputs)
-        dim = 2 if logits.dim() == 3 else 1  # [B, T, C] tokens; [B, C] and [B, C, H, W] else
+        logits = _widened(logits_of(outputs))
+        # Language models return an object with [B, T, C] logits; plain tensors have classes in dim 1.
+        dim = -1 if logits.dim() == 3 and hasattr(outputs, "logits") else 1
         log_p = logits.log_softmax(dim)
-        log_p0 = logits_of(reference).log_softmax(dim)
+        log_p0 = _widened(logits_of(reference)).log_softmax(dim)
         return _per_sample((log_p0.exp() * (log_p0 - log_p)).sum(dim))
 
 

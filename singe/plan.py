@@ -15,6 +15,7 @@ from singe.cost import CostModel, count
 from singe.criteria import choose
 from singe.data import Batch, device_of, example_batch
 from singe.errors import BudgetError, OptionError, ScoresError
+from singe.files import replacing
 from singe.graph import ModelGraph, private_copy
 from singe.removal import remove_units
 from singe.scores import Scores
@@ -26,7 +27,10 @@ MAX_PRUNING_RATIO = 0.75
 
 
 class Plan(Mapping[str, list[int]]):
-    """Group name -> sorted indices of the units to remove.
+    """Group name (or one of its layers) -> sorted indices of the units to remove.
+
+    Indices are those of scores: where channels can only go together (grouped convolutions, GroupNorm),
+    one unit is several channels.
 
     Attributes:
         meta: what it was made for and what it is expected to give (MACs, parameters); empty for a
@@ -37,7 +41,9 @@ class Plan(Mapping[str, list[int]]):
         self, remove: Mapping[str, Sequence[int]], meta: Mapping[str, Any] | None = None
     ) -> None:
         self._remove = {
-            name: sorted({int(u) for u in units}) for name, units in remove.items() if len(units)
+            name: sorted({_unit(name, u) for u in units})
+            for name, units in remove.items()
+            if len(units)
         }
         self.meta = dict(meta or {})
 
@@ -59,8 +65,10 @@ class Plan(Mapping[str, list[int]]):
         return f"Plan({self.n_units} units of {len(self)} groups)"
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write as JSON."""
-        Path(path).write_text(json.dumps({"remove": self._remove, "meta": self.meta}, indent=1))
+        """Write as JSON, at once or not at all."""
+        content = json.dumps({"remove": self._remove, "meta": self.meta}, indent=1)
+        with replacing(path) as partial:
+            partial.write_text(content)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Plan:
@@ -74,6 +82,12 @@ class Plan(Mapping[str, list[int]]):
             return cls(content["remove"], content.get("meta"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ScoresError(f"cannot read a plan from {path}: {error}") from error
+
+
+def _unit(name: str, unit: Any) -> int:
+    if isinstance(unit, bool | float | str):
+        raise ScoresError(f"the plan for {name!r} holds {unit!r}; units are integers")
+    return int(unit)
 
 
 def plan(
@@ -162,20 +176,13 @@ def make_plan(
         return {"macs": macs, "params": params, "channels": full["channels"] - length}
 
     lowest = target if last is None else min(target, last)
-    if predicted(len(order)) > lowest and (reached := measured(len(order))[kind]) > lowest:
-        raise BudgetError(
-            f"a target of {lowest:.4g} {kind} cannot be met: the smallest reachable is "
-            f"{reached / full[kind]:.4f} of the model's {full[kind]:.4g} ({reached:.4g}); raise the "
-            "target or max_pruning_ratio, or score more layers"
-        )
-    length, after = 0, full
-    aim = target
-    for _ in range(8):  # the prediction leaves out activations and pooling: correct by what is left
-        length = _shortest(predicted, len(order), aim)
-        after = measured(length)
-        if after[kind] <= target:
-            break
-        aim -= max(after[kind] - target, 1e-9 * full[kind])
+    if predicted(len(order)) > lowest:
+        _require(measured(len(order))[kind], lowest, kind, full[kind])
+    if full[kind] <= target:
+        length, after = 0, full
+    else:
+        length, after = _fewest(predicted, measured, len(order), kind, target)
+        _require(after[kind], target, kind, full[kind])
     meta = {
         "target": {kind: target},
         "ranking": ranking,
@@ -231,6 +238,43 @@ def _order(scores: Scores, caps: Mapping[str, int], ranking: str) -> list[tuple[
             candidates.append((key, name, unit))
     candidates.sort(key=lambda c: c[0])
     return [(name, unit) for _, name, unit in candidates]
+
+
+def _require(reached: float, target: float, kind: str, full: float) -> None:
+    if reached > target:
+        raise BudgetError(
+            f"a target of {target:.4g} {kind} cannot be met: the smallest reachable is "
+            f"{reached / full:.4f} of the model's {full:.4g} ({reached:.4g}); raise the target or "
+            "max_pruning_ratio, or score more layers"
+        )
+
+
+def _fewest(
+    predicted: Callable[[int], float],
+    measured: Callable[[int], dict[str, float]],
+    most: int,
+    kind: str,
+    target: float,
+) -> tuple[int, dict[str, float]]:
+    """The fewest units that meet the target by count, and the cost then; ``most`` if none do.
+
+    The prediction leaves out activations and pooling. It chooses where to count next, corrected by
+    how far off it was; after a few counts plain bisection takes over.
+    """
+    low, high = 0, most  # low misses the target
+    best: dict[str, float] | None = None
+    aim, counts = target, 0
+    while high - low > 1:
+        guess = _shortest(predicted, most, aim) if counts < 4 else (low + high) // 2
+        guess = min(max(guess, low + 1), high - 1)
+        after = measured(guess)
+        counts += 1
+        if after[kind] <= target:
+            high, best = guess, after
+        else:
+            low = guess
+        aim += target - after[kind]
+    return high, best if best is not None else measured(high)
 
 
 def _shortest(cost: Callable[[int], float], most: int, target: float) -> int:

@@ -46,7 +46,8 @@ class PrefixCache:
                 if isinstance(out, Tensor):
                     self._remember(call, out)
                 return out
-            if kwargs or len(args) != 1 or depends_on_gates(args[0]):
+            plain = not kwargs and len(args) == 1 and isinstance(args[0], Tensor)
+            if not plain or depends_on_gates(args[0]):
                 return forward(*args, **kwargs)
             kept = self._outputs.get(call)
             if kept is None:

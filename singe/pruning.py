@@ -9,11 +9,12 @@ from torch import nn
 
 from singe.cost import count
 from singe.data import device_of, example_batch
-from singe.errors import ScoresError
+from singe.errors import ModelError, ScoresError
 from singe.graph import Group, private_copy
 from singe.plan import Plan
 from singe.removal import remove_units
 from singe.scores import fingerprint
+from singe.snapshot import Snapshot
 from singe.units import find_groups, small
 
 
@@ -67,7 +68,9 @@ def prune(model: nn.Module, plan: Plan, example_inputs: Any) -> PruneReport:
     remove_units(rehearsal, batch, removals)
     macs_before, params_before = count(model, batch)
     macs_after, params_after = count(rehearsal, batch)
-    remove_units(model, batch, removals)
+    with Snapshot(model) as snapshot:  # an interrupt between two groups would leave it inconsistent
+        remove_units(model, batch, removals)
+        snapshot.discard()
     return PruneReport(
         macs_before,
         macs_after,
@@ -80,6 +83,10 @@ def prune(model: nn.Module, plan: Plan, example_inputs: Any) -> PruneReport:
 
 def _resolve(model: nn.Module, plan: Plan, batch: Any) -> list[tuple[Group, list[int]]]:
     graph = find_groups(model, batch, layers=list(plan))
+    covered = {name for group in graph.groups for name in (group.name, *group.layers)}
+    for name in plan:
+        if name not in covered:
+            raise ModelError(f"layer {name!r} cannot be pruned: a plan names layers, no containers")
     removals = []
     for group in graph.groups:
         names = [name for name in plan if name == group.name or name in group.layers]

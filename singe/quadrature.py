@@ -84,12 +84,12 @@ def trapezoid(n: int = 5) -> Quadrature:
     return _rule(f"trapezoid({n})", np.linspace(0.0, 1.0, n), weights)
 
 
-def _left(n: int) -> Quadrature:
+def _left(n: int = 4) -> Quadrature:
     n = _positive(n)
     return _rule(f"riemann_left({n})", np.arange(n) / n, np.full(n, 1.0 / n))
 
 
-def _right(n: int) -> Quadrature:
+def _right(n: int = 4) -> Quadrature:
     n = _positive(n)
     return _rule(f"riemann_right({n})", np.arange(1, n + 1) / n, np.full(n, 1.0 / n))
 
@@ -106,18 +106,21 @@ _BY_NAME = {
 }
 
 
-def by_name(method: str, n_steps: int = 4) -> Quadrature:
+def by_name(method: str, n_steps: int | None = None) -> Quadrature:
     """A rule by its name here or by Captum's (``gausslegendre``, ``riemann_*``).
+
+    Without ``n_steps`` with as many nodes as the rule has by default: 4, trapezoid 5, geometric 30.
 
     Raises:
         OptionError: unknown name; the message lists the known ones.
     """
     if method == "geometric":
-        return geometric(n=n_steps)
+        return geometric() if n_steps is None else geometric(n=n_steps)
     if method not in _BY_NAME:
         known = ", ".join(sorted([*_BY_NAME, "geometric"]))
         raise OptionError(f"unknown quadrature {method!r}; known: {known}")
-    return _BY_NAME[method](n_steps)
+    rule = _BY_NAME[method]
+    return rule() if n_steps is None else rule(n_steps)
 
 
 def as_quadrature(value: int | str | Quadrature) -> Quadrature:

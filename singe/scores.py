@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from singe.errors import NonFiniteError, ScoresError
+from singe.files import replacing
 from singe.graph import unwrapped
 
 FORMAT = "singe-scores-1"
@@ -88,13 +89,17 @@ class Scores(Mapping[str, Tensor]):
             )
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write a safetensors file; everything but the tensors goes into its metadata as JSON."""
+        """Write a safetensors file; everything but the tensors goes into its metadata as JSON.
+
+        An existing file is replaced at once or not at all.
+        """
         tensors = {f"score/{name}": t.contiguous() for name, t in self._values.items()}
         for kind in ("stderr", "completeness"):
             for name, t in (getattr(self, kind) or {}).items():
                 tensors[f"{kind}/{name}"] = t.detach().cpu().float().contiguous()
         header = {"format": FORMAT, "groups": self.groups, "meta": self.meta}
-        save_file(tensors, fspath(path), metadata={"singe": json.dumps(header)})
+        with replacing(path) as partial:
+            save_file(tensors, partial, metadata={"singe": json.dumps(header)})
 
     @classmethod
     def load(cls, path: str | PathLike[str], model: nn.Module | None = None) -> Scores:
@@ -112,32 +117,20 @@ class Scores(Mapping[str, Tensor]):
                 for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
                     kind, name = key.split("/", 1)
                     parts[kind][name] = file.get_tensor(key)
-        except (SafetensorError, json.JSONDecodeError, KeyError, OSError) as error:
+            order = [name for name in header["groups"] if name in parts["score"]]
+            layers = {name: tuple(names) for name, names in header["groups"].items()}
+            meta = dict(header["meta"])
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            if isinstance(error, ScoresError):
+                raise
             raise ScoresError(f"cannot read scores from {fspath(path)}: {error}") from error
-        order = [name for name in header["groups"] if name in parts["score"]]
         scores = cls(
             {name: parts["score"][name] for name in order},
-            {name: tuple(layers) for name, layers in header["groups"].items()},
-            header["meta"],
+            layers,
+            meta,
             parts["stderr"] or None,
             parts["completeness"] or None,
         )
         if model is not None:
             scores.check(model)
         return scores
-
-    def summary(self) -> list[dict[str, Any]]:
-        """One row per group: name, units, smallest, median and largest score."""
-        rows = []
-        for name, t in self._values.items():
-            quantiles = [float(q) for q in (t.min(), t.median(), t.max())]
-            rows.append(
-                dict(
-                    zip(
-                        ("group", "units", "min", "median", "max"),
-                        (name, len(t), *quantiles),
-                        strict=True,
-                    )
-                )
-            )
-        return rows

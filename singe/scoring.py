@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -90,6 +90,7 @@ def score(
     choose("path", path, PATHS)
     choose("norm", norm, NORMS)
     choose("p", p, POWERS)
+    p = "sum" if p == "sum" else int(p)  # 2.0 is as good as 2
     choose("engine", engine, ("fused", "naive"))
     if autocast is not None or compile:
         raise OptionError("autocast and compile are not offered yet; leave them at None and False")
@@ -163,7 +164,10 @@ def _sweep(
     data = read_batches(batches, device_of(model))
     if engine == "naive":
         return naive_scores(model, graph, data, objective, criterion, path, rule, p, norm)
-    count = len(batches) if isinstance(batches, Sized) else None
+    try:
+        count = len(batches)  # type: ignore[arg-type]
+    except TypeError:  # no length, or a DataLoader over a dataset without one
+        count = None
     fused = FusedEngine(model, graph, objective, criterion, path, rule, p, norm, max_memory)
     total = None if count is None else count * fused.variants_per_batch()
     with _progress(f"{criterion.name}, {path} path", total, progress) as advance:

@@ -22,7 +22,16 @@ class Snapshot:
             for module in model.modules()
         ]
         tensors = [*model.parameters(), *model.buffers()]
-        self._values = [(t, t.detach().clone(), t.requires_grad, t.grad) for t in tensors]
+        self._values = [
+            (
+                t,
+                t.detach().clone(),
+                t.requires_grad,
+                t.grad,
+                None if t.grad is None else t.grad.clone(),
+            )
+            for t in tensors
+        ]
         self._kept = True
 
     def discard(self) -> None:
@@ -34,10 +43,12 @@ class Snapshot:
             module.__dict__.clear()
             module.__dict__.update(state)
         with torch.no_grad():
-            for tensor, value, requires_grad, grad in self._values:
+            for tensor, value, requires_grad, grad, grad_value in self._values:
                 tensor.copy_(value)
                 tensor.requires_grad_(requires_grad)
                 tensor.grad = grad
+                if grad is not None and grad_value is not None:
+                    grad.copy_(grad_value)
 
     def __enter__(self) -> Snapshot:
         return self

@@ -142,14 +142,3 @@ def test_somebody_elses_safetensors(tmp_path):
 def test_values_that_are_not_finite():
     with pytest.raises(singe.NonFiniteError, match="'a'"):
         singe.Scores({"a": torch.tensor([1.0, float("nan")])}, {"a": ("a",)}, {})
-
-
-def test_summary(scored):
-    _, scores = scored
-    rows = scores.summary()
-    assert [row["group"] for row in rows] == list(scores)
-    for row, tensor in zip(rows, scores.values(), strict=True):
-        assert row["units"] == len(tensor)
-        assert row["min"] == tensor.min().item()
-        assert row["median"] == tensor.median().item()
-        assert row["max"] == tensor.max().item()
