@@ -100,9 +100,12 @@ def paired(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[st
     for _ in range(rounds):
         for name, run in runs.items():
             times[name].append(seconds(run))
-    return {
-        name: {"median": statistics.median(t), "min": min(t), "all": t} for name, t in times.items()
-    }
+    return {name: summary(t) for name, t in times.items()}
+
+
+def summary(times: list[float]) -> dict[str, Any]:
+    """Median, minimum and all of them."""
+    return {"median": statistics.median(times), "min": min(times), "all": times}
 
 
 def median_ratio(times: dict[str, dict[str, Any]], slow: str, fast: str) -> float:
