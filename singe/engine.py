@@ -23,10 +23,10 @@ from singe.result import Result, UnitSet, unit_sets
 from singe.variants import VariantRunner, variant, zero_probes
 
 MAX_VARIANTS = 64  # per pass; beyond that a pass only takes more memory
-# On a CPU a larger pass is a slower one: ResNet-20, layer path, 4 nodes, seconds with 4 / 2 / 1 variants
-# per pass: 16 images (12 MB a variant) 0.62 / 0.72 / 0.72, 64 images 2.3 / 2.2 / 2.7, 256 images
-# 14.3 / 10.1 / 8.9.
-CPU_PASS_BYTES = 200 << 20
+# On a CPU a larger pass is a slower one once it outgrows the caches: ResNet-20, layer path, 4 nodes,
+# seconds with 4 / 2 / 1 variants per pass: 16 images (12 MB a variant) 0.62 / 0.72 / 0.72, 64 images
+# 2.1 / 2.1 / 2.2, 256 images 14.3 / 10.1 / 8.9.
+CPU_PASS_BYTES = 100 << 20
 ACTIVATION_COPIES = 3  # forward, what backward keeps, and the gradient
 
 
