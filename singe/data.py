@@ -154,6 +154,17 @@ def head(value: Any, count: int) -> Any:
     return tree_map(lambda t: t[:count] if isinstance(t, Tensor) and t.dim() else t, value)
 
 
+def in_channels_last(batch: Batch) -> Batch:
+    """The same batch with the model's four-dimensional inputs stored channels-last."""
+
+    def lay_out(t: Any) -> Any:
+        is_image = isinstance(t, Tensor) and t.dim() == 4
+        return t.contiguous(memory_format=torch.channels_last) if is_image else t
+
+    args, kwargs = tree_map(lay_out, batch.args), tree_map(lay_out, batch.kwargs)
+    return replace(batch, args=args, kwargs=kwargs)
+
+
 def first_samples(batch: Batch, count: int) -> Batch:
     """The first ``count`` samples of a batch's inputs."""
     size = min(count, batch.size)

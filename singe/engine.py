@@ -20,13 +20,13 @@ from singe.network import Network, site_key
 from singe.objectives import Objective
 from singe.quadrature import Quadrature
 from singe.result import Result, UnitSet, unit_sets
-from singe.variants import VariantRunner, variant, zero_probes
+from singe.variants import LayoutRefused, VariantRunner, variant, zero_probes
 
 MAX_VARIANTS = 64  # per pass; beyond that a pass only takes more memory
 # On a CPU a larger pass is a slower one once it outgrows the caches: ResNet-20, layer path, 4 nodes,
 # seconds with 4 / 2 / 1 variants per pass: 16 images (12 MB a variant) 0.62 / 0.72 / 0.72, 64 images
 # 2.1 / 2.1 / 2.2, 256 images 14.3 / 10.1 / 8.9.
-CPU_PASS_BYTES = 100 << 20
+CPU_PASS_BYTES = 200 << 20
 ACTIVATION_COPIES = 3  # forward, what backward keeps, and the gradient
 
 
@@ -77,6 +77,9 @@ class FusedEngine:
         self.on_pass = on_pass
         self.device = device_of(model)
         self.network = Network(model, graph.groups, graph.folds)
+        if self.device.type == "cpu" and all(p.dtype == torch.float32 for p in model.parameters()):
+            # ResNet-20, 64 images: the stacked pass takes 0.88 of the time in this layout.
+            self.network.set_channels_last(True)
         self.runner = VariantRunner(self.network)
         integrand = criterion.integrand
         # A sum over a unit's entries is the derivative along its gates: no weight gradient needed.
@@ -132,6 +135,9 @@ class FusedEngine:
             run = self._add_gradients if variants[0].node is not None else self._add_end_losses
             try:
                 run(variants, batch, reference)
+            except LayoutRefused:
+                self._record(batch)
+                continue
             except RuntimeError as error:
                 if len(variants) == 1 or not is_out_of_memory(error):
                     raise

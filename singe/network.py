@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singe.data import Batch
+from singe.data import Batch, in_channels_last
 from singe.graph import BATCH_NORMS, Group, Member, private_copy
 from singe.kernels.masked_forward import masked_forward
 from singe.prefix import PrefixCache
@@ -152,6 +152,7 @@ class Network:
             fold(self.module.get_submodule(row), self.module.get_submodule(norm))
         self.cache = PrefixCache(self.module)
         self.is_recording = False
+        self.channels_last = False
         self.sites: dict[str, Site] = {}
         members = [m for group in groups for m in group.members]
         for member in sorted(members, key=lambda m: m.kind == "input"):  # input gates outermost
@@ -178,7 +179,15 @@ class Network:
         """Outputs with whatever gates and probes are set."""
         for site in self.sites.values():
             site.inputs, site.calls = [], 0
-        return batch.call(self.module)
+        return (in_channels_last(batch) if self.channels_last else batch).call(self.module)
+
+    def set_channels_last(self, wanted: bool) -> None:
+        """Store the copy's images and convolution weights channels-last, or contiguous."""
+        self.channels_last = wanted
+        layout = torch.channels_last if wanted else torch.contiguous_format
+        for parameter in self.module.parameters():
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(memory_format=layout)
 
     def clear(self) -> None:
         """All gates open, nothing recorded."""

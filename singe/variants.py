@@ -23,6 +23,10 @@ def zero_probes(outputs: Sequence[Tensor], variants: int) -> list[Tensor]:
     return [y.new_zeros(()).expand(variants, *y.shape).requires_grad_() for y in outputs]
 
 
+class LayoutRefused(Exception):
+    """The channels-last pass failed; the network is contiguous now, record the batch again."""
+
+
 class VariantRunner:
     """Runs a network for V settings of its gates at once, its ungated prefix once per batch.
 
@@ -47,6 +51,9 @@ class VariantRunner:
             gates: [V, C] per site.
             probes: per site one [V, *output shape] tensor for every call of its module; what these
                 sites were called with is returned.
+
+        Raises:
+            LayoutRefused: once, where vmap runs this model in the contiguous layout only.
 
         Returns:
             The model's outputs, every tensor [V, ...]; and [V, ...] inputs of the probed sites, where
@@ -78,6 +85,11 @@ class VariantRunner:
             except (RuntimeError, ValueError) as error:
                 if isinstance(error, SingeError) or is_out_of_memory(error):
                     raise
+                if (
+                    self.network.channels_last
+                ):  # torch.group_norm, for one, cannot ask for it in vmap
+                    self.network.set_channels_last(False)
+                    raise LayoutRefused from error
                 self.stacked = False
                 warnings.warn(
                     f"variants run one after the other, which is slower: torch.vmap cannot run this "
