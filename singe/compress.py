@@ -6,6 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -231,6 +232,18 @@ def _describe(done: Round, report: CompressReport) -> str:
     return f"{text}, metric {done.metric_pruned:.4f} -> {done.metric_finetuned:.4f}"
 
 
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Training or evaluation mode in here; every module's own mode is put back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 def finetune(
     model: nn.Module,
     batches: Iterator[Any],
@@ -255,29 +268,26 @@ def finetune(
         raise ModelError("no parameter requires a gradient, so there is nothing to fine-tune")
     optim = optimizer(parameters)
     schedule = scheduler(optim, steps)
-    modes = {module: module.training for module in model.modules()}
-    model.train()
     tail: list[Tensor] = []
     try:
-        for step in range(steps):
-            batch = as_batch(next(batches), step, device)
-            outputs = batch.call(model)
-            objective.check(outputs, batch)
-            loss = objective.total(outputs, batch) / batch.size
-            if not bool(torch.isfinite(loss)):
-                raise NonFiniteError(
-                    f"fine-tuning diverged: the loss of step {step} is {loss.item()}; lower `lr`"
-                )
-            optim.zero_grad(set_to_none=True)
-            loss.backward()
-            optim.step()
-            schedule.step()
-            if step >= steps - max(1, steps // 10):
-                tail.append(loss.detach())
+        with in_mode(model, training=True):
+            for step in range(steps):
+                batch = as_batch(next(batches), step, device)
+                outputs = batch.call(model)
+                objective.check(outputs, batch)
+                loss = objective.total(outputs, batch) / batch.size
+                if not bool(torch.isfinite(loss)):
+                    raise NonFiniteError(
+                        f"fine-tuning diverged: the loss of step {step} is {loss.item()}; lower `lr`"
+                    )
+                optim.zero_grad(set_to_none=True)
+                loss.backward()
+                optim.step()
+                schedule.step()
+                if step >= steps - max(1, steps // 10):
+                    tail.append(loss.detach())
     finally:
         optim.zero_grad(set_to_none=True)
-        for module, training in modes.items():
-            module.training = training
     return float(torch.stack(tail).mean())
 
 
@@ -321,17 +331,12 @@ def _as_evaluate(evaluate: Evaluate | Iterable[Any] | None) -> Evaluate | None:
 @torch.no_grad()
 def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
     """Top-1 accuracy (0..1) of class-index labels, in evaluation mode; the modes are put back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     right = total = 0
-    try:
+    with in_mode(model, training=False):
         for batch in read_batches(batches, device_of(model)):
             predicted = logits_of(batch.call(model)).argmax(1)
             if not isinstance(batch.labels, Tensor):
                 raise DataError(f"evaluation batch {batch.index} has no labels")
             right += int((predicted == batch.labels).sum())
             total += batch.labels.numel()
-    finally:
-        for module, training in modes.items():
-            module.training = training
     return right / total
