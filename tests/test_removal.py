@@ -204,7 +204,9 @@ def test_torchvision(name, groups, step):
     assert len(pair.graph.groups) == groups
     assert len(pair.graph.rejected) == 1, "only the output layer is left out"
     generator = torch.Generator().manual_seed(0)
-    orders = [(g, torch.randperm(g.n_units, generator=generator).tolist()) for g in pair.graph.groups]
+    orders = [
+        (g, torch.randperm(g.n_units, generator=generator).tolist()) for g in pair.graph.groups
+    ]
     first = [(g, sorted(order[: g.n_units // 2])) for g, order in orders]
     second = [(g, sorted(order[g.n_units // 2 :])) for g, order in orders]
     for group, units in first[::step]:
