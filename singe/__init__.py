@@ -6,6 +6,7 @@ from singe import quadrature
 from singe.compress import CompressReport, compress
 from singe.errors import (
     BudgetError,
+    CheckpointError,
     DataError,
     KernelError,
     ModelError,
@@ -27,6 +28,7 @@ except PackageNotFoundError:  # a checkout that was never installed
 
 __all__ = [
     "BudgetError",
+    "CheckpointError",
     "CompressReport",
     "DataError",
     "KernelError",

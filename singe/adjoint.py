@@ -29,22 +29,28 @@ def row_gradients(module: Any, x: Tensor, adjoint: Tensor) -> Tensor:
     return _with_bias(module, weight, adjoint)
 
 
+def channels_of(module: Any, adjoint: Tensor, channels: Tensor) -> Tensor:
+    """Each variant's own channels of an adjoint: [V, B, C, *Y] and int64 [V, m] -> [V, B, m, *Y]."""
+    if isinstance(module, nn.Linear):
+        index = channels.view(len(channels), *[1] * (adjoint.dim() - 2), -1)
+        return adjoint.gather(-1, index.expand(*adjoint.shape[:-1], -1))
+    return torch.stack([a[:, rows] for a, rows in zip(adjoint, channels, strict=True)])
+
+
 def unit_row_gradients(module: Any, x: Tensor, adjoint: Tensor, channels: Tensor) -> Tensor:
     """The same where variant v asks for its rows ``channels[v]`` only.
 
     Args:
+        adjoint: of these rows alone, see :func:`channels_of`: [V, B, m, *Y] or [V, B, *, m].
         channels: int64 [V, m].
 
     Returns:
         [V, m, K].
     """
     if isinstance(module, nn.Linear):
-        index = channels.view(len(channels), *[1] * (adjoint.dim() - 2), -1)
-        chosen = adjoint.gather(-1, index.expand(*adjoint.shape[:-1], -1))
-        return _with_bias(module, _linear(x, chosen), chosen)
-    chosen = torch.stack([a[:, rows] for a, rows in zip(adjoint, channels, strict=True)])
+        return _with_bias(module, _linear(x, adjoint), adjoint)
     parts = []
-    for x_v, a_v, rows in zip(x, chosen, channels, strict=True):
+    for x_v, a_v, rows in zip(x, adjoint, channels, strict=True):
         if module.groups == 1:
             parts.append(_conv(module, x_v, a_v, groups=1))
         else:  # every row sees only its own block of inputs
@@ -52,7 +58,7 @@ def unit_row_gradients(module: Any, x: Tensor, adjoint: Tensor, channels: Tensor
             block = rows // (module.out_channels // module.groups)
             seen = (block[:, None] * width + torch.arange(width, device=rows.device)).flatten()
             parts.append(_conv(module, x_v[:, seen], a_v, groups=len(rows)))
-    return _with_bias(module, torch.stack(parts), chosen)
+    return _with_bias(module, torch.stack(parts), adjoint)
 
 
 def _linear(x: Tensor, adjoint: Tensor) -> Tensor:

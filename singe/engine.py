@@ -3,23 +3,31 @@ computed that the criterion does not use."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from singe.adjoint import row_gradients, unit_row_gradients
+from singe.adjoint import channels_of, row_gradients, unit_row_gradients
+from singe.channel_update import ChannelUpdates
+from singe.checkpoint import Checkpoint
 from singe.criteria import Criterion
 from singe.data import Batch, device_of
+from singe.decision import EarlyDecision, hardest_first
+from singe.errors import OptionError
 from singe.graph import Group, Member, ModelGraph
-from singe.kernels.integral import Norm, accumulate
-from singe.memory import free_memory, is_out_of_memory
+from singe.layout import GradientsChannelsLast
+from singe.memory import PeakMemory, free_memory, is_out_of_memory
 from singe.network import Network, site_key
 from singe.objectives import Objective
+from singe.passes import Variant, all_variants, gates_of, merged, runs_of_groups
+from singe.precision import lower
 from singe.quadrature import Quadrature
-from singe.result import Result, UnitSet, unit_sets
+from singe.reduction import Reduction
+from singe.result import Result, unit_sets
+from singe.sums import Sums, set_of_units
 from singe.variants import LayoutRefused, VariantRunner, variant, zero_probes
 
 MAX_VARIANTS = 64  # per pass; beyond that a pass only takes more memory
@@ -28,29 +36,22 @@ MAX_VARIANTS = 64  # per pass; beyond that a pass only takes more memory
 # 2.1 / 2.1 / 2.2, 256 images 14.3 / 10.1 / 8.9.
 CPU_PASS_BYTES = 200 << 20
 ACTIVATION_COPIES = 3  # forward, what backward keeps, and the gradient
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One setting of the gates: the units of ``units`` at ``mu``, all others at 1.
-
-    Attributes:
-        index: position of ``units`` among the unit sets of the run.
-        node: index into the quadrature, or None for the end of the path, mu = 0.
-    """
-
-    units: UnitSet
-    index: int
-    node: int | None
-    mu: float
+# Groups share a pass while it is so small that starting operations costs more than running them.
+SHARED_PASS_BYTES = 2 << 20
+MAX_FOLDS = 16  # of the data, for error bars
+FOLD_BYTES = 256 << 20  # what their sums may take, unless max_memory says otherwise
 
 
 class FusedEngine:
     """One scoring run; see :func:`singe.score` for the arguments.
 
     Args:
-        max_memory: bytes the stacked activations of one pass may take; None: a quarter of what is
-            free. On out-of-memory the pass is halved and repeated.
+        max_memory: bytes that scoring may take beside the model and the data; None: a quarter of
+            what is free. On out-of-memory the pass is halved and repeated.
+        autocast: dtype of convolutions and linear layers, or None.
+        n_batches: how many batches there are, or None if that is not known.
+        decision: stops feeding units whose side of a cut is settled.
+        checkpoint: where the state of the run is kept between batches.
         on_pass: called with the number of variants after every finished pass.
     """
 
@@ -65,6 +66,10 @@ class FusedEngine:
         p: int | str,
         norm: str,
         max_memory: int | None = None,
+        autocast: torch.dtype | None = None,
+        n_batches: int | None = None,
+        decision: EarlyDecision | None = None,
+        checkpoint: Checkpoint | None = None,
         on_pass: Callable[[int], None] = lambda variants: None,
     ) -> None:
         self.groups = graph.groups
@@ -72,69 +77,117 @@ class FusedEngine:
         self.criterion = criterion
         self.path = path
         self.quadrature = quadrature
-        self.p = p
         self.max_memory = max_memory
+        self.n_batches = n_batches
+        self.decision = decision
+        self.checkpoint = checkpoint
         self.on_pass = on_pass
         self.device = device_of(model)
         self.network = Network(model, graph.groups, graph.folds)
+        if autocast is not None:
+            lower(self.network, autocast)
         if self.device.type == "cpu" and all(p.dtype == torch.float32 for p in model.parameters()):
             # ResNet-20, 64 images: the stacked pass takes 0.88 of the time in this layout.
             self.network.set_channels_last(True)
         self.runner = VariantRunner(self.network)
+        self.updates = ChannelUpdates(self.network, graph.groups) if path == "neuron" else None
         integrand = criterion.integrand
         # A sum over a unit's entries is the derivative along its gates: no weight gradient needed.
         self.gates_only = integrand == "derivative" or (integrand == "variation" and p == "sum")
         # norm="outside" sums the nodes before the norm, so one slot holds them all.
         self.nodes_in_one = norm == "outside" and integrand != "derivative"
-        self.sums: dict[tuple[str, str], Tensor] = {}  # (group, site) -> [S or 1, U, k]
-        self.end_losses: dict[int, float] = {}  # index of a unit set -> summed loss at mu = 0
+        self.sets = set_of_units(self.groups, path)
+        self.jobs = all_variants(self.groups, path, criterion, quadrature)
+        self.n_sets = 1 + max(int(index.max()) for index in self.sets.values())
+        self.sums = Sums(self._folds(), self.n_sets)
+        self.reduction = Reduction(
+            self.network,
+            criterion,
+            quadrature,
+            p,
+            self.sets,
+            self.nodes_in_one,
+            self.gates_only,
+        )
+        self.active = torch.ones(self.n_sets, dtype=torch.bool)
+        self.budget = max_memory or free_memory(self.device) // 4
         self.chunk = MAX_VARIANTS
+        self.evaluated = 0  # variants run
 
     def run(self, batches: Iterable[Batch]) -> Result:
         """Score every unit; ``batches`` is read once."""
-        jobs = self._jobs()
-        full_loss, n_samples = 0.0, 0
-        budget = self.max_memory or free_memory(self.device) // 4
-        for batch in batches:
-            reference = self._record(batch)
-            full_loss += self._totals([reference], batch, reference).item()
-            n_samples += batch.size
-            self.chunk = min(self.chunk, self._variants_that_fit(budget))
-            for job in jobs:
-                self._run_job(job, batch, reference)
-        return self._result(full_loss, n_samples)
+        n_samples = 0
+        with PeakMemory(self.device) as peak:
+            if self.decision is not None:
+                batches = self._hardest_first(list(batches))
+            to_come = batches if isinstance(batches, list) else []
+            for position, batch in enumerate(batches):
+                n_samples += batch.size
+                if self.checkpoint is not None and self.checkpoint.skips(batch, self):
+                    continue
+                if self.decision is None:
+                    self._run_batch(batch, position % self.sums.folds)
+                elif self.active.any():
+                    self._run_batch(batch, 1)
+                    self._decide(batch, to_come[position + 1 :])
+                if self.checkpoint is not None:
+                    self.checkpoint.save(self)
+            self.network.clear()
+            self.network.cache.clear()
+            result = self._result(n_samples)
+        result.meta["peak_memory"] = peak.bytes
+        if self.checkpoint is not None:
+            self.checkpoint.finished()
+        return result
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What :meth:`load_state` needs to go on with the next batch, to the bit."""
+        decided = {} if self.decision is None else self.decision.state()
+        header = {
+            "keys": list(self.sums.gradients),
+            "budget": self.budget,
+            "chunk": self.chunk,
+            "evaluated": self.evaluated,
+        }
+        return {**self.sums.state(), **decided, "active": self.active}, header
+
+    def load_state(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state` gave."""
+        self.sums.load(tensors, [(group, key) for group, key in header["keys"]], self.device)
+        self.active = tensors["active"].clone()
+        if self.decision is not None:
+            self.decision.load(tensors)
+        self.budget, self.chunk = header["budget"], header["chunk"]
+        self.evaluated = header["evaluated"]
 
     def variants_per_batch(self) -> int:
         """How many variants one batch takes: the unit of progress."""
-        return sum(map(len, self._jobs()))
+        return sum(map(len, self.jobs))
 
     # ------------------------------------------------------------------ what to run
 
-    def _jobs(self) -> list[list[Variant]]:
-        """Variants that gate the same layers, and so can share passes."""
-        sets = list(enumerate(unit_sets(self.groups, self.path)))
-        jobs: list[list[Variant]] = []
-        stages: list[list[tuple[int | None, float]]] = []
-        if self.criterion.integrand != "loss":
-            stages.append(list(enumerate(self.quadrature.nodes)))
-        if self.criterion.integrand in ("loss", "derivative"):
-            stages.append([(None, 0.0)])
-        for stage in stages:
-            last: Group | None = None
-            for index, units in sets:
-                if units[0][0] is not last:
-                    jobs.append([])
-                    last = units[0][0]
-                jobs[-1] += [Variant(units, index, node, mu) for node, mu in stage]
-        return jobs
+    def _run_batch(self, batch: Batch, fold: int) -> None:
+        reference = self._record(batch)
+        loss = self._totals([reference], batch, reference).item()
+        self.sums.count(fold, self.active, batch.size, loss)
+        self.chunk = min(self.chunk, self._variants_that_fit())
+        wanted = set(torch.nonzero(self.active).flatten().tolist())
+        active = [[one for one in job if one.index in wanted] for job in self.jobs]
+        shared = SHARED_PASS_BYTES // max(1, self.network.cache.bytes)
+        for job in merged(active, min(shared, self.chunk)):
+            self._run_job(job, batch, reference, fold)
 
-    def _run_job(self, job: list[Variant], batch: Batch, reference: Any) -> None:
+    def _run_job(self, job: list[Variant], batch: Batch, reference: Any, fold: int) -> None:
         done = 0
         while done < len(job):
             variants = job[done : done + self.chunk]
-            run = self._add_gradients if variants[0].node is not None else self._add_end_losses
+            run = self._add_gradients
+            if variants[0].node is None:
+                run = self._add_end_losses
+            elif self._updates_of(variants) is not None:
+                run = self._add_channel_gradients
             try:
-                run(variants, batch, reference)
+                run(variants, batch, reference, fold)
             except LayoutRefused:
                 self._record(batch)
                 continue
@@ -144,23 +197,85 @@ class FusedEngine:
                 self.chunk = len(variants) // 2
             else:
                 done += len(variants)
+                self.evaluated += len(variants)
                 self.on_pass(len(variants))
                 continue
             if self.device.type == "cuda":  # here the failed pass's tensors are gone
                 torch.cuda.empty_cache()
 
-    def _variants_that_fit(self, budget: int) -> int:
+    def _sum_bytes(self) -> int:
+        """What one fold of the gradient sums takes."""
+        if self.criterion.integrand == "loss":
+            return 0
+        slots = 1 if self.nodes_in_one else len(self.quadrature)
+        entries = 0
+        for group in self.groups:
+            for member in group.members:
+                site = self.network.sites[site_key(member)]
+                is_rows = site.kind == "rows" and not self.gates_only
+                entries += member.channels.numel() * (site.row_size if is_rows else 1)
+        key = next(iter(self.network.sites))
+        return slots * entries * self.network.open_gate(key).element_size()
+
+    def _folds(self) -> int:
+        """As many folds as the data has batches and memory has room for; 1: no error bars.
+
+        An early decision needs two: what was summed before, and the latest batch.
+        """
+        if self.decision is not None:
+            return 2
+        limit = FOLD_BYTES if self.max_memory is None else self.max_memory // 4
+        folds = MAX_FOLDS if self.n_batches is None else min(MAX_FOLDS, self.n_batches)
+        return max(1, min(folds, limit // max(1, self._sum_bytes())))
+
+    def _variants_that_fit(self) -> int:
         per_variant = max(1, self.network.cache.bytes)
+        sums = self.sums.folds * self._sum_bytes()
+        budget = self.budget - self.network.cache.bytes - sums
         fits = budget // (ACTIVATION_COPIES * per_variant)
         if self.device.type == "cpu":
             fits = min(fits, CPU_PASS_BYTES // per_variant)
         return max(1, fits)
+
+    @torch.no_grad()
+    def _hardest_first(self, batches: list[Batch]) -> list[Batch]:
+        losses = []
+        for batch in batches:
+            reference = outputs = self._record(batch)
+            if self.objective.needs_reference:  # nothing is hard where nothing has moved
+                halfway = Variant([(g, list(range(g.n_units))) for g in self.groups], 0, 0, 0.5)
+                stacked, _ = self.runner(batch, gates_of(self.network, [halfway]), {})
+                outputs = variant(stacked, 0)
+            loss = self.objective.per_sample(outputs, batch, reference)
+            if loss.shape != (batch.size,):
+                raise OptionError(
+                    f"tolerance needs to know the loss of every sample, but objective "
+                    f"{self.objective.name!r} gives a mean; return one loss per sample"
+                )
+            losses.append(loss)
+        return hardest_first(batches, losses)
+
+    def _decide(self, batch: Batch, rest: Sequence[Batch]) -> None:
+        assert self.decision is not None
+        left = sum(b.size for b in rest)
+        # What a settled unit has not seen counts as adding nothing: totals, not means.
+        seen = {g.name: self.sums.samples[:, self.sets[g.name]].sum(0) for g in self.groups}
+        totals = {g.name: self.reduction.scores(self.sums, g) * seen[g.name] for g in self.groups}
+        own = {g.name: self.reduction.latest(self.sums, g) * batch.size for g in self.groups}
+        self.sums.merge()
+        settled = self.decision.update(totals, own, batch.size, left)
+        # A set of units goes on while any of them is open.
+        self.active.fill_(False)
+        for name, done in settled.items():
+            self.active[self.sets[name][~done]] = True
 
     # ------------------------------------------------------------------ one pass
 
     def _record(self, batch: Batch) -> Any:
         """The plain pass: reference outputs, the prefix, and the shapes at the gates."""
         self.network.clear()
+        if self.updates is not None:
+            self.updates.forget()
         with torch.no_grad(), self.network.recording():
             reference = self.network(batch)
         self.objective.check(reference, batch)
@@ -173,32 +288,23 @@ class FusedEngine:
         self.objective.require_finite(totals, batch)
         return totals
 
-    def _gates(self, variants: Sequence[Variant]) -> dict[str, Tensor]:
-        """[V, C] gates of every site that these variants touch."""
-        gates: dict[str, Tensor] = {}
-        for v, one in enumerate(variants):
-            for group, units in one.units:
-                for member in group.members:
-                    key = site_key(member)
-                    if key not in gates:
-                        gates[key] = (
-                            self.network.open_gate(key)
-                            .expand(len(variants), self.network.sites[key].channels)
-                            .clone()
-                        )
-                    gates[key][v, member.channels[units].flatten()] = one.mu
-        return gates
-
-    def _add_end_losses(self, variants: Sequence[Variant], batch: Batch, reference: Any) -> None:
+    def _add_end_losses(
+        self, variants: Sequence[Variant], batch: Batch, reference: Any, fold: int
+    ) -> None:
         with torch.no_grad():
-            outputs, _ = self.runner(batch, self._gates(variants), {})
+            if self._updates_of(variants) is None:
+                outputs, _ = self.runner(batch, gates_of(self.network, variants), {})
+            else:
+                outputs = self._run_update(variants, batch, self._mus(variants), None)
             slices = [variant(outputs, v) for v in range(len(variants))]
-            totals = self._totals(slices, batch, reference).tolist()
-        for one, total in zip(variants, totals, strict=True):
-            self.end_losses[one.index] = self.end_losses.get(one.index, 0.0) + total
+            totals = self._totals(slices, batch, reference)
+        indices = torch.tensor([one.index for one in variants])
+        self.sums.end_loss[fold].index_add_(0, indices, totals.double().cpu())
 
-    def _add_gradients(self, variants: Sequence[Variant], batch: Batch, reference: Any) -> None:
-        gates = self._gates(variants)
+    def _add_gradients(
+        self, variants: Sequence[Variant], batch: Batch, reference: Any, fold: int
+    ) -> None:
+        gates = gates_of(self.network, variants)
         sites = self.network.sites
         probes = {
             key: zero_probes(sites[key].outputs, len(variants))
@@ -214,32 +320,83 @@ class FusedEngine:
             loss = self._totals(slices, batch, reference).sum()
         derivable = [key for key, gate in gates.items() if gate.requires_grad]
         leaves = [gates[key] for key in derivable] + [t for ts in probes.values() for t in ts]
-        found = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        with GradientsChannelsLast() if self.network.channels_last else nullcontext():
+            found = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         gate_grads = dict(zip(derivable, found, strict=False))
         rest = iter(found[len(derivable) :])
         adjoints = {key: [next(rest) for _ in ts] for key, ts in probes.items()}
         computed = []
-        for group, _ in variants[0].units:
-            for member in group.members:
-                key = site_key(member)
-                for x, adjoint in zip(inputs.get(key, ()), adjoints.get(key, ()), strict=True):
-                    part = self._rows(group, member, variants, x.detach(), adjoint)
-                    computed.append((group, key, part))
-                if key in gate_grads:
-                    part = self._of_units(group, member, variants, gate_grads[key].unsqueeze(2))
-                    computed.append((group, key, part))
+        for units, where in runs_of_groups(variants):
+            run = variants[where]
+            for group, _ in units:
+                for member in group.members:
+                    key = site_key(member)
+                    for x, adjoint in zip(inputs.get(key, ()), adjoints.get(key, ()), strict=True):
+                        part = self._rows(group, member, run, x.detach()[where], adjoint[where])
+                        computed.append((group, key, run, part))
+                    if key in gate_grads:
+                        grad = gate_grads[key][where].unsqueeze(2)
+                        computed.append((group, key, run, self._of_units(group, member, run, grad)))
         # Added only now: running out of memory above must not leave half a pass in the sums.
-        for group, key, part in computed:
-            self._add_to_slots(group, key, variants, part)
+        for group, key, run, part in computed:
+            self._add_to_slots(group, key, run, part, fold)
+
+    def _updates_of(self, variants: Sequence[Variant]) -> ChannelUpdates | None:
+        """One-channel updates, if these variants can do with them."""
+        group = variants[0].units[0][0]
+        same = variants[-1].units[0][0] is group
+        if not same or self.updates is None or self.updates.activation(group) is None:
+            return None
+        return self.updates
+
+    def _mus(self, variants: Sequence[Variant]) -> Tensor:
+        return self.network.open_gate(variants[0].units[0][0].name).new_tensor(
+            [one.mu for one in variants]
+        )
+
+    def _run_update(
+        self, variants: Sequence[Variant], batch: Batch, mu: Tensor, probe: Tensor | None
+    ) -> Any:
+        assert self.updates is not None
+        group, units = variants[0].units[0][0], [one.unit for one in variants]
+        name, output = self.updates.updated(group, units, mu, probe)
+        return self.runner(batch, {}, {}, {name: output})[0]
+
+    def _add_channel_gradients(
+        self, variants: Sequence[Variant], batch: Batch, reference: Any, fold: int
+    ) -> None:
+        """:meth:`_add_gradients` of the neuron path, where one channel is all that moves."""
+        assert self.updates is not None
+        group, mu = variants[0].units[0][0], self._mus(variants)
+        member = group.members[0]
+        probe = None if self.gates_only else self.updates.probe(group, len(variants))
+        with torch.enable_grad():
+            leaf = mu.requires_grad_() if probe is None else probe
+            outputs = self._run_update(variants, batch, mu, probe)
+            slices = [variant(outputs, v) for v in range(len(variants))]
+            loss = self._totals(slices, batch, reference).sum()
+        with GradientsChannelsLast() if self.network.channels_last else nullcontext():
+            (grad,) = torch.autograd.grad(loss, leaf, materialize_grads=True, allow_unused=True)
+        if probe is None:
+            part = grad[:, None]
+        else:
+            module = self.network.sites[member.name].module
+            x = self.updates.input_of(group).to(module.weight.dtype)
+            x = x.expand(len(variants), *x.shape)
+            channels = self._channels_per_variant(member, variants).to(self.device)
+            part = unit_row_gradients(module, x, grad.to(x.dtype), channels).flatten(1)
+        self._add_to_slots(group, member.name, variants, part, fold)
 
     def _rows(
         self, group: Group, member: Member, variants: Sequence[Variant], x: Tensor, adjoint: Tensor
     ) -> Tensor:
         """Gradients of a layer's rows, by unit: [V, U, k], or [V, k] of one unit per variant."""
         module = self.network.sites[member.name].module
+        x = x.to(adjoint.dtype)
         if self.path == "neuron":
             channels = self._channels_per_variant(member, variants).to(self.device)
-            return unit_row_gradients(module, x, adjoint, channels).flatten(1)
+            own = channels_of(module, adjoint, channels)
+            return unit_row_gradients(module, x, own, channels).flatten(1)
         return self._of_units(group, member, variants, row_gradients(module, x, adjoint))
 
     def _of_units(
@@ -257,62 +414,40 @@ class FusedEngine:
     @staticmethod
     def _channels_per_variant(member: Member, variants: Sequence[Variant]) -> Tensor:
         """[V, m]: the channels of the one unit that each variant moves."""
-        return member.channels[[one.units[0][1][0] for one in variants]]
+        return member.channels[[one.unit for one in variants]]
 
     def _add_to_slots(
-        self, group: Group, key: str, variants: Sequence[Variant], grad: Tensor
+        self, group: Group, key: str, variants: Sequence[Variant], grad: Tensor, fold: int
     ) -> None:
         """Add [V, U, k], or [V, k] of one unit per variant, weighted where nodes are summed."""
-        sums = self.sums.get((group.name, key))
-        if sums is None:
-            slots = 1 if self.nodes_in_one else len(self.quadrature)
-            like = self.network.open_gate(key)
-            sums = like.new_zeros(slots, group.n_units, grad.shape[-1])
-            self.sums[group.name, key] = sums
+        slots = 1 if self.nodes_in_one else len(self.quadrature)
+        shape = (slots, group.n_units, grad.shape[-1])
+        sums = self.sums.slot((group.name, key), shape, self.network.open_gate(key))[fold]
         for one, part in zip(variants, grad.to(sums.dtype), strict=True):
             assert one.node is not None
             slot = 0 if self.nodes_in_one else one.node
             weight = self.quadrature.weights[one.node] if self.nodes_in_one else 1.0
-            target = sums[slot, one.units[0][1][0]] if self.path == "neuron" else sums[slot]
+            target = sums[slot, one.unit] if self.path == "neuron" else sums[slot]
             target.add_(part, alpha=weight)
 
     # ------------------------------------------------------------------ what it amounts to
 
-    def _result(self, full_loss: float, n_samples: int) -> Result:
+    def _result(self, n_samples: int) -> Result:
         result = Result.empty(self.groups, n_samples)
-        result.meta = {"variants_per_pass": self.chunk, "stacked": self.runner.stacked}
-        damage = {i: (loss - full_loss) / n_samples for i, loss in self.end_losses.items()}
-        if self.criterion.integrand == "loss":
-            for index, units in enumerate(unit_sets(self.groups, self.path)):
-                group, chosen = units[0]
-                result.scores[group.name][chosen] = damage[index]
-            return result
+        result.meta = {
+            "variants_per_pass": self.chunk,
+            "stacked": self.runner.stacked,
+            "evaluations": self.evaluated,
+        }
+        if self.decision is not None:
+            self.sums.samples[0] = n_samples
         for group in self.groups:
-            result.scores[group.name] = self._reduce(group, n_samples).double().cpu()
-        for index, units in enumerate(unit_sets(self.groups, self.path)):
-            if index in damage:
-                integral = sum(float(result.scores[g.name][u].sum()) for g, u in units)
-                result.note_completeness(units, self.path, integral - damage[index])
-        return result
-
-    def _reduce(self, group: Group, n_samples: int) -> Tensor:
-        """[U] scores from the summed gradients of a group."""
-        keys = [site_key(m) for m in group.members if (group.name, site_key(m)) in self.sums]
-        grad = torch.cat([self.sums.pop((group.name, key)) for key in keys], 2) / n_samples
-        omega = grad.new_tensor([1.0] if self.nodes_in_one else self.quadrature.weights)
+            result.scores[group.name] = self.reduction.scores(self.sums, group)
+        if self.decision is None and len(self.sums.used_folds()) > 1:
+            result.stderr = {g.name: self.reduction.stderr(self.sums, g) for g in self.groups}
         if self.criterion.integrand == "derivative":
-            return -(omega[:, None] * grad.sum(2)).sum(0)
-        weight = None
-        if self.criterion.integrand == "variation" and not self.gates_only:
-            weight = torch.cat([self._weight(group, key) for key in keys], 1).to(grad.dtype)
-        score = grad.new_zeros(group.n_units)
-        accumulate(score, grad, weight, omega, cast(Norm, self.p))
-        return score
-
-    def _weight(self, group: Group, key: str) -> Tensor:
-        """[U, k] of ``W_u``: rows with their bias, or 1 for a gate."""
-        member = next(m for m in group.members if site_key(m) == key)
-        site = self.network.sites[key]
-        if site.kind != "rows":
-            return self.network.open_gate(key).expand(member.channels.shape)
-        return site.weight[member.channels.to(self.device)].flatten(1)
+            damage = self.reduction.damage(self.sums)
+            for index, units in enumerate(unit_sets(self.groups, self.path)):
+                integral = sum(float(result.scores[g.name][u].sum()) for g, u in units)
+                result.note_completeness(units, self.path, integral - float(damage[index]))
+        return result

@@ -31,5 +31,9 @@ class BudgetError(SingeError, ValueError):
     """A pruning target cannot be met; the message names the smallest one that can."""
 
 
+class CheckpointError(SingeError, RuntimeError):
+    """A checkpoint is damaged, belongs to another run, or cannot be written."""
+
+
 class KernelError(SingeError, RuntimeError):
     """A kernel was asked for a device, dtype, shape or build that it does not have."""

@@ -44,3 +44,45 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error)
     return "DefaultCPUAllocator" in text and "allocate" in text
+
+
+class PeakMemory:
+    """How much more memory was in use at the peak than at the start.
+
+    On CUDA what the allocator handed out; on the CPU the resident size of the process, whose
+    high-water mark is reset at the start (Linux only).
+
+    Attributes:
+        bytes: the difference, or None where it cannot be measured.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.bytes: int | None = None
+        self._before: int | None = None
+
+    def __enter__(self) -> PeakMemory:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+        else:
+            try:
+                Path("/proc/self/clear_refs").write_text("5")
+                self._before = _status("VmRSS")
+            except (OSError, StopIteration, ValueError):
+                self._before = None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is None:
+            return
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+        else:
+            peak = _status("VmHWM")
+        self.bytes = max(0, peak - self._before)
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field + ":")).split()[1]) * 1024

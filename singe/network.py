@@ -35,16 +35,19 @@ class Site:
 
     Attributes:
         key: ``name`` for rows and norms, ``name + ":input"`` for input gates.
+        full: the module's weight and bias before any change of precision (rows only).
         gate: [C], one factor per channel, or None for the plain network.
         probes: one zero tensor per call of the module, in the shape of its output, or empty.
         inputs: what the module was called with in this pass (rows only, when it has probes).
-        outputs: what it returned, call by call, in the last recording pass (rows only).
+        outputs: shape and dtype of what it returned, call by call, in the last recording pass, as
+            expanded scalars (rows only).
     """
 
     key: str
     kind: str
     module: Any
     channels: int
+    full: tuple[Tensor, ...] = ()
     gate: Tensor | None = None
     probes: list[Tensor] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
@@ -57,11 +60,14 @@ class Site:
 
     @property
     def weight(self) -> Tensor:
-        """[C, K] rows with the folded bias, if there is one, as last column."""
-        rows = self.module.weight.detach().flatten(1)
-        if self.module.bias is None:
-            return rows
-        return torch.cat([rows, self.module.bias.detach()[:, None]], 1)
+        """[C, K] rows with the folded bias, if there is one, as last column, in full precision."""
+        rows = self.full[0].flatten(1)
+        return torch.cat([rows, *(bias[:, None] for bias in self.full[1:])], 1)
+
+    @property
+    def row_size(self) -> int:
+        """K, the entries of one row with its bias."""
+        return sum(tensor[0].numel() for tensor in self.full)
 
     def clear(self) -> None:
         """Open the gate and forget the pass."""
@@ -150,7 +156,10 @@ class Network:
                 setattr(submodule, "inplace", False)  # noqa: B010 - in-place ops would overwrite what is shared by variants
         for row, norm in folds.items():
             fold(self.module.get_submodule(row), self.module.get_submodule(norm))
+        self.folded_norms = {self.module.get_submodule(norm) for norm in folds.values()}
         self.cache = PrefixCache(self.module)
+        self.lowered: list[tuple[nn.Parameter, Tensor]] = []  # with their float32 values
+        self.overrides: dict[str, Tensor] = {}  # modules whose output is given, for this pass
         self.is_recording = False
         self.channels_last = False
         self.sites: dict[str, Site] = {}
@@ -171,7 +180,10 @@ class Network:
             channels = module.normalized_shape[-1]
         else:
             channels = getattr(module, "num_features", None) or module.num_channels
-        site = Site(key, member.kind, module, int(channels))
+        full: tuple[Tensor, ...] = ()
+        if member.kind == "rows":
+            full = tuple(t.detach() for t in (module.weight, module.bias) if t is not None)
+        site = Site(key, member.kind, module, int(channels), full)
         module.forward = _GATED[member.kind](self, site, module.forward)
         self.sites[key] = site
 
@@ -188,9 +200,13 @@ class Network:
         for parameter in self.module.parameters():
             if parameter.dim() == 4:
                 parameter.data = parameter.data.contiguous(memory_format=layout)
+        self.lowered = [
+            (p, t.contiguous(memory_format=layout) if t.dim() == 4 else t) for p, t in self.lowered
+        ]
 
     def clear(self) -> None:
-        """All gates open, nothing recorded."""
+        """All gates open, nothing recorded, nothing overridden."""
+        self.overrides = {}
         for site in self.sites.values():
             site.clear()
 
@@ -201,9 +217,14 @@ class Network:
             site.outputs = []
         self.cache.record()
         self.is_recording = True
+        low = [parameter.data for parameter, _ in self.lowered]
+        for parameter, full in self.lowered:
+            parameter.data = full
         try:
             yield
         finally:
+            for (parameter, _), data in zip(self.lowered, low, strict=True):
+                parameter.data = data
             self.is_recording = False
             self.cache.recorded()
 
@@ -227,7 +248,8 @@ def _gated_rows(network: Network, site: Site, forward: Forward) -> Forward:
         y = forward(input)
         call, site.calls = site.calls, site.calls + 1
         if network.is_recording:
-            site.outputs.append(y)
+            dtype = network.cache.dtype or y.dtype
+            site.outputs.append(y.new_empty((), dtype=dtype).expand(y.shape))
         if site.probes:
             site.inputs.append(input)
         if site.gate is None:

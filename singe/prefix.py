@@ -25,11 +25,13 @@ class PrefixCache:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._outputs: dict[int, tuple[Tensor, int]] = {}
+        self._outputs: dict[int, Tensor] = {}
+        self._recorded: dict[int, tuple[Tensor, int]] = {}  # as they came, with their versions
         self._overwritten: set[int] = set()  # calls whose output a later in-place op changes
         self._mode = "off"
         self._call = 0
         self.bytes = 0
+        self.dtype: torch.dtype | None = None  # what is remembered is rounded to it
         for leaf in module.modules():
             if not any(True for _ in leaf.children()):
                 self._wrap(leaf)
@@ -54,14 +56,17 @@ class PrefixCache:
             kept = self._outputs.get(call)
             if kept is None:
                 return forward(*args)
-            return kept[0].clone() if call in self._overwritten else kept[0]
+            return kept.clone() if call in self._overwritten else kept
 
         leaf.forward = remembered
 
     def _remember(self, call: int, out: Tensor) -> None:
-        self.bytes += out.numel() * out.element_size()
+        self._recorded[call] = (out, out._version)
         kept = out.clone() if call in self._overwritten else out
-        self._outputs[call] = (kept, kept._version)
+        if self.dtype is not None and kept.is_floating_point():
+            kept = kept.to(self.dtype)
+        self._outputs[call] = kept
+        self.bytes += kept.numel() * kept.element_size()
 
     def record(self) -> None:
         """Start a plain pass that remembers."""
@@ -71,19 +76,24 @@ class PrefixCache:
     def recorded(self) -> None:
         """End it: forget what an in-place operation changed afterwards, and copy it next time."""
         self._mode = "off"
-        for call, (out, version) in list(self._outputs.items()):
-            if out._version != version:
+        for call, (out, version) in self._recorded.items():
+            if out._version != version and call not in self._overwritten:
                 self._overwritten.add(call)
                 del self._outputs[call]
+        self._recorded = {}
 
     def replay(self) -> None:
         """Start a pass that reuses."""
         self._mode, self._call = "replay", 0
+
+    def skip(self) -> None:
+        """A leaf is passed over: its call counts all the same."""
+        self._call += 1
 
     def stop(self) -> None:
         self._mode = "off"
 
     def clear(self) -> None:
         """Free the remembered outputs."""
-        self._outputs = {}
+        self._outputs, self._recorded = {}, {}
         self._mode, self.bytes = "off", 0

@@ -34,12 +34,14 @@ class Result:
         n_samples: samples seen.
         completeness: for ``signed`` only: integral minus true loss change of every set of units: [U]
             per group (neuron path), [1] per group (layer path), [1] under ``"network"``.
+        stderr: [U] per group, or None where the data was not seen in at least two folds.
         meta: what the engine did: passes, chunk sizes, peak memory.
     """
 
     scores: dict[str, Tensor]
     n_samples: int
     completeness: dict[str, Tensor] | None = None
+    stderr: dict[str, Tensor] | None = None
     meta: dict[str, object] = field(default_factory=dict)
 
     @classmethod

@@ -55,7 +55,7 @@ class Scores(Mapping[str, Tensor]):
                 )
         self.groups = dict(groups)
         self.meta = dict(meta)
-        self.stderr = None if stderr is None else dict(stderr)
+        self.stderr = None if stderr is None else {k: t.float() for k, t in stderr.items()}
         self.completeness = None if completeness is None else dict(completeness)
 
     def __getitem__(self, name: str) -> Tensor:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from os import PathLike
 from typing import Any
 
 import torch
@@ -13,19 +14,23 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from singe.checkpoint import Checkpoint, digest_of_model
 from singe.criteria import NORMS, PATHS, POWERS, Criterion, as_criterion, choose
 from singe.data import check_reiterable, device_of, first_batch, read_batches
+from singe.decision import EarlyDecision
 from singe.engine import FusedEngine
 from singe.errors import OptionError
 from singe.graph import ModelGraph
 from singe.naive import naive_scores
 from singe.network import Network, site_key
 from singe.objectives import Loss, Objective, as_objective
+from singe.precision import OFFERED as LOWER
 from singe.quadrature import Quadrature, as_quadrature
 from singe.result import Result
 from singe.scores import Scores, fingerprint
 from singe.units import find_groups
 
+Cut = Callable[["Scores"], Mapping[str, Sequence[int]]]
 ENDPOINT = Quadrature("endpoint", (1.0,), (1.0,))
 
 
@@ -45,6 +50,9 @@ def score(
     max_memory: int | None = None,
     autocast: torch.dtype | None = None,
     compile: bool = False,
+    tolerance: float | None = None,
+    pruning_ratio: float | Cut | None = None,
+    checkpoint: str | PathLike[str] | None = None,
     progress: bool = True,
     seed: int = 0,
 ) -> Scores:
@@ -70,8 +78,17 @@ def score(
         ignore: layers that keep all their channels (names or modules, containers included).
         engine: ``"fused"``, or ``"naive"``: the definition, run literally.
         max_memory: bytes for the stacked activations of one pass; default a quarter of what is free.
-        autocast: reserved; only None is offered.
+        autocast: ``torch.bfloat16`` or ``torch.float16``: convolutions and linear layers compute in
+            it, sums stay float32. Float32 models and the fused engine only.
         compile: reserved; only False is offered.
+        tolerance: in [0, 1), or None: see every unit through. Else units stop being evaluated once
+            ``pruning_ratio`` could not take another view of them; samples come hardest first. 0 keeps
+            the whole bound on what is still to come, 0.5 half of it; see :mod:`singe.decision`.
+        pruning_ratio: with ``tolerance``: the share of all units that is to go, or a callable from
+            :class:`Scores` to a :class:`Plan` (or any ``{group: units}``), whose number of units counts.
+        checkpoint: a file that follows the run. If it is there, the run goes on where it was killed,
+            with the same result to the last bit; it is removed in the end. Batches must come in the
+            same order.
         progress: show a progress bar when standard error is a terminal.
         seed: for ``criterion="random"``.
 
@@ -83,6 +100,7 @@ def score(
         NonFiniteError: NaN or infinity in an input or a loss (with the batch).
         ModelError: nothing to prune, an unknown layer, a model that cannot be traced.
         OptionError: an argument value that is not offered.
+        CheckpointError: the checkpoint is damaged, or was made with other data, weights or options.
 
     The criteria follow SInGE (arXiv 2207.04089); the exact definitions are in ``docs/criteria.md``.
     """
@@ -92,8 +110,12 @@ def score(
     choose("p", p, POWERS)
     p = "sum" if p == "sum" else int(p)  # 2.0 is as good as 2
     choose("engine", engine, ("fused", "naive"))
-    if autocast is not None or compile:
-        raise OptionError("autocast and compile are not offered yet; leave them at None and False")
+    if compile:
+        raise OptionError("compile is not offered yet; leave it at False")
+    _check_autocast(autocast, model, engine)
+    _check_decision(tolerance, pruning_ratio, path, chosen)
+    if engine == "naive" and (tolerance is not None or checkpoint is not None):
+        raise OptionError("tolerance and checkpoint belong to engine='fused'")
     if max_memory is not None and max_memory <= 0:
         raise OptionError(f"max_memory must be a positive number of bytes, got {max_memory!r}")
     rule = ENDPOINT if chosen.endpoint else as_quadrature(quadrature)
@@ -111,10 +133,31 @@ def score(
         if not chosen.needs_data:
             result = _data_free(model, graph, chosen, p, seed)
         else:
-            result = _sweep(
-                model, graph, batches, target, chosen, path, rule, p, norm,
-                engine, max_memory, progress,
-            )  # fmt: skip
+            definition = (target, chosen, path, rule, p, norm)
+            decision = None
+            if tolerance is not None:
+                assert pruning_ratio is not None
+                cut = _number_removed(model, graph, pruning_ratio)
+                decision = EarlyDecision(float(tolerance), cut)
+            saved = None
+            if checkpoint is not None:
+                signature = {
+                    "model": digest_of_model(model),
+                    "groups": [g.name for g in graph.groups],
+                    "criterion": criterion,
+                    "objective": target.name,
+                    "path": path,
+                    "quadrature": [list(rule.nodes), list(rule.weights)],
+                    "p": p,
+                    "norm": norm,
+                    "max_memory": max_memory,
+                    "autocast": str(autocast),
+                    "tolerance": tolerance,
+                    "versions": _versions(),
+                }
+                saved = Checkpoint(checkpoint, signature)
+            options = (max_memory, autocast, decision, saved)
+            result = _sweep(model, graph, batches, definition, engine, options, progress)
     end = time.perf_counter()
     meta = {
         "model": type(model).__name__,
@@ -130,6 +173,8 @@ def score(
         "engine": engine,
         "samples": result.n_samples,
         "seed": seed,
+        "autocast": None if autocast is None else str(autocast),
+        "tolerance": tolerance,
         "seconds": {"groups": found - start, "sweep": end - found},
         "device": str(device),
         "rejected": graph.rejected,
@@ -144,35 +189,78 @@ def score(
             stacklevel=2,
         )
     layers_of = {g.name: g.layers for g in graph.groups}
-    return Scores(result.scores, layers_of, meta, completeness=result.completeness)
+    return Scores(result.scores, layers_of, meta, result.stderr, result.completeness)
 
 
 def _sweep(
     model: nn.Module,
     graph: ModelGraph,
     batches: Iterable[Any],
-    objective: Objective,
-    criterion: Criterion,
-    path: str,
-    rule: Quadrature,
-    p: int | str,
-    norm: str,
+    definition: tuple[Objective, Criterion, str, Quadrature, int | str, str],
     engine: str,
-    max_memory: int | None,
+    options: tuple[int | None, torch.dtype | None, EarlyDecision | None, Checkpoint | None],
     progress: bool,
 ) -> Result:
     data = read_batches(batches, device_of(model))
     if engine == "naive":
-        return naive_scores(model, graph, data, objective, criterion, path, rule, p, norm)
+        return naive_scores(model, graph, data, *definition)
     try:
         count = len(batches)  # type: ignore[arg-type]
     except TypeError:  # no length, or a DataLoader over a dataset without one
         count = None
-    fused = FusedEngine(model, graph, objective, criterion, path, rule, p, norm, max_memory)
-    total = None if count is None else count * fused.variants_per_batch()
-    with _progress(f"{criterion.name}, {path} path", total, progress) as advance:
+    max_memory, autocast, decision, checkpoint = options
+    fused = FusedEngine(
+        model, graph, *definition, max_memory, autocast, count, decision, checkpoint
+    )
+    looks = count if decision is None else None
+    total = None if looks is None else looks * fused.variants_per_batch()
+    with _progress(f"{definition[1].name}, {definition[2]} path", total, progress) as advance:
         fused.on_pass = advance
         return fused.run(data)
+
+
+def _number_removed(
+    model: nn.Module, graph: ModelGraph, pruning_ratio: float | Cut
+) -> Callable[[Mapping[str, Tensor]], int]:
+    """How many units are to go, given the totals so far."""
+
+    def count(totals: Mapping[str, Tensor]) -> int:
+        if not callable(pruning_ratio):
+            return round(pruning_ratio * sum(map(len, totals.values())))
+        layers = {g.name: g.layers for g in graph.groups}
+        chosen = pruning_ratio(Scores(totals, layers, {"fingerprint": fingerprint(model)}))
+        return sum(len(units) for units in chosen.values())
+
+    return count
+
+
+def _check_decision(
+    tolerance: float | None, pruning_ratio: float | Cut | None, path: str, criterion: Criterion
+) -> None:
+    if tolerance is None and pruning_ratio is None:
+        return
+    if tolerance is None or pruning_ratio is None:
+        raise OptionError("tolerance and pruning_ratio belong together: give both or neither")
+    if isinstance(tolerance, bool) or not 0 <= tolerance < 1:
+        raise OptionError(f"tolerance must lie in [0, 1), got {tolerance!r}")
+    if not callable(pruning_ratio) and not 0 < pruning_ratio < 1:
+        raise OptionError(f"pruning_ratio must lie between 0 and 1, got {pruning_ratio!r}")
+    if path == "network" or criterion.endpoint or not criterion.needs_data:
+        raise OptionError(
+            f"tolerance saves nothing with criterion={criterion.name!r}, path={path!r}: all units "
+            "come from the same passes; use path='neuron' or 'layer'"
+        )
+
+
+def _check_autocast(autocast: torch.dtype | None, model: nn.Module, engine: str) -> None:
+    if autocast is None:
+        return
+    choose("autocast", autocast, (None, *LOWER))
+    if engine == "naive":
+        raise OptionError("autocast belongs to engine='fused'; the definition runs as it is")
+    other = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
+    if other:
+        raise OptionError(f"autocast needs a float32 model, this one has {sorted(map(str, other))}")
 
 
 def _data_free(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ class VariantRunner:
         batch: Batch,
         gates: Mapping[str, Tensor],
         probes: Mapping[str, list[Tensor]],
+        overrides: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> tuple[Any, Inputs]:
         """One pass.
 
@@ -51,6 +53,7 @@ class VariantRunner:
             gates: [V, C] per site.
             probes: per site one [V, *output shape] tensor for every call of its module; what these
                 sites were called with is returned.
+            overrides: [V, ...] outputs that replace those of the named modules.
 
         Raises:
             LayoutRefused: once, where vmap runs this model in the contiguous layout only.
@@ -62,10 +65,15 @@ class VariantRunner:
 
         structure: list[tuple[list[Any], TreeSpec]] = []  # of the outputs, None and floats included
 
-        def run(gates: Mapping[str, Tensor], probes: Mapping[str, list[Tensor]]) -> Any:
+        def run(
+            gates: Mapping[str, Tensor],
+            probes: Mapping[str, list[Tensor]],
+            overrides: Mapping[str, Tensor],
+        ) -> Any:
             network = self.network
             network.clear()
             try:
+                network.overrides = dict(overrides)
                 for key, gate in gates.items():
                     network.sites[key].gate = gate
                 for key, probe in probes.items():
@@ -80,7 +88,9 @@ class VariantRunner:
         if self.stacked:
             self.network.cache.replay()
             try:
-                outputs, inputs = torch.vmap(run, randomness="same")(dict(gates), dict(probes))
+                outputs, inputs = torch.vmap(run, randomness="same")(
+                    dict(gates), dict(probes), dict(overrides)
+                )
                 return _rebuilt(outputs, *structure[-1]), inputs
             except (RuntimeError, ValueError) as error:
                 if isinstance(error, SingeError) or is_out_of_memory(error):
@@ -98,11 +108,12 @@ class VariantRunner:
                 )
             finally:
                 self.network.cache.stop()
-        count = len(next(iter(gates.values())))
+        count = len(next(iter((*gates.values(), *overrides.values()))))
         runs = [
             run(
                 {key: gate[v] for key, gate in gates.items()},
                 {key: [t[v] for t in probe] for key, probe in probes.items()},
+                {key: output[v] for key, output in overrides.items()},
             )
             for v in range(count)
         ]

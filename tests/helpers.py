@@ -588,6 +588,7 @@ def run_engine(
     ignore: Iterable[str] = (),
     max_memory: int | None = None,
     graph: ModelGraph | None = None,
+    n_batches: int | None = 1,
 ) -> Result:
     """What :func:`singe.score` computes, before it is rounded to float32."""
     if graph is None:
@@ -599,7 +600,7 @@ def run_engine(
     data = read_batches(batches, CPU)
     if engine == "naive":
         return naive_scores(model, graph, data, *arguments)
-    return FusedEngine(model, graph, *arguments, max_memory).run(data)
+    return FusedEngine(model, graph, *arguments, max_memory, n_batches=n_batches).run(data)
 
 
 def relative_error(left: Tensor, right: Tensor) -> float:

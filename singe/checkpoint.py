@@ -1,0 +1,160 @@
+"""The state of a scoring run, saved between batches: a run that was killed goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import warnings
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from singe.data import Batch
+from singe.errors import CheckpointError
+from singe.files import replacing
+from singe.graph import unwrapped
+
+FORMAT = "singe-run-1"
+SHARE_OF_TIME = 0.05  # at most this goes into saving; the first batch is always saved
+
+
+class Resumable(Protocol):
+    """What can be saved: tensors, and a header of JSON values."""
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]: ...
+
+    def load_state(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None: ...
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of every tensor in a nested structure, by dtype, shape and bytes."""
+    found = hashlib.sha256()
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            found.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
+            plain = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            found.update(plain.numpy().data)
+    return found.hexdigest()
+
+
+def digest_of_model(model: nn.Module) -> str:
+    """SHA-256 of names and values of all parameters and buffers."""
+    state = unwrapped(model).state_dict()
+    return hashlib.sha256(
+        json.dumps([(k, digest_of(v)) for k, v in sorted(state.items())]).encode()
+    ).hexdigest()
+
+
+class Checkpoint:
+    """A file that follows a run.
+
+    Args:
+        path: written after a batch, whole or not at all; removed when the run is complete.
+        signature: everything that decides the result apart from the data; JSON values.
+
+    Raises:
+        CheckpointError: the file there belongs to another run or is damaged.
+    """
+
+    def __init__(self, path: str | PathLike[str], signature: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        self.signature = json.loads(json.dumps(signature))
+        self.digests: list[str] = []  # of the batches seen so far
+        self.resumed = 0  # how many of them are in the file that was found
+        self._position = 0
+        self._tensors: dict[str, Tensor] = {}
+        self._header: dict[str, Any] = {}
+        self._saved_at, self._cost = float("-inf"), 0.0
+        if self.path.exists():
+            self._read()
+
+    def _read(self) -> None:
+        try:
+            with safe_open(str(self.path), framework="pt") as file:
+                header = json.loads((file.metadata() or {}).get("singe", "null"))
+                if not header or header.get("format") != FORMAT:
+                    raise CheckpointError(
+                        f"{self.path} is no checkpoint of a scoring run ({FORMAT}); choose another "
+                        "file for it"
+                    )
+                self._tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            signature, self._header = header["signature"], header["run"]
+            self.digests = list(header["digests"])
+        except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
+            raise CheckpointError(
+                f"cannot read the checkpoint {self.path}: {error}; remove it to start again"
+            ) from error
+        self.resumed = len(self.digests)
+        differing = [
+            f"{key} was {signature.get(key)!r}, is {value!r}"
+            for key, value in self.signature.items()
+            if signature.get(key) != value
+        ]
+        if differing:
+            raise CheckpointError(
+                f"the checkpoint {self.path} belongs to another run: {'; '.join(differing)}. "
+                "Remove it to start again, or choose another file"
+            )
+
+    def skips(self, batch: Batch, run: Resumable) -> bool:
+        """Whether this batch, the next in order, is in the saved state already.
+
+        ``run`` gets its state back with the last such batch.
+
+        Raises:
+            CheckpointError: it is not the batch that was there when the state was saved.
+        """
+        digest = digest_of(batch.raw)
+        position, self._position = self._position, self._position + 1
+        if position >= self.resumed:
+            self.digests.append(digest)
+            return False
+        if digest != self.digests[position]:
+            raise CheckpointError(
+                f"batch {position} is not the one that {self.path} was made with; resume with the "
+                "same batches in the same order (no shuffling), or remove the file to start again"
+            )
+        if position == self.resumed - 1:
+            run.load_state(self._tensors, self._header)
+        return True
+
+    def save(self, run: Resumable) -> None:
+        """Write the state, unless saving has taken too much of the time lately.
+
+        A full disk is a warning: the file that was there stays, and the run goes on.
+        """
+        start = time.monotonic()
+        if (start - self._saved_at) * SHARE_OF_TIME < self._cost:
+            return
+        tensors, header = run.state()
+        text = json.dumps(
+            {
+                "format": FORMAT,
+                "signature": self.signature,
+                "digests": self.digests,
+                "run": header,
+            }
+        )
+        try:
+            with replacing(self.path) as partial:
+                named = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
+                save_file(named, partial, metadata={"singe": text})
+        except (OSError, SafetensorError) as error:
+            warnings.warn(
+                f"cannot write the checkpoint {self.path} ({error}); scoring goes on without",
+                stacklevel=2,
+            )
+        self._saved_at = time.monotonic()
+        self._cost = self._saved_at - start
+
+    def finished(self) -> None:
+        """The run is complete: its state is of no more use."""
+        self.path.unlink(missing_ok=True)

@@ -1,0 +1,99 @@
+"""What a run has to compute for every batch: variants of the network, in the order they run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from singe.criteria import Criterion
+from singe.graph import Group
+from singe.network import Network, site_key
+from singe.quadrature import Quadrature
+from singe.result import UnitSet, unit_sets
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One setting of the gates: the units of ``units`` at ``mu``, all others at 1.
+
+    Attributes:
+        index: position of ``units`` among the unit sets of the run.
+        node: index into the quadrature, or None for the end of the path, mu = 0.
+    """
+
+    units: UnitSet
+    index: int
+    node: int | None
+    mu: float
+
+    @property
+    def unit(self) -> int:
+        """The one unit that moves on the neuron path."""
+        return self.units[0][1][0]
+
+
+def all_variants(
+    groups: Sequence[Group], path: str, criterion: Criterion, quadrature: Quadrature
+) -> list[list[Variant]]:
+    """Jobs: per stage (gradients at the nodes, losses at the end) and group, its variants."""
+    stages: list[list[tuple[int | None, float]]] = []
+    if criterion.integrand != "loss":
+        stages.append(list(enumerate(quadrature.nodes)))
+    if criterion.integrand in ("loss", "derivative"):
+        stages.append([(None, 0.0)])
+    sets = list(enumerate(unit_sets(groups, path)))
+    return [
+        [Variant(units, index, node, mu) for index, units in of_group for node, mu in stage]
+        for stage in stages
+        for _, of_group in groupby(sets, key=lambda pair: id(pair[1][0][0]))
+    ]
+
+
+def merged(jobs: Sequence[list[Variant]], limit: int) -> list[list[Variant]]:
+    """Neighbouring jobs of one stage put together while they hold no more than ``limit`` variants."""
+    result: list[list[Variant]] = []
+    for job in jobs:
+        if not job:
+            continue
+        same_stage = bool(result) and (result[-1][0].node is None) == (job[0].node is None)
+        if same_stage and len(result[-1]) + len(job) <= limit:
+            result[-1] = result[-1] + job
+        else:
+            result.append(job)
+    return result
+
+
+def runs_of_groups(variants: Sequence[Variant]) -> Iterator[tuple[UnitSet, slice]]:
+    """Neighbouring variants that move units of the same groups, and where they stand."""
+    start = 0
+    for _, run in groupby(variants, key=lambda one: id(one.units[0][0])):
+        same = list(run)
+        yield same[0].units, slice(start, start + len(same))
+        start += len(same)
+
+
+def gates_of(network: Network, variants: Sequence[Variant]) -> dict[str, Tensor]:
+    """[V, C] gates of every site that these variants touch."""
+    gates: dict[str, Tensor] = {}
+    mus = torch.tensor([one.mu for one in variants], dtype=torch.float64)
+    for units, where in runs_of_groups(variants):
+        rows = torch.arange(len(variants))[where, None]
+        for position, (group, _) in enumerate(units):
+            for member in group.members:
+                key = site_key(member)
+                if key not in gates:
+                    gates[key] = (
+                        network.open_gate(key)
+                        .expand(len(variants), network.sites[key].channels)
+                        .clone()
+                    )
+                channels = torch.stack(
+                    [member.channels[one.units[position][1]].flatten() for one in variants[where]]
+                )
+                gate = gates[key]
+                gate[rows.to(gate.device), channels.to(gate.device)] = mus[where, None].to(gate)
+    return gates

@@ -1,0 +1,106 @@
+"""From sums over samples to one number per unit, and to its standard error."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from singe.criteria import Criterion
+from singe.graph import Group
+from singe.kernels.integral import Norm, accumulate
+from singe.network import Network, site_key
+from singe.quadrature import Quadrature
+from singe.sums import Sums
+
+
+class Reduction:
+    """The last step of a run.
+
+    Args:
+        sets: per group [U], see :func:`singe.sums.set_of_units`.
+        nodes_in_one: the sums hold the weighted sum over the nodes already (``norm="outside"``).
+        gates_only: the sums hold derivatives along gates, whose weight is 1.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        criterion: Criterion,
+        quadrature: Quadrature,
+        p: int | str,
+        sets: dict[str, Tensor],
+        nodes_in_one: bool,
+        gates_only: bool,
+    ) -> None:
+        self.network = network
+        self.integrand = criterion.integrand
+        self.omega = [1.0] if nodes_in_one else list(quadrature.weights)
+        self.p = p
+        self.sets = sets
+        self.gates_only = gates_only
+
+    def scores(self, sums: Sums, group: Group) -> Tensor:
+        """Float64 [U] on the CPU, from all data."""
+        return self._estimate(sums, group, None)
+
+    def latest(self, sums: Sums, group: Group) -> Tensor:
+        """Float64 [U]: the score from all folds but the first."""
+        return self._estimate(sums, group, 0)
+
+    def stderr(self, sums: Sums, group: Group) -> Tensor:
+        """Float64 [U]: standard error of the scores over the choice of calibration samples.
+
+        Delete-a-group jackknife: with ``theta_f`` the score without fold f and G folds,
+        ``var = (G - 1) / G * sum_f (theta_f - mean theta)^2``; for criteria that are means over
+        samples it is the standard error of batch means (Efron & Stein 1981; Kott 2001). Units that
+        have seen fewer than two folds get infinity.
+        """
+        seen = sums.samples[:, self.sets[group.name]] > 0  # [F, U]
+        without = torch.stack([self._estimate(sums, group, f) for f in sums.used_folds()])
+        seen = seen[sums.used_folds()].to(torch.float64)
+        folds = seen.sum(0)
+        mean = (seen * without).sum(0) / folds
+        variance = (folds - 1) / folds * (seen * (without - mean).square()).sum(0)
+        return torch.where(folds >= 2, variance.sqrt(), torch.inf)
+
+    def damage(self, sums: Sums) -> Tensor:
+        """Float64 [N]: mean loss with each set of units gated off, minus the network's own."""
+        return (sums.end_loss - sums.base_loss).sum(0) / sums.samples.sum(0)
+
+    def _estimate(self, sums: Sums, group: Group, left_out: int | None) -> Tensor:
+        sets = self.sets[group.name]
+        samples = _without(sums.samples[:, sets], left_out)  # [U]
+        samples = torch.where(samples > 0, samples, 1.0)  # nothing seen: 0 / 1
+        if self.integrand == "loss":
+            damage = sums.end_loss[:, sets] - sums.base_loss[:, sets]
+            return _without(damage, left_out) / samples
+        keys = [site_key(m) for m in group.members]
+        keys = [key for key in keys if (group.name, key) in sums.gradients]
+        parts = [_without(sums.gradients[group.name, key], left_out) for key in keys]
+        grad = torch.cat(parts, 2)  # [S, U, K]
+        grad = grad / samples.to(grad)[None, :, None]
+        omega = grad.new_tensor(self.omega)
+        if self.integrand == "derivative":
+            return -(omega[:, None] * grad.sum(2)).sum(0).double().cpu()
+        weight = None
+        if self.integrand == "variation" and not self.gates_only:
+            weight = torch.cat([self._weight(group, key) for key in keys], 1).to(grad)
+        score = grad.new_zeros(group.n_units)
+        accumulate(score, grad, weight, omega, cast(Norm, self.p))
+        return score.double().cpu()
+
+    def _weight(self, group: Group, key: str) -> Tensor:
+        """[U, k] of ``W_u``: rows with their bias, or 1 for a gate."""
+        member = next(m for m in group.members if site_key(m) == key)
+        site = self.network.sites[key]
+        if site.kind != "rows":
+            return self.network.open_gate(key).expand(member.channels.shape)
+        return site.weight[member.channels.to(site.weight.device)].flatten(1)
+
+
+def _without(values: Tensor, fold: int | None) -> Tensor:
+    """Sum over the first dimension, all but one fold of it."""
+    total = values[0] if len(values) == 1 else values.sum(0)
+    return total if fold is None else total - values[fold]

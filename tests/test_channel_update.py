@@ -1,0 +1,110 @@
+"""One-channel updates on the neuron path: where they apply they are exact, elsewhere they are not used.
+
+That the scores equal the definition is checked with everything else in test_definition.py; here the
+tests look at when the short cut is taken.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import (
+    CASES,
+    assert_close,
+    make_batches,
+    one_thread,  # noqa: F401 - autouse
+    randomise,
+    run_engine,
+)
+from torch import nn
+
+from singe import engine
+from singe.channel_update import ChannelUpdates
+
+USED = {
+    "mlp": {"0", "2"},
+    "conv1d": {"0"},  # "3" goes through a mean before it is read
+    "conv3d": {"0"},
+    "residual": {"3.body.0"},  # the stream "0" has two producers
+    "depthwise": set(),
+    "vgg": {"9"},  # pooling lies behind the convolutions
+    "sigmoid": set(),  # maps 0 to something: gates at the input
+    "tokens": {"up"},
+}
+
+
+@pytest.fixture(autouse=True)
+def a_pass_for_every_group(monkeypatch):
+    """Groups as small as these would share a pass, and then all channels run."""
+    monkeypatch.setattr(engine, "SHARED_PASS_BYTES", 0)
+
+
+@pytest.fixture
+def updates(monkeypatch):
+    """Names of the groups that were updated."""
+    seen = set()
+    updated = ChannelUpdates.updated
+
+    def spy(self, group, *args):
+        seen.add(group.name)
+        return updated(self, group, *args)
+
+    monkeypatch.setattr(ChannelUpdates, "updated", spy)
+    return seen
+
+
+@pytest.mark.parametrize("name", USED)
+def test_where_it_is_used(updates, name):
+    case = CASES[name]
+    run_engine(case.model(), case.batches(), path="neuron")
+    assert updates == USED[name]
+
+
+@pytest.mark.parametrize("path", ["layer", "network"])
+def test_only_on_the_neuron_path(updates, path):
+    run_engine(CASES["mlp"].model(), CASES["mlp"].batches(), path=path)
+    assert not updates
+
+
+@pytest.mark.parametrize("criterion", ["singe", "ig", "signed", "ablation"])
+@pytest.mark.parametrize("name", ["mlp", "conv1d", "conv3d", "residual", "tokens"])
+def test_the_short_cut_changes_nothing(monkeypatch, name, criterion):
+    case = CASES[name]
+    model, batches = case.model(), case.batches()
+    short = run_engine(model, batches, path="neuron", criterion=criterion).scores
+    monkeypatch.setattr(ChannelUpdates, "activation", lambda self, group: None)
+    assert_close(
+        run_engine(model, batches, path="neuron", criterion=criterion).scores, short, 1e-10
+    )
+
+
+def test_an_activation_that_is_not_known_is_not_guessed(updates):
+    """1.0001 * relu looks like a ReLU, but not to the last bit."""
+
+    class Nearly(nn.Module):
+        def forward(self, x):
+            return 1.0001 * x.relu()
+
+    torch.manual_seed(0)
+    model = randomise(
+        nn.Sequential(nn.Linear(6, 5), Nearly(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 4))
+    ).double()
+    batches = make_batches((6,), (4,))
+    fused = run_engine(model, batches, path="neuron").scores
+    assert updates == {"2"}
+    assert_close(fused, run_engine(model, batches, path="neuron", engine="naive").scores, 1e-9)
+
+
+def test_a_layer_that_is_read_twice_is_not_updated(updates):
+    class Forked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(5, 4)
+
+        def forward(self, x):
+            x = self.a(x).relu()
+            return self.b(x) + self.c(x)
+
+    torch.manual_seed(0)
+    run_engine(Forked().double(), make_batches((6,), (4,)), path="neuron")
+    assert not updates

@@ -1,0 +1,181 @@
+"""A run that is killed and resumed gives the bits of one that was not."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+import torch
+from helpers import (
+    CASES,
+    assert_unchanged,
+    one_thread,  # noqa: F401 - autouse
+    snapshot,
+)
+
+import singe
+
+SIZES = (3, 2, 4, 1, 3)
+OPTIONS = [
+    {"path": "layer"},
+    {"path": "network", "norm": "outside"},
+    {"path": "neuron", "p": "sum"},
+    {"criterion": "signed", "path": "neuron"},
+    {"criterion": "ablation"},
+    {"path": "neuron", "tolerance": 0.2, "pruning_ratio": 0.4},
+]
+
+
+class Killed(Exception):
+    pass
+
+
+class Breaks(list):
+    """Batches of which one raises."""
+
+    def __init__(self, batches, at) -> None:
+        super().__init__(batches)
+        self.at = at
+
+    def __iter__(self):
+        for index, batch in enumerate(super().__iter__()):
+            if index == self.at:
+                raise Killed
+            yield batch
+
+
+def score(file, batches, **options):
+    model = CASES["residual"].model(dtype=torch.float32)
+    return singe.score(model, batches, checkpoint=file, progress=False, **options)
+
+
+@pytest.fixture(autouse=True)
+def save_always(monkeypatch):
+    """Without waiting until saving is cheap in comparison."""
+    monkeypatch.setattr("singe.checkpoint.SHARE_OF_TIME", float("inf"))
+
+
+def data(seed=0):
+    return CASES["residual"].batches(SIZES, seed, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_resumed_is_uninterrupted(tmp_path, options, monkeypatch):
+    path = tmp_path / "run.safetensors"
+    expected = score(None, data(), **options)
+    done = []
+    monkeypatch.setattr("singe.engine.FusedEngine.state", _stopping(after=3, done=done))
+    with pytest.raises(Killed):
+        score(path, data(), **options)
+    monkeypatch.undo()
+    assert path.exists()
+    resumed = score(path, data(), **options)
+    assert not path.exists(), "the run is complete"
+    for name in expected:
+        assert torch.equal(resumed[name], expected[name]), name
+        if expected.stderr is not None:
+            assert torch.equal(resumed.stderr[name], expected.stderr[name]), name
+    assert resumed.meta["evaluations"] == expected.meta["evaluations"]
+    assert resumed.meta["samples"] == expected.meta["samples"]
+
+
+def _stopping(after, done):
+    from singe.engine import FusedEngine
+
+    state = FusedEngine.state
+
+    def stops(self):
+        done.append(1)
+        if len(done) > after:
+            raise Killed
+        return state(self)
+
+    return stops
+
+
+def _run(path, ready) -> None:
+    torch.set_num_threads(1)
+    ready.set()
+    score(path, CASES["residual"].batches((4,) * 200, dtype=torch.float32), path="neuron")
+
+
+def test_kill_9(tmp_path):
+    path = tmp_path / "run.safetensors"
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    process = context.Process(target=_run, args=(path, ready))
+    process.start()
+    ready.wait(60)
+    deadline = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "it was through before it was killed"
+    batches = CASES["residual"].batches((4,) * 200, dtype=torch.float32)
+    resumed = score(path, batches, path="neuron")
+    expected = score(None, batches, path="neuron")
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+def interrupted(path):
+    with pytest.raises(Killed):
+        score(path, Breaks(data(), 2))
+
+
+def test_other_data_is_refused(tmp_path):
+    path = tmp_path / "run.safetensors"
+    interrupted(path)
+    with pytest.raises(singe.CheckpointError, match="batch 0 is not the one"):
+        score(path, data(seed=1))
+    score(path, data())  # it was not lost
+
+
+@pytest.mark.parametrize("options", [{"quadrature": 3}, {"p": 2}, {"path": "network"}])
+def test_other_options_are_refused(tmp_path, options):
+    path = tmp_path / "run.safetensors"
+    interrupted(path)
+    with pytest.raises(singe.CheckpointError, match="belongs to another run"):
+        score(path, data(), **options)
+
+
+def test_other_weights_are_refused(tmp_path):
+    path = tmp_path / "run.safetensors"
+    interrupted(path)
+    model = CASES["residual"].model(seed=1, dtype=torch.float32)
+    before = snapshot(model)
+    with pytest.raises(singe.CheckpointError, match="model was"):
+        singe.score(model, data(), checkpoint=path, progress=False)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"\x00" * 100])
+def test_a_damaged_file_is_refused(tmp_path, content):
+    path = tmp_path / "run.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(singe.CheckpointError, match="remove it to start again"):
+        score(path, data())
+    assert path.read_bytes() == content
+
+
+def test_another_kind_of_file_is_refused(tmp_path):
+    path = tmp_path / "scores.safetensors"
+    score(None, data()).save(path)
+    with pytest.raises(singe.CheckpointError, match="no checkpoint of a scoring run"):
+        score(path, data())
+
+
+def test_a_full_disk_stops_nothing(tmp_path):
+    with pytest.warns(UserWarning, match="cannot write the checkpoint"):
+        found = score(tmp_path / "missing" / "run.safetensors", data())
+    expected = score(None, data())
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_definition_has_no_checkpoint(tmp_path):
+    with pytest.raises(singe.OptionError, match="engine='fused'"):
+        score(tmp_path / "run", data(), engine="naive")
