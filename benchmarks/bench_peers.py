@@ -65,7 +65,7 @@ def captum(todo: Work, method: str) -> list[Tensor]:
         total: Tensor | float = 0.0
         for x, y in todo.batches:
             part = attribution.attribute(
-                x, target=y, n_steps=NODES, method="gausslegendre", internal_batch_size=len(x)
+                x, target=y, n_steps=NODES, method="gausslegendre"
             )
             total = total + part.detach().flatten(2).sum((0, 2))
         found.append(total / todo.images)
