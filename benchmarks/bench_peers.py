@@ -49,7 +49,9 @@ def torch_pruning(todo: Work, hessian: bool) -> list[Tensor]:
     for name in todo.layers:
         layer = model.get_submodule(name)
         prune = graph.get_pruner_of_module(layer).prune_out_channels
-        found.append(importance(graph.get_pruning_group(layer, prune, list(range(len(layer.weight))))))
+        found.append(
+            importance(graph.get_pruning_group(layer, prune, list(range(len(layer.weight)))))
+        )
     return found
 
 
@@ -64,9 +66,7 @@ def captum(todo: Work, method: str) -> list[Tensor]:
         attribution = kind(model, model.get_submodule(name))
         total: Tensor | float = 0.0
         for x, y in todo.batches:
-            part = attribution.attribute(
-                x, target=y, n_steps=NODES, method="gausslegendre"
-            )
+            part = attribution.attribute(x, target=y, n_steps=NODES, method="gausslegendre")
             total = total + part.detach().flatten(2).sum((0, 2))
         found.append(total / todo.images)
     return found

@@ -123,7 +123,9 @@ def main() -> None:
     found: dict[str, Any] = {}
     for axis in args.axes:
         found[axis] = measure(list(AXES[axis](args.device)), args.rounds)
-        row = ", ".join(f"{p['at']}: {p['seconds']:.2f} ({p['predicted']:.2f})" for p in found[axis])
+        row = ", ".join(
+            f"{p['at']}: {p['seconds']:.2f} ({p['predicted']:.2f})" for p in found[axis]
+        )
         print(f"{axis}, seconds (predicted): {row}", flush=True)
         settings = {k: v for k, v in vars(args).items() if k != "axes"}
         write(f"growth-{args.device}", {"settings": settings, "axes": found})

@@ -85,10 +85,14 @@ def integral_sets(name: str, device: str, nodes: int, total: int) -> tuple[list[
         omega = torch.full((nodes,), 1 / nodes, device=device)
         return torch.zeros(channels, device=device), grad, weight, omega, 1
 
-    return fill(make, lambda score, grad, weight, omega, p: nbytes(grad, weight, score, score), total)
+    return fill(
+        make, lambda score, grad, weight, omega, p: nbytes(grad, weight, score, score), total
+    )
 
 
-def masked_sets(name: str, device: str, variants: int, batch: int, total: int) -> tuple[list[Any], int]:
+def masked_sets(
+    name: str, device: str, variants: int, batch: int, total: int
+) -> tuple[list[Any], int]:
     """One shared activation to gated variants with scale, shift, residual and ReLU; bytes forward."""
     channels, side, _ = SHAPES[name]
 
@@ -129,7 +133,9 @@ def integral_expression(
 def both_ways(run: Callable[..., Tensor]) -> Callable[..., Any]:
     """Forward and backward through autograd."""
 
-    def call(y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, residual: Tensor, act: str) -> Any:
+    def call(
+        y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, residual: Tensor, act: str
+    ) -> Any:
         leaves = [t.detach().requires_grad_() for t in (y, gate, residual)]
         out = run(leaves[0], leaves[1], scale, shift, leaves[2], act)
         return torch.autograd.grad(out, leaves, out.detach())
@@ -150,9 +156,13 @@ def rows(
     return {
         "GB/s": rates,
         "share": scale * median_ratio(times, "yardstick", ours),
-        "seconds": {name: {k: spent[k] for k in ("median", "min")} for name, spent in times.items()},
+        "seconds": {
+            name: {k: spent[k] for k in ("median", "min")} for name, spent in times.items()
+        },
         "over ours": {
-            name: median_ratio(times, name, ours) for name in runs if name not in (ours, "yardstick")
+            name: median_ratio(times, name, ours)
+            for name in runs
+            if name not in (ours, "yardstick")
         },
     }
 
@@ -189,9 +199,12 @@ def masked(args: argparse.Namespace, total: int, backward: bool) -> dict[str, An
         if backward:
             grads = [torch.randn_like(masked_forward(*sets[0])) for _ in sets[:8]]
             calls = [
-                (g, *s[:6], [True, True, True]) for g, s in zip(itertools.cycle(grads), sets, strict=False)
+                (g, *s[:6], [True, True, True])
+                for g, s in zip(itertools.cycle(grads), sets, strict=False)
             ]
-            each = args.nodes * y_bytes + 4 * y_bytes  # gradient, y and residual in, two gradients out
+            each = (
+                args.nodes * y_bytes + 4 * y_bytes
+            )  # gradient, y and residual in, two gradients out
             runs = {"ours": (cycle(op, calls), each)}
         else:
             runs = {"ours": (cycle(masked_forward, sets), each)}
@@ -221,7 +234,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--nodes", type=int, default=4)
-    parser.add_argument("--compile", action="store_true", help="also torch.compile; default on a GPU")
+    parser.add_argument(
+        "--compile", action="store_true", help="also torch.compile; default on a GPU"
+    )
     args = parser.parse_args()
     args.compile |= args.device == "cuda"
     cache = last_level_cache(args.device)

@@ -74,7 +74,9 @@ def variants_at_once(meta: dict[str, Any], nodes: int) -> int:
     return min(nodes, int(meta["variants_per_pass"]))
 
 
-def one_run(todo: Work, nodes: int, budget: int | None, device: str) -> tuple[dict[str, Any], Scores]:
+def one_run(
+    todo: Work, nodes: int, budget: int | None, device: str
+) -> tuple[dict[str, Any], Scores]:
     """Score once under a budget and watch the memory."""
     small = Work(todo.name, todo.model, [(x[:2], y[:2]) for x, y in todo.batches[:1]], todo.layers)
     sweep(small, "layer", 2)  # libraries and kernels loaded
@@ -112,7 +114,9 @@ def against_budgets(
         reference = f"{folder}/free.safetensors"
         free = in_fresh_process([*common, "--save", reference])
         runs = [
-            in_fresh_process([*common, "--budget", str(int(s * free["peak_extra"])), "--like", reference])
+            in_fresh_process(
+                [*common, "--budget", str(int(s * free["peak_extra"])), "--like", reference]
+            )
             for s in shares
         ]
     return {"model": model, "images": images, "nodes": nodes, "free": free, "budgeted": runs}

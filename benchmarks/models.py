@@ -119,7 +119,11 @@ def inner_layers(name: str, model: nn.Module) -> list[str]:
     """Root layers of the groups inside a block: those that are no residual stream."""
     convs = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
     if name == "mixer":
-        return [f"blocks.{i}.{part}.0" for i in range(len(model.blocks)) for part in ("tokens", "channels")]
+        return [
+            f"blocks.{i}.{part}.0"
+            for i in range(len(model.blocks))
+            for part in ("tokens", "channels")
+        ]
     if name == "mobilenet_v2":  # the expansion, coupled with the depthwise convolution behind it
         return [n for n in convs if n.endswith("conv.0.0") and n != "features.1.conv.0.0"]
     inner = ("conv1", "conv2") if name == "resnet50" else ("conv1",)

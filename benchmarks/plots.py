@@ -46,12 +46,15 @@ def targets(document: dict[str, Any]) -> Figure:
         ] is not None else "not measured"  # fmt: skip
         reach = _reach(entry)
         color = BLUE if entry["pass"] else RED
-        axes.barh(row, reach - 1, left=1, color=color, height=0.6, hatch="" if entry["pass"] else "//")
+        axes.barh(
+            row, reach - 1, left=1, color=color, height=0.6, hatch="" if entry["pass"] else "//"
+        )
         axes.annotate(label, (max(reach, 1), row), (5, 0), textcoords="offset points", va="center",
                       fontsize="small")  # fmt: skip
     axes.axvline(1, color="0.2")
     axes.set_xscale("log")
-    axes.set_xlim(min(0.3, *map(_reach, entries)) / 1.1, 4 * max(1.0, *map(_reach, entries)))
+    axes.set_xlim(min(0.3, *map(_reach, entries)) / 1.1, 5 * max(1.0, *map(_reach, entries)))
+    _plain_ticks(axes)
     axes.set_yticks(range(len(entries)), [entry["id"] for entry in entries])
     axes.set_xlabel("measured relative to the target; right of the line: met")
     return figure
@@ -82,7 +85,9 @@ def speedups(document: dict[str, Any]) -> Figure:
     axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel("times longer than fused; right of the line fused is faster")
     axes.set_title("model, path, nodes", loc="left", fontsize="small", color="0.35")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False
+    )
     return figure
 
 
@@ -113,9 +118,13 @@ def equal_error(document: dict[str, Any]) -> Figure | None:
         axes.scatter(x, y, c=RED if naive else BLUE, marker="X" if naive else "o", s=60, zorder=3)
         axes.annotate(name.removeprefix("fused "), (x, y), (6, 6), textcoords="offset points",
                       fontsize="small", ha="right" if naive else "left")  # fmt: skip
-    axes.axhline(100 * found["errors"][found["naive"]]["all"], color=RED, linewidth=0.8, linestyle=":")
+    axes.axhline(
+        100 * found["errors"][found["naive"]]["all"], color=RED, linewidth=0.8, linestyle=":"
+    )
     axes.set_xscale("log")
     axes.set_yscale("log")
+    _plain_ticks(axes)
+    _plain_ticks(axes, "y")
     axes.set_xlabel("seconds of the sweep")
     axes.set_ylabel("error of the integral, %")
     axes.grid(alpha=0.3)
@@ -134,7 +143,8 @@ def peers(document: dict[str, Any]) -> Figure:
         axes.bar_label(bars, [f" {value:.2g} s" for value in spent], fontsize="small")
         axes.set_yticks(range(len(order)), order)
         axes.set_xscale("log")
-        axes.set_xlim(right=4 * max(spent))
+        axes.set_xlim(min(spent) / 3, 4 * max(spent))
+        _plain_ticks(axes)
         axes.set_xlabel("seconds to scores")
         axes.set_title(f"{cell['model']}, {cell['images']} images, {cell['nodes']} nodes or steps",
                        fontsize="medium")  # fmt: skip
@@ -147,12 +157,14 @@ def growth(document: dict[str, Any]) -> Figure:
     figure, panels = new(3.2 * len(found), 3.4, len(found))
     for axes, (axis, points) in zip(panels, found.items(), strict=True):
         x = [p["at"] for p in points]
-        axes.plot(x, [p["predicted"] for p in points], "--", color=GREY, label="predicted by the floor")
+        axes.plot(
+            x, [p["predicted"] for p in points], "--", color=GREY, label="predicted by the floor"
+        )
         axes.plot(x, [p["seconds"] for p in points], "o-", color=BLUE, label="measured")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(x, [str(v) for v in x])
-        axes.minorticks_off()
+        _plain_ticks(axes, "y")
         axes.set_xlabel(axis)
         axes.set_title(f"{points[0]['path']} path", fontsize="medium")
         axes.grid(alpha=0.3)
@@ -173,19 +185,24 @@ def kernels(document: dict[str, Any]) -> Figure:
         x = [i + (index - (len(found) - 1) / 2) * width for i in range(len(layers))]
         shares = [100 * found[kernel][layer]["share"] for layer in layers]
         axes.bar(x, shares, 0.9 * width, color=color, label=kernel)
-    axes.axhline(100 * KERNEL_TARGET[device], color="0.2", linestyle=":")
+    goal = "integral" if device == "cpu" else "all three"
+    axes.axhline(100 * KERNEL_TARGET[device], color="0.2", ls=":", label=f"target ({goal})")
     axes.set_xticks(range(len(layers)), [f"ResNet-50\n{layer}" for layer in layers])
     axes.set_ylabel(f"% of the {'copy' if device == 'cuda' else 'triad'}")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False
+    )
     return figure
 
 
-def _plain_ticks(axes: Axes) -> None:
-    """1, 2, 5, 10 in place of powers of ten."""
-    low, high = axes.get_xlim()
-    ticks = [t for t in (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if low <= t <= high]
-    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
-    axes.minorticks_off()
+def _plain_ticks(axes: Axes, which: str = "x") -> None:
+    """1, 2, 5, 10 in place of powers of ten on a logarithmic axis."""
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
+    decades = [m * 10.0**e for e in range(-5, 6) for m in (1, 2, 5)]
+    ticks = [t for t in decades if low <= t <= high]
+    axis.set_ticks(ticks, [f"{t:g}" for t in ticks])
+    axis.set_ticks([], minor=True)
 
 
 # Section of the page -> kind of result, file name, alternative text, how to draw.

@@ -32,13 +32,12 @@ def environment() -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "--short=12", "HEAD"),
         # Results and the pages made of them are what the run writes.
-        "dirty": bool(
-            _git("status", "--porcelain", "--untracked-files=no", "--", ".", *NOT_CODE)
-        ),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", *NOT_CODE)),
         "command": " ".join(["python", *_relative(sys.orig_argv[1:])]),
         "machine": {
             "cpu": _cpu(),
-            "cores": len(os.sched_getaffinity(0)),
+            # A main thread that is pinned sees its own core only.
+            "cores": max(len(os.sched_getaffinity(0)), torch.get_num_threads()),
             "gpu": gpu,
             "load_before": LOAD_BEFORE,
         },

@@ -98,7 +98,7 @@ def find_entry(document: dict[str, Any], name: str) -> dict[str, Any] | None:
 def targets(document: dict[str, Any]) -> str:
     """Every target with its value; failures beside successes."""
     entries = document["results"]["targets"]
-    demanded = [e for e in entries if e.get("demanded", True)]
+    demanded = [e for e in entries if e["demanded"]]
     met = sum(e["pass"] for e in demanded)
     rows = []
     for entry in entries:

@@ -19,13 +19,13 @@ steps (``benchmarks/sampling.py``); the JSON says from how many.
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 import singe
@@ -70,7 +70,13 @@ def relative_difference(left: singe.Scores, right: singe.Scores) -> float:
 
 def spearman(left: singe.Scores, right: singe.Scores) -> float:
     """Rank correlation over all units together."""
-    return float(spearmanr(flat(left), flat(right)).statistic)
+    return float(torch.corrcoef(torch.stack([ranks(flat(left)), ranks(flat(right))]))[0, 1])
+
+
+def ranks(values: Tensor) -> Tensor:
+    """Ranks from 1 up, equal values sharing their mean rank, in float64."""
+    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts - 1) / 2).double()[inverse]
 
 
 def ordinary(model: nn.Module, x: Tensor, y: Tensor, passes: int) -> None:
@@ -98,9 +104,7 @@ def naive_engine(work: Work, path: str, nodes: int, units: list[int]) -> dict[st
     few = Work(work.name, work.model, work.batches[:1], tuple(layers))
     sets = {"layer": len(layers), "neuron": sum(units[g] for g in chosen), "network": 1}[path]
     whole = {"layer": len(units), "neuron": sum(units), "network": 1}[path]
-    one, three = (
-        sweep(few, path, n, engine="naive").meta["seconds"]["sweep"] for n in (1, 3)
-    )
+    one, three = (sweep(few, path, n, engine="naive").meta["seconds"]["sweep"] for n in (1, 3))
     estimate = line(sets, one, 3 * sets, three, whole * nodes) * len(work.batches)
     steps = {"steps_run": 4 * sets, "steps_of_the_whole": whole * nodes * len(work.batches)}
     return {**summary([estimate]), "extrapolated": True, **steps, "groups": layers}
@@ -121,8 +125,9 @@ class Contest:
     ) -> None:  # fmt: skip
         self.work, self.path, self.nodes, self.naive = work, path, nodes, naive
         graph = work.graph()
-        if tuple(g.name for g in graph.groups) != work.layers:
-            raise ValueError(f"groups {[g.name for g in graph.groups]} are not {work.layers}")
+        pairs = itertools.zip_longest(graph.groups, work.layers)
+        if not all(group and layer in group.layers for group, layer in pairs):
+            raise ValueError(f"{work.layers} are not one layer of each of {graph.groups}")
         self.units = [g.n_units for g in graph.groups]
         self.rule = as_quadrature(nodes)
         self.plan = plan(path, self.units, nodes, len(work.batches), per_group)
