@@ -32,7 +32,7 @@ def in_reduced(model: str, path: str, nodes: int) -> bool:
         return nodes == 4 and model in ("resnet20", "mixer")
     if model == "resnet56" and path == "layer":
         return False  # it is in benchmarks/targets.py
-    return nodes == 4 or (model == "resnet20" and nodes < 16) or path == "network"
+    return nodes == 4 or (model == "resnet20" and (nodes < 16 or path == "network"))
 
 
 @pytest.mark.parametrize("nodes", NODES)

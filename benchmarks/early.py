@@ -18,7 +18,7 @@ from benchmarks.scoring import flat, refusal, sweep
 SHARE = 0.30
 IMAGES, BATCH_SIZE = 64, 8  # what is settled leaves after a batch, so there must be several
 OPTIONS: dict[str, Any] = {"tolerance": 0.02, "cut": SHARE}
-DONE, FULL = "unit_evaluations", "unit_evaluations_full"  # of scores.meta
+WORK = "evaluations"  # of scores.meta: how many times a unit went through a batch at a node
 
 
 def refused(options: dict[str, Any]) -> str | None:
@@ -49,7 +49,7 @@ def one_draw(draw: int, options: dict[str, Any], device: str) -> dict[str, float
     todo = Work(base.name, base.model, batches, base.layers)
     full, early = sweep(todo, "neuron", 4), sweep(todo, "neuron", 4, **options)
     return {
-        "work": early.meta[DONE] / early.meta[FULL],
+        "work": early.meta[WORK] / full.meta[WORK],
         "same": overlap(lowest(early, SHARE), lowest(full, SHARE)),
         "seconds_full": full.meta["seconds"]["sweep"],
         "seconds_early": early.meta["seconds"]["sweep"],

@@ -11,7 +11,7 @@ from typing import Any
 
 import singe
 from benchmarks.models import Work
-from benchmarks.record import interleaved, median_ratio, seconds
+from benchmarks.record import interleaved, median_ratio
 from benchmarks.sampling import plan
 from benchmarks.scoring import flat, sweep
 from benchmarks.textbook import NaiveLoop
@@ -43,15 +43,16 @@ def compare(todo: Work, rounds: int) -> dict[str, Any]:
     loop = NaiveLoop(todo.model, todo.graph(), "textbook")
     steps = plan("layer", [len(v) for v in reference.values()], len(schedule), len(todo.batches), 2)
     rules = {f"fused {gauss_legendre(n).name}": n for n in FUSED_NODES}
-    errors = {name: error(sweep(todo, "layer", n), reference) for name, n in rules.items()}
+    errors: dict[str, dict[str, float]] = {}
 
-    def fused(nodes: int) -> float:
-        return sweep(todo, "layer", nodes).meta["seconds"]["sweep"]
+    def fused(name: str) -> float:
+        scores = sweep(todo, "layer", rules[name])
+        errors[name] = error(scores, reference)
+        return scores.meta["seconds"]["sweep"]
 
     naive = f"naive {schedule.name}"
     runs = {naive: lambda: loop.seconds(steps, todo.batches, schedule)}
-    runs |= {name: lambda n=n: fused(n) for name, n in rules.items()}
-    seconds(runs[naive])  # warm
+    runs |= {name: lambda name=name: fused(name) for name in rules}
     times = interleaved(runs, rounds)
     times[naive] |= steps.describe()
     enough = [name for name in rules if errors[name]["all"] <= naive_error["all"]]

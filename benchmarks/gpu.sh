@@ -53,7 +53,7 @@ step build 180 "$PYTHON" setup.py build_ext --inplace
 step info 60 "$PYTHON" -m singe info --json
 step tests 200 "$PYTHON" -m pytest -m gpu -v -p no:cacheprovider tests
 step kernels 90 "$PYTHON" -m benchmarks.kernels --device cuda --rounds 10
-step targets 150 "$PYTHON" -m benchmarks.targets --device cuda --rounds 3 --patience 15 --draws 3
+step targets 150 "$PYTHON" -m benchmarks.targets --device cuda --patience 15 --draws 3
 # ResNet-50 at 224 pixels, batch 64, fp32 and bf16, first; then what else there is time for.
 matrix=("$PYTHON" -m pytest -p no:cacheprovider benchmarks/bench_scoring.py --device cuda --rounds 3)
 step suite 120 "${matrix[@]}" --benchmark-json="$OUT/suite-cuda.json" \

@@ -221,7 +221,7 @@ class Contest:
         }
 
 
-KEPT_META = ("variants_per_pass", "stacked", "peak_memory", "passes", "chunks")
+KEPT_META = ("variants_per_pass", "stacked", "evaluations", "peak_memory")
 
 
 def contest(

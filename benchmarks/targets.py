@@ -166,9 +166,9 @@ def early_decision(args: argparse.Namespace) -> Iterator[Entry]:
 
 def integral_error(args: argparse.Namespace) -> Iterator[Entry]:
     """Naive geometric schedule against the cheapest fused rule that is at least as close."""
-    found = equal_error.compare(work("resnet20", 128, 64, args.device), args.rounds)
+    found = equal_error.compare(work("resnet20", 64, 64, args.device), args.rounds)
     claim = (
-        "ResNet-20, layer path, 128 images, fp32: fused over naive 0.9^s with 30 nodes, at an "
+        "ResNet-20, layer path, 64 images, fp32: fused over naive 0.9^s with 30 nodes, at an "
         "integral error not above its"
     )
     yield Entry("equal-error", claim, ">=", 20.0, found["ratio"], detail=found)
@@ -227,7 +227,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sections", nargs="+", default=list(SECTIONS), choices=list(SECTIONS))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--patience", type=float, default=150, help="seconds after which a section "
+    parser.add_argument("--patience", type=float, default=90, help="seconds after which a section "
                         "starts no further round")  # fmt: skip
     parser.add_argument("--draws", type=int, default=10)
     parser.add_argument("--early", type=json.loads, default=early.OPTIONS, help="options of "
