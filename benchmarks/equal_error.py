@@ -18,7 +18,7 @@ from benchmarks.textbook import NaiveLoop
 from singe.quadrature import gauss_legendre, geometric
 
 REFERENCE = 16
-FUSED_NODES = (2, 3, 4, 8)
+FUSED_NODES = (3, 4, 5, 6)
 
 
 def error(scores: singe.Scores, reference: singe.Scores) -> dict[str, float]:

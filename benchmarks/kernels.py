@@ -232,7 +232,7 @@ def print_row(kernel: str, name: str, row: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--nodes", type=int, default=4)
     parser.add_argument(
         "--compile", action="store_true", help="also torch.compile; default on a GPU"

@@ -266,7 +266,17 @@ def kernels(document: dict[str, Any]) -> str:
             )  # fmt: skip
     header = ("kernel, layer", "shape", "GB/s", f"{stick}, GB/s", f"of the {stick}",
               "torch reference takes", "torch.compile takes")  # fmt: skip
-    return table(header, rows)
+    note = (
+        f"Bytes that must move over time, beside a plain {stick} on arrays far larger than the last "
+        "cache, in turn; every call works on buffers that no call before it touched. The integral is "
+        "compiled; "
+    )
+    note += (
+        "the masked forward is a Triton kernel."
+        if stick == "copy"
+        else "the masked forward is plain torch on a CPU, its Triton kernel is for GPUs."
+    )
+    return f"{note}\n\n{table(header, rows)}"
 
 
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {

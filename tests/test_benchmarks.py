@@ -272,6 +272,41 @@ def test_the_page_shows_failures_beside_successes(results, tmp_path, monkeypatch
     assert all(f"img/{name}" in page for name in pictures)
 
 
+def test_details_become_sections(results, tmp_path, monkeypatch):
+    contest = {
+        "model": "resnet0", "groups": ["a", "b"], "nodes": 4, "batches": 2, "floor_seconds": 3.0,
+        "share_of_floor": 0.75, "seconds": {"fused": spent(4.0)},
+        "floor_pieces": PIECES.describe(),
+    }  # fmt: skip
+    error = {
+        "errors": {"naive g": {"all": 0.17, "worst_group": 0.2},
+                   "fused q": {"all": 0.03, "worst_group": 0.04}},
+        "seconds": {"naive g": spent(80.0), "fused q": spent(2.0)},
+        "naive": "naive g", "fused": "fused q", "model": "resnet0", "images": 8, "reference": "r",
+    }  # fmt: skip
+    run = {"budget": None, "peak_extra": 8 << 20, "chunks": 1}
+    tight = {"budget": 2 << 20, "peak_extra": 3 << 20, "chunks": 4, "relative_difference": 1e-7}
+    memory = {
+        "model": "resnet0", "images": 8, "nodes": 4, "free": run,
+        "budgeted": [tight | {"identical": False}],
+    }  # fmt: skip
+    entries = [
+        Entry("layer-textbook", "a", ">=", 3.0, 4.0, detail={"contest": contest}),
+        Entry("layer-floor-folded", "b", ">=", 0.85, 0.5, detail={"floor_seconds": 2.0}),
+        Entry("equal-error", "c", ">=", 20.0, 40.0, detail=error),
+        Entry("memory-peak", "d", "<=", 1.0, 1.5, detail=memory),
+    ]
+    content = document(targets=[e.as_json() for e in entries])
+    (results / "targets-cpu.json").write_text(json.dumps(content))
+    page = make_page(results, tmp_path, monkeypatch)
+    assert "the floor is 3 s (2 groups x 4 nodes x 2 batches" in page
+    assert "The sweep takes 4 s: 75 % of the floor's speed, and 50 % of that" in page
+    assert "| naive g | 17 % | 20 % | 80 s |" in page
+    assert "| none given | 8 MiB | 1 | reference |" in page
+    assert "| 2 MiB | 3 MiB | 4 | off by 1.0e-07 |" in page
+    assert (tmp_path / "docs" / "img" / "equal-error-cpu.png").stat().st_size > 1000
+
+
 def test_missing_gpu_figures_are_admitted(results, tmp_path, monkeypatch):
     assert "GPU figures are outstanding" in make_page(results, tmp_path, monkeypatch)
     environment = json.loads(json.dumps(ENVIRONMENT))
