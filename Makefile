@@ -35,9 +35,10 @@ carry:  ## fill .carry/ with what a GPU machine without a network lacks: wheels,
 	$(PYTHON) -m pip download -q --no-deps -d .carry/wheels $$(grep -E '^(torch-pruning|captum)==' constraints.txt)
 	cp -rn "$${SINGE_DATA:-../shared}"/data "$${SINGE_DATA:-../shared}"/models .carry/
 
+# pytest says 5 where ARGS chooses nothing of a file.
 bench: $(BENCH_INSTALLED)  ## the whole benchmark matrix and the peers, hours; ARGS="-k resnet20" chooses
-	$(BIN)/python -m pytest benchmarks/bench_scoring.py --device cpu --benchmark-json=$(RESULTS)/suite-cpu.json $(ARGS)
-	$(BIN)/python -m pytest benchmarks/bench_peers.py --device cpu --benchmark-json=$(RESULTS)/peers-cpu.json $(ARGS)
+	$(BIN)/python -m pytest benchmarks/bench_scoring.py --device cpu --benchmark-json=$(RESULTS)/suite-cpu.json $(ARGS) || [ $$? = 5 ]
+	$(BIN)/python -m pytest benchmarks/bench_peers.py --device cpu --benchmark-json=$(RESULTS)/peers-cpu.json $(ARGS) || [ $$? = 5 ]
 
 # Each step writes its own file; one that fails does not keep the others from running. Threads are
 # pinned for the kernels alone: a pinned process would hand its one core on to those it starts.
