@@ -18,7 +18,12 @@ STYLES = {  # who in the matrix -> colour and marker
     "naive engine over fused": (GREY, "x", 'engine="naive" / fused'),
     "textbook over fused, bf16": (RED, "D", "textbook / fused bf16"),
 }
+# Kernels that are to reach this share of the yardstick.
 KERNEL_TARGET = {"cpu": 0.7, "cuda": 0.8}
+KERNELS_HELD_TO_IT = {
+    "cpu": ("integral",),
+    "cuda": ("integral", "masked forward", "masked backward"),
+}
 
 
 def new(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
@@ -185,7 +190,7 @@ def kernels(document: dict[str, Any]) -> Figure:
         x = [i + (index - (len(found) - 1) / 2) * width for i in range(len(layers))]
         shares = [100 * found[kernel][layer]["share"] for layer in layers]
         axes.bar(x, shares, 0.9 * width, color=color, label=kernel)
-    goal = "integral" if device == "cpu" else "all three"
+    goal = ", ".join(KERNELS_HELD_TO_IT[device])
     axes.axhline(100 * KERNEL_TARGET[device], color="0.2", ls=":", label=f"target ({goal})")
     axes.set_xticks(range(len(layers)), [f"ResNet-50\n{layer}" for layer in layers])
     axes.set_ylabel(f"% of the {'copy' if device == 'cuda' else 'triad'}")

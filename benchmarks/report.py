@@ -266,7 +266,16 @@ def kernels(document: dict[str, Any]) -> str:
             )  # fmt: skip
     header = ("kernel, layer", "shape", "GB/s", f"{stick}, GB/s", f"of the {stick}",
               "torch reference takes", "torch.compile takes")  # fmt: skip
+    device = document["results"]["settings"]["device"]
+    goal, held = plots.KERNEL_TARGET[device], plots.KERNELS_HELD_TO_IT[device]
+    found = document["results"]["kernels"]
+    shares = [row["share"] for kernel in held for row in found.get(kernel, {}).values()]
+    met = sum(share >= goal for share in shares)
     note = (
+        f"Target: {percent(goal)} of the {stick} ({', '.join(held)}); met in {met} of {len(shares)} "
+        "cases.\n\n"
+    )
+    note += (
         f"Bytes that must move over time, beside a plain {stick} on arrays far larger than the last "
         "cache, in turn; every call works on buffers that no call before it touched. The integral is "
         "compiled; "

@@ -265,6 +265,7 @@ def test_the_page_shows_failures_beside_successes(results, tmp_path, monkeypatch
     assert "Abacus" in page
     assert "`0123456789ab`" in page
     assert "90 %" in page
+    assert "Target: 70 % of the triad (integral); met in 1 of 1 cases." in page
     pictures = {p.name for p in (tmp_path / "docs" / "img").glob("*.png")}
     assert pictures == {
         f"{n}-cpu.png" for n in ("targets", "speedup", "floor", "peers", "growth", "kernels")
