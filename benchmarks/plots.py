@@ -144,8 +144,13 @@ def peers(document: dict[str, Any]) -> Figure:
         order = sorted(cell["seconds"], key=lambda n: -cell["seconds"][n]["median"])
         spent = [cell["seconds"][name]["median"] for name in order]
         colors = [BLUE if name.startswith("singe") else GREY for name in order]
-        bars = axes.barh(range(len(order)), spent, color=colors)
-        axes.bar_label(bars, [f" {value:.2g} s" for value in spent], fontsize="small")
+        axes.scatter(spent, range(len(order)), c=colors, s=50, zorder=3)
+        for row, value in enumerate(spent):
+            axes.annotate(
+                f"{value:.2g} s", (value, row), (8, 0), textcoords="offset points", va="center",
+                fontsize="small",
+            )  # fmt: skip
+        axes.grid(axis="x", alpha=0.3)
         axes.set_yticks(range(len(order)), order)
         axes.set_xscale("log")
         axes.set_xlim(min(spent) / 3, 4 * max(spent))
