@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.models import MODELS, work
-from benchmarks.scoring import Contest
+from benchmarks.scoring import BF16, COMPILED, Contest
 
 # Images, batch size, groups on the layer path, on the neuron path. The neuron path costs a pass per
 # unit: few images, and few groups, spread over the depth.
@@ -24,6 +24,7 @@ SIZES: dict[str, tuple[int, int, int | None, int]] = {
 GPU_IMAGES = {"resnet20": 512, "resnet56": 256, "resnet50": 64, "mobilenet_v2": 64, "mixer": 256}
 NEURON_IMAGES = 8
 NODES = (1, 4, 16)
+COMPILED_CELLS = (("resnet20", 4), ("resnet50", 4))
 
 
 def in_reduced(model: str, path: str, nodes: int) -> bool:
@@ -49,7 +50,9 @@ def test_scoring(benchmark, model, path, nodes, rounds, device, reduced):
     groups = {"neuron": neuron_groups, "layer": layer_groups, "network": None}[path]
     todo = work(model, images, size, device, groups)
     per_group = {"neuron": 8, "layer": max(1, 12 // len(todo.layers)), "network": 4}[path]
-    contest = Contest(todo, path, nodes, per_group)
+    # Compiling takes many passes' worth of time, so once is enough to see whether it pays.
+    compiled = [COMPILED] if (model, nodes) in COMPILED_CELLS and path != "neuron" else []
+    contest = Contest(todo, path, nodes, per_group, variants=[BF16, *compiled])
     contest.warm_up()
     benchmark.group = f"{model}, {path} path"
     # Everyone else runs in pytest-benchmark's setup, so that the rounds stay paired.

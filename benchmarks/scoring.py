@@ -4,7 +4,8 @@
 
 What runs, in turn, round by round:
 
-- ``fused``: the engine; ``fused, bf16``: under ``autocast=torch.bfloat16``.
+- ``fused``: the engine; ``fused, bf16``: under ``autocast=torch.bfloat16``; ``fused, compiled``: with
+  ``compile=True``, which includes the time to compile.
 - ``textbook``, ``careful``: the loops of ``benchmarks/textbook.py`` on the user's model as it is.
 - ``naive engine``: ``engine="naive"``, the textbook loop on the package's own copy with its
   BatchNorms folded; measured once.
@@ -21,7 +22,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +37,11 @@ from benchmarks.sampling import plan
 from benchmarks.textbook import STRENGTHS, NaiveLoop
 from singe.quadrature import as_quadrature
 
-BF16 = "fused, bf16"
+BF16, COMPILED = "fused, bf16", "fused, compiled"
+VARIANTS: dict[str, dict[str, Any]] = {
+    BF16: {"autocast": torch.bfloat16},
+    COMPILED: {"compile": True},
+}
 
 
 def sweep(work: Work, path: str, nodes: Any, **options: Any) -> singe.Scores:
@@ -115,13 +120,13 @@ class Contest:
 
     Args:
         per_group: steps per group and round of the naive loops; None: all of them.
-        bf16: also the engine under autocast, if it is offered.
+        variants: names out of ``VARIANTS``: the engine with other options, if they are offered.
         naive: also the naive loops.
     """
 
     def __init__(
-        self, work: Work, path: str, nodes: int, per_group: int | None = 2, bf16: bool = True,
-        naive: bool = True,
+        self, work: Work, path: str, nodes: int, per_group: int | None = 2,
+        variants: Sequence[str] = (BF16,), naive: bool = True,
     ) -> None:  # fmt: skip
         self.work, self.path, self.nodes, self.naive = work, path, nodes, naive
         graph = work.graph()
@@ -134,7 +139,7 @@ class Contest:
         self.loops = {s: NaiveLoop(work.model, graph, s) for s in STRENGTHS if naive}
         self.pieces_once = floors.measurer(work)
         self.pieces: list[floors.Pieces] = []
-        self.refused = refusal(autocast=torch.bfloat16) if bf16 else "not asked for"
+        self.variants = {name: {"refused": refusal(**VARIANTS[name])} for name in variants}
         self.times: dict[str, list[float]] = {}
         self.scores: dict[str, singe.Scores] = {}
         self.calls: list[float] = []
@@ -159,8 +164,9 @@ class Contest:
         self.work.model.zero_grad()
         self._note("ordinary", spent * self.nodes / passes)
         self.pieces += [self.pieces_once() for _ in range(3)]
-        if self.refused is None:
-            self._sweep(BF16, autocast=torch.bfloat16)
+        for name, variant in self.variants.items():
+            if variant["refused"] is None:
+                self._sweep(name, **VARIANTS[name])
 
     def fused(self) -> None:
         """One run of the fused engine."""
@@ -186,7 +192,7 @@ class Contest:
         floor = batches * floors.floor(self.path, pieces, self.nodes, self.units)
         ratios = {
             f"{name} over {ours}": median_ratio(times, name, ours)
-            for ours in ("fused", BF16)
+            for ours in ("fused", *VARIANTS)
             for name in (*self.loops, "ordinary")
             if ours in times
         }
@@ -197,12 +203,16 @@ class Contest:
                 times["naive engine"]["median"] / times["fused"]["median"]
             )
         fused = self.scores["fused"]
-        bf16 = None
-        if BF16 in self.scores:
-            bf16 = {
-                "spearman": spearman(self.scores[BF16], fused),
-                "relative_difference": relative_difference(self.scores[BF16], fused),
+        variants: dict[str, dict[str, Any]] = {
+            name: variant
+            | {
+                "spearman": spearman(self.scores[name], fused),
+                "relative_difference": relative_difference(self.scores[name], fused),
             }
+            if name in self.scores
+            else variant
+            for name, variant in self.variants.items()
+        }
         return {
             **self.work.describe(),
             "path": self.path,
@@ -215,8 +225,7 @@ class Contest:
             "floor_seconds": floor,
             "share_of_floor": floor / times["fused"]["median"],
             "floor_pieces": pieces.describe(),
-            "bf16": bf16,
-            "bf16_refused": self.refused,
+            "variants": variants,
             "meta": {k: v for k, v in fused.meta.items() if k in KEPT_META},
         }
 

@@ -68,8 +68,9 @@ def _spend(seconds: float) -> Callable[[], bool]:
 
 def _of_contest(entry: Entry, found: dict[str, Any], ratio: str) -> Entry:
     """Take the entry's value from a contest."""
-    if ratio.endswith(BF16) and found["bf16"] is None:
-        entry.status = f"not offered: {found['bf16_refused']}"
+    refused = found["variants"][BF16]["refused"]
+    if ratio.endswith(BF16) and refused is not None:
+        entry.status = f"not offered: {refused}"
         return entry
     entry.value = found["ratios"][ratio]
     entry.detail = {"ratio": ratio, "whole_call": found["whole_call_ratios"].get(ratio)}
@@ -77,10 +78,11 @@ def _of_contest(entry: Entry, found: dict[str, Any], ratio: str) -> Entry:
 
 
 def _spearman(entry: Entry, found: dict[str, Any]) -> Entry:
-    if found["bf16"] is None:
-        entry.status = f"not offered: {found['bf16_refused']}"
+    bf16 = found["variants"][BF16]
+    if bf16["refused"] is not None:
+        entry.status = f"not offered: {bf16['refused']}"
     else:
-        entry.value, entry.detail = found["bf16"]["spearman"], found["bf16"]
+        entry.value, entry.detail = bf16["spearman"], bf16
     return entry
 
 

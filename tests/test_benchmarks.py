@@ -175,6 +175,18 @@ def test_a_contest_says_what_was_extrapolated(small):
     json.dumps(found)
 
 
+def test_options_that_are_refused_are_left_out(small, monkeypatch):
+    monkeypatch.setitem(scoring.VARIANTS, "offered", {"p": 1})
+    monkeypatch.setitem(scoring.VARIANTS, "refused", {"p": "nonsense"})
+    names = ["offered", "refused"]
+    found = scoring.contest(small, "network", 2, rounds=1, variants=names, naive=False)
+    assert found["variants"]["offered"]["spearman"] == pytest.approx(1)
+    assert found["variants"]["offered"]["relative_difference"] == 0
+    assert "ordinary over offered" in found["ratios"]
+    assert "nonsense" in found["variants"]["refused"]["refused"]
+    assert "refused" not in found["seconds"]
+
+
 def test_spread_keeps_both_ends():
     assert spread(list("abcdefg"), 3) == ["a", "d", "g"]
     assert spread(["a", "b"], None) == spread(["a", "b"], 5) == ["a", "b"]
@@ -213,7 +225,7 @@ def results(tmp_path: Path) -> Path:
         Entry("extra", "it is stricter", ">=", 0.85, 0.5, demanded=False),
     ]
     cell = {
-        "model": "resnet0", "path": "layer", "nodes": 4, "images": 8, "units": 16, "bf16": None,
+        "model": "resnet0", "path": "layer", "nodes": 4, "images": 8, "units": 16,
         "seconds": {"fused": spent(0.5), "textbook": spent(2.0, extrapolated=True)},
         "ratios": {"textbook over fused": 4.0, "careful over fused": 2.0,
                    "ordinary over fused": 0.5, "naive engine over fused": 3.0},
