@@ -45,7 +45,7 @@ bench: $(BENCH_INSTALLED)  ## the whole benchmark matrix and the peers, hours; A
 measure: $(BENCH_INSTALLED)  ## what docs/performance.md shows, on a quiet CPU, in 20 minutes (needs SINGE_DATA or ../shared)
 	-$(BIN)/python -m benchmarks.targets --device cpu
 	-$(BIN)/python -m pytest benchmarks/bench_scoring.py --device cpu --reduced --rounds 2 --benchmark-json=$(RESULTS)/suite-cpu.json
-	-$(BIN)/python -m pytest benchmarks/bench_peers.py --device cpu --benchmark-json=$(RESULTS)/peers-cpu.json
+	-$(BIN)/python -m pytest benchmarks/bench_peers.py --device cpu --rounds 2 --benchmark-json=$(RESULTS)/peers-cpu.json
 	-$(BIN)/python -m benchmarks.growth --device cpu
 	-OMP_PROC_BIND=close OMP_PLACES=cores $(BIN)/python -m benchmarks.kernels --device cpu
 	$(BIN)/python -m benchmarks.report

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import statistics
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -26,7 +27,7 @@ def refused(options: dict[str, Any]) -> str | None:
     return refusal(path="neuron", **options)
 
 
-def lowest(scores: dict[str, torch.Tensor], share: float) -> set[int]:
+def lowest(scores: Mapping[str, torch.Tensor], share: float) -> set[int]:
     """Positions of the lowest share among all units."""
     values = flat(scores)
     return set(values.argsort()[: round(share * len(values))].tolist())

@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ def refusal(**options: Any) -> str | None:
     return None
 
 
-def flat(scores: singe.Scores) -> Tensor:
+def flat(scores: Mapping[str, Tensor]) -> Tensor:
     """All scores, group after group."""
     return torch.cat(list(scores.values()))
 
