@@ -224,13 +224,17 @@ def peers(document: dict[str, Any]) -> str:
         spent = cell["seconds"]
         order = sorted(spent, key=lambda name: spent[name]["median"])
         rows = [
-            (name, duration(spent[name]["median"]), times(cell["over ours"].get(name)))
+            (
+                name, duration(spent[name]["median"]), times(cell["over ours"].get(name)),
+                duration(cell["sweep_seconds"][name]) if name in cell["sweep_seconds"] else "",
+            )
             for name in order
-        ]
+        ]  # fmt: skip
         parts.append(
             f"{cell['model']}, {len(cell['groups'])} groups, {cell['images']} images, "
             f"{cell['nodes']} nodes or steps; whole calls, from model and data to scores:\n\n"
-            + table(("method", "time", "over singe's layer path"), rows)
+            + table(("method", "time", "over singe's layer path", "of it the sweep"), rows)
+            + "\n\nThe rest of a call of singe finds the groups and checks each by removing a unit."
         )
     return "\n\n".join(parts)
 

@@ -234,6 +234,7 @@ def results(tmp_path: Path) -> Path:
     peer = {
         "model": "resnet0", "images": 8, "nodes": 4, "groups": ["a"],
         "seconds": {"singe layer path": spent(1.0), "Peer": spent(3.0)}, "over ours": {"Peer": 3.0},
+        "sweep_seconds": {"singe layer path": 0.75},
     }  # fmt: skip
     points = [{"at": n, "seconds": 1.0 * n, "predicted": 0.9 * n, "path": "layer"} for n in (1, 2)]
     kernel = {
@@ -277,6 +278,8 @@ def test_the_page_shows_failures_beside_successes(results, tmp_path, monkeypatch
     assert "Abacus" in page
     assert "`0123456789ab`" in page
     assert "90 %" in page
+    assert "| singe layer path | 1 s |  | 750 ms |" in page
+    assert "| Peer | 3 s | 3 x |  |" in page
     assert "Target: 70 % of the triad (integral); met in 1 of 1 cases." in page
     pictures = {p.name for p in (tmp_path / "docs" / "img").glob("*.png")}
     assert pictures == {
