@@ -4,13 +4,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH_INSTALLED := $(VENV)/.torch
+BENCH_INSTALLED := $(VENV)/.bench
+RESULTS := benchmarks/results
 
 # Unlike `-c`, these also hold in the isolated environment that builds the package.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint gpu carry bench install clean
+.PHONY: help demo test lint gpu carry bench measure report install clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,12 +32,26 @@ gpu:  ## everything that needs a CUDA device, with the torch that is there (see 
 
 carry:  ## fill .carry/ with what a GPU machine without a network lacks: wheels, data, models
 	mkdir -p .carry/wheels
-	$(PYTHON) -m pip download -q --no-deps -d .carry/wheels $$(grep '^torch-pruning==' constraints.txt)
+	$(PYTHON) -m pip download -q --no-deps -d .carry/wheels $$(grep -E '^(torch-pruning|captum)==' constraints.txt)
 	cp -rn "$${SINGE_DATA:-../shared}"/data "$${SINGE_DATA:-../shared}"/models .carry/
 
-bench: $(INSTALLED)  ## measure speed on this machine (examples need SINGE_DATA or ../shared)
-	$(BIN)/python -m benchmarks.kernels
-	$(BIN)/python -m benchmarks.scoring
+# pytest says 5 where ARGS chooses nothing of a file.
+bench: $(BENCH_INSTALLED)  ## the whole benchmark matrix and the peers, hours; ARGS="-k resnet20" chooses
+	$(BIN)/python -m pytest benchmarks/bench_scoring.py --device cpu --benchmark-json=$(RESULTS)/suite-cpu.json $(ARGS) || [ $$? = 5 ]
+	$(BIN)/python -m pytest benchmarks/bench_peers.py --device cpu --benchmark-json=$(RESULTS)/peers-cpu.json $(ARGS) || [ $$? = 5 ]
+
+# Each step writes its own file; one that fails does not keep the others from running. Threads are
+# pinned for the kernels alone: a pinned process would hand its one core on to those it starts.
+measure: $(BENCH_INSTALLED)  ## what docs/performance.md shows, on a quiet CPU, in 20 minutes (needs SINGE_DATA or ../shared)
+	-$(BIN)/python -m benchmarks.targets --device cpu
+	-$(BIN)/python -m pytest benchmarks/bench_scoring.py --device cpu --reduced --rounds 2 --benchmark-json=$(RESULTS)/suite-cpu.json
+	-$(BIN)/python -m pytest benchmarks/bench_peers.py --device cpu --rounds 2 --benchmark-json=$(RESULTS)/peers-cpu.json
+	-$(BIN)/python -m benchmarks.growth --device cpu
+	-OMP_PROC_BIND=close OMP_PLACES=cores $(BIN)/python -m benchmarks.kernels --device cpu
+	$(BIN)/python -m benchmarks.report
+
+report: $(BENCH_INSTALLED)  ## rewrite docs/performance.md and its pictures from benchmarks/results
+	$(BIN)/python -m benchmarks.report
 
 install: $(INSTALLED)  ## create .venv with pinned versions and the compiled core
 
@@ -53,4 +69,9 @@ $(TORCH_INSTALLED): constraints.txt
 $(INSTALLED): $(TORCH_INSTALLED) pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 	$(BIN)/python -m pip install -e '.[demo,test]'
 	$(BIN)/python -m pip install --no-deps torchvision==0.28.0 pillow
+	touch $@
+
+# captum wants a torch: the constraints keep the one that is there.
+$(BENCH_INSTALLED): $(INSTALLED) constraints.txt
+	$(BIN)/python -m pip install captum pytest-benchmark
 	touch $@

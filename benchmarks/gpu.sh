@@ -16,10 +16,17 @@ SITE=$(mktemp -d)
 PYTHON=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1 SINGE_RESULTS="$OUT" CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-8}
 failed=()
+END=$((SECONDS + ${BUDGET:-570}))
 
 step() {  # step NAME SECONDS COMMAND...: run with a limit, keep the log, go on after a failure
   local name=$1 limit=$2 start=$SECONDS
   shift 2
+  if [ $((END - SECONDS)) -lt 5 ]; then
+    echo "== $name: NOT RUN, the time is used up"
+    failed+=("$name")
+    return
+  fi
+  limit=$((END - SECONDS < limit ? END - SECONDS : limit))
   echo "== $name: $*"
   if timeout "$limit" "$@" >"$OUT/$name.log" 2>&1; then
     echo "   ok, $((SECONDS - start)) s"
@@ -44,11 +51,18 @@ export SINGE_CUDA=ON XDG_CACHE_HOME="$SITE/cache"
 
 step build 180 "$PYTHON" setup.py build_ext --inplace
 step info 60 "$PYTHON" -m singe info --json
-step tests 240 "$PYTHON" -m pytest -m gpu -v -p no:cacheprovider tests
-step sanitizer 150 compute-sanitizer --tool memcheck --error-exitcode 9 \
+step tests 200 "$PYTHON" -m pytest -m gpu -v -p no:cacheprovider tests
+step kernels 90 "$PYTHON" -m benchmarks.kernels --device cuda --rounds 10
+step targets 150 "$PYTHON" -m benchmarks.targets --device cuda --patience 15 --draws 3
+# ResNet-50 at 224 pixels, batch 64, fp32 and bf16, first; then what else there is time for.
+matrix=("$PYTHON" -m pytest -p no:cacheprovider benchmarks/bench_scoring.py --device cuda --rounds 3)
+step suite 120 "${matrix[@]}" --benchmark-json="$OUT/suite-cuda.json" \
+  -k "(resnet50 or mobilenet_v2 or resnet20) and (layer-4 or network-4 or network-16)"
+step sanitizer 120 compute-sanitizer --tool memcheck --error-exitcode 9 \
   "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_integral.py -m gpu -k "not large and not 64"
-step kernels 120 "$PYTHON" -m benchmarks.kernels
-step scoring 180 "$PYTHON" -m benchmarks.scoring --images 256 --rounds 5
+step peers 60 "$PYTHON" -m pytest -p no:cacheprovider benchmarks/bench_peers.py --device cuda \
+  --benchmark-json="$OUT/peers-cuda.json"
+step growth 60 "$PYTHON" -m benchmarks.growth --device cuda --axes nodes samples depth
 cp -f "$OUT"/*.json benchmarks/results/ 2>/dev/null || true
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed: ${failed[*]}"

@@ -18,6 +18,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+NOT_CODE = (":!benchmarks/results", ":!docs")
+LOAD_BEFORE = os.getloadavg()[0]  # of the machine, before anything of ours ran
 
 
 def environment() -> dict[str, Any]:
@@ -29,15 +31,18 @@ def environment() -> dict[str, Any]:
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "--short=12", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        # Results and the pages made of them are what the run writes.
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", *NOT_CODE)),
         "command": " ".join(["python", *_relative(sys.orig_argv[1:])]),
         "machine": {
             "cpu": _cpu(),
-            "cores": len(os.sched_getaffinity(0)),
+            # A main thread that is pinned sees its own core only.
+            "cores": max(len(os.sched_getaffinity(0)), torch.get_num_threads()),
             "gpu": gpu,
-            "load_before": os.getloadavg()[0],
+            "load_before": LOAD_BEFORE,
         },
         "threads": torch.get_num_threads(),
+        "pinning": {k: v for k, v in sorted(os.environ.items()) if k.startswith("OMP_")},
         "versions": {
             "singe": singe.__version__,
             "torch": torch.__version__,
@@ -96,10 +101,16 @@ def paired(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[st
     """
     for run in runs.values():
         run()
+    timed = {name: lambda run=run: seconds(run) for name, run in runs.items()}
+    return interleaved(timed, rounds)
+
+
+def interleaved(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, dict[str, Any]]:
+    """As :func:`paired`, for runs that say themselves how long they took; no warm-up."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            times[name].append(seconds(run))
+            times[name].append(run())
     return {name: summary(t) for name, t in times.items()}
 
 

@@ -1,0 +1,348 @@
+"""What the benchmarks compute around their timings: baselines, samples, floors, verdicts, pages."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import (
+    one_thread,  # noqa: F401 - autouse
+    relative_error,
+)
+from torch import nn
+
+import singe
+from benchmarks import early, floor, report, sampling, scoring
+from benchmarks.floor import Pieces
+from benchmarks.models import Mixer, Work, folded, spread
+from benchmarks.targets import Entry
+from benchmarks.textbook import STRENGTHS, NaiveLoop
+from singe.quadrature import gauss_legendre
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Blocks(nn.Module):
+    """An expansion coupled with a depthwise convolution, and a plain convolution with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand, self.norm1 = nn.Conv2d(3, 6, 1, bias=False), nn.BatchNorm2d(6)
+        self.depth, self.norm2 = nn.Conv2d(6, 6, 3, groups=6, bias=False), nn.BatchNorm2d(6)
+        self.plain = nn.Conv2d(6, 4, 3)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.norm1(self.expand(x)))
+        x = torch.relu(self.norm2(self.depth(x)))
+        return self.head(torch.relu(self.plain(x)).mean((2, 3)))
+
+
+@pytest.fixture
+def small() -> Work:
+    torch.manual_seed(0)
+    model = Blocks()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+    batches = [(torch.randn(4, 3, 8, 8), torch.randint(5, (4,))) for _ in range(2)]
+    return Work("blocks", model.eval(), batches, ("expand", "plain"))
+
+
+@pytest.mark.parametrize("strength", STRENGTHS)
+@pytest.mark.parametrize("path", ["layer", "neuron", "network"])
+def test_the_naive_loops_give_the_packages_scores(small, path, strength):
+    before = {name: value.clone() for name, value in small.model.state_dict().items()}
+    rule = gauss_legendre(3)
+    found = NaiveLoop(small.model, small.graph(), strength).scores(path, small.batches, rule)
+    expected = scoring.sweep(small, path, 3, engine="naive")
+    for name in expected:
+        assert relative_error(found[name], expected[name]) < 1e-5
+    for name, value in small.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_naive_loops_refuse_what_they_would_get_wrong():
+    torch.manual_seed(0)
+    pool = nn.AdaptiveAvgPool2d(1)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), pool, nn.Flatten(), nn.Linear(4, 2)
+    )
+    work = Work("norm", model.eval(), [(torch.randn(2, 3, 8, 8), torch.tensor([0, 1]))], ("0",))
+    with pytest.raises(ValueError, match="no plain row"):
+        NaiveLoop(model, work.graph(), "textbook")
+
+
+@pytest.mark.parametrize("strength", STRENGTHS)
+def test_the_naive_loops_do_linear_layers(strength):
+    torch.manual_seed(0)
+    model = Mixer(width=8, depth=1).eval()
+    batches = [(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))]
+    work = Work("mixer", model, batches, ("blocks.0.tokens.0", "blocks.0.channels.0"))
+    found = NaiveLoop(model, work.graph(), strength).scores("layer", batches, gauss_legendre(2))
+    expected = scoring.sweep(work, "layer", 2, engine="naive")
+    for name in expected:
+        assert relative_error(found[name], expected[name]) < 1e-5
+
+
+def test_folded_is_the_same_network(small):
+    same = folded(small)
+    x = small.batches[0][0]
+    assert torch.allclose(same.model(x), small.model(x), atol=1e-5)
+    assert isinstance(same.model.norm1, nn.Identity)
+
+
+def test_sampling_takes_as_much_from_every_group():
+    plan = sampling.plan("neuron", [16, 64], nodes=4, batches=2, per_group=5)
+    groups = [step.group for step in plan.steps]
+    assert sorted(groups) == [0] * 5 + [1] * 5
+    assert plan.total == {0: 128, 1: 512}
+    assert not plan.complete
+    assert plan.describe()["steps_of_the_whole"] == 640
+    assert len(set(plan.steps)) == 10, "a step is not run twice"
+    assert plan == sampling.plan("neuron", [16, 64], nodes=4, batches=2, per_group=5)
+    whole = sampling.plan("network", [16, 64], nodes=4, batches=2, per_group=None)
+    assert whole.complete
+    assert whole.total == {None: 8}
+
+
+def test_extrapolation_weighs_every_group_with_its_steps():
+    times = [(0, 1.0), (0, 3.0), (1, 10.0)]
+    assert sampling.extrapolate(times, {0: 10, 1: 4}) == 10 * 2.0 + 4 * 10.0
+    with pytest.raises(ValueError, match=r"\[1\]"):
+        sampling.extrapolate([(0, 1.0)], {0: 1, 1: 1})
+    assert scoring.line(1, 3.0, 3, 7.0, 10) == 21.0  # fixed cost 1, 2 per step
+
+
+PIECES = Pieces([3.0, 1.0], [6.0, 2.0], [0.5, 0.25], 4.0, 8.0)
+
+
+def test_floor_arithmetic():
+    assert floor.layer_floor(PIECES, 4) == 4 * (3 + 6 + 0.5 + 1 + 2 + 0.25) + 4
+    assert floor.neuron_floor(PIECES, 2, [10, 20]) == 2 * (10 * 9 + 0.5 + 20 * 3 + 0.25) + 4
+    assert floor.network_floor(PIECES, 4) == 4 * (4 + 8 + 0.75)
+    assert PIECES.describe()["sigma"] == (9 / 12 + 3 / 12) / 2
+    slower = Pieces([5.0, 5.0], [6.0, 2.0], [0.5, 0.25], 6.0, 8.0)
+    middle = floor.average([PIECES, slower, PIECES])
+    assert middle == PIECES
+
+
+def test_measured_pieces_lie_behind_their_groups(small):
+    pieces = floor.measurer(small)()
+    assert len(pieces.forward) == len(pieces.backward) == len(pieces.weight) == 2
+    # The clocks of one pass are in order: less lies behind a later group.
+    assert pieces.forward[0] > pieces.forward[1] > 0
+    assert pieces.backward[0] > pieces.backward[1] > 0
+    assert all(p.grad is None for p in small.model.parameters())
+
+
+def test_ranks_share_ties():
+    assert scoring.ranks(torch.tensor([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1.0, 3.5, 2.0]
+
+
+def test_overlap_of_the_lowest():
+    scores = {"a": torch.tensor([0.3, 0.1]), "b": torch.tensor([0.2, 0.9])}
+    assert early.lowest(scores, 0.5) == {1, 2}
+    assert early.overlap({1, 3}, {1, 2}) == 0.5
+
+
+def test_refused_options_are_told_with_the_reason():
+    assert scoring.refusal() is None
+    assert "nonsense" in scoring.refusal(p="nonsense")
+    assert "no_such_option" in scoring.refusal(no_such_option=1)
+
+
+def test_entries_pass_on_the_right_side():
+    assert Entry("a", "", ">=", 3.0, 3.0).passed
+    assert not Entry("a", "", ">=", 3.0, 2.9).passed
+    assert Entry("a", "", "<=", 1.15, 1.0).passed
+    assert not Entry("a", "", "<=", 1.15).passed, "what is not measured is not met"
+
+
+def test_a_contest_says_what_was_extrapolated(small):
+    found = scoring.contest(small, "layer", 2, rounds=1, per_group=1)
+    textbook = found["seconds"]["textbook"]
+    assert textbook["extrapolated"]
+    assert (textbook["steps_run"], textbook["steps_of_the_whole"]) == (2, 8)
+    assert found["ratios"]["textbook over fused"] > 0
+    assert found["share_of_floor"] > 0
+    json.dumps(found)
+
+
+def test_options_that_are_refused_are_left_out(small, monkeypatch):
+    monkeypatch.setitem(scoring.VARIANTS, "offered", {"p": 1})
+    monkeypatch.setitem(scoring.VARIANTS, "refused", {"p": "nonsense"})
+    names = ["offered", "refused"]
+    found = scoring.contest(small, "network", 2, rounds=1, variants=names, naive=False)
+    assert found["variants"]["offered"]["spearman"] == pytest.approx(1)
+    assert found["variants"]["offered"]["relative_difference"] == 0
+    assert "ordinary over offered" in found["ratios"]
+    assert "nonsense" in found["variants"]["refused"]["refused"]
+    assert "refused" not in found["seconds"]
+
+
+def test_spread_keeps_both_ends():
+    assert spread(list("abcdefg"), 3) == ["a", "d", "g"]
+    assert spread(["a", "b"], None) == spread(["a", "b"], 5) == ["a", "b"]
+    assert spread(["a", "b", "c"], 1) == ["b"]
+
+
+# ---------------------------------------------------------------------- the page
+
+ENVIRONMENT = {
+    "date": "2020-02-03T04:05:06+00:00",
+    "commit": "0123456789ab",
+    "dirty": False,
+    "command": "python -m something",
+    "machine": {"cpu": "Abacus", "cores": 2, "gpu": None, "load_before": 0.5},
+    "threads": 2,
+    "versions": {"singe": "0.1.0", "torch": "2.0", "python": "3.11"},
+}
+
+
+def document(**results) -> dict:
+    return {"environment": ENVIRONMENT, "results": results}
+
+
+def spent(median: float, **more) -> dict:
+    return {"median": median, "min": median, "all": [median], **more}
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    folder = tmp_path / "results"
+    folder.mkdir()
+    entries = [
+        Entry("met", "it is fast", ">=", 3.0, 4.0),
+        Entry("missed", "it is small", "<=", 1.0, 1.5),
+        Entry("absent", "it is clever", ">=", 0.98, None, "not offered: no such option"),
+        Entry("extra", "it is stricter", ">=", 0.85, 0.5, demanded=False),
+    ]
+    cell = {
+        "model": "resnet0", "path": "layer", "nodes": 4, "images": 8, "units": 16,
+        "seconds": {"fused": spent(0.5), "textbook": spent(2.0, extrapolated=True)},
+        "ratios": {"textbook over fused": 4.0, "careful over fused": 2.0,
+                   "ordinary over fused": 0.5, "naive engine over fused": 3.0},
+        "share_of_floor": 0.9,
+    }  # fmt: skip
+    peer = {
+        "model": "resnet0", "images": 8, "nodes": 4, "groups": ["a"],
+        "seconds": {"singe layer path": spent(1.0), "Peer": spent(3.0)}, "over ours": {"Peer": 3.0},
+        "sweep_seconds": {"singe layer path": 0.75},
+    }  # fmt: skip
+    points = [{"at": n, "seconds": 1.0 * n, "predicted": 0.9 * n, "path": "layer"} for n in (1, 2)]
+    kernel = {
+        "shape": [4, 8], "GB/s": {"ours": 7.0, "yardstick": 10.0}, "share": 0.7,
+        "over ours": {"torch reference": 5.0},
+    }  # fmt: skip
+    files = {
+        "targets-cpu": document(targets=[e.as_json() for e in entries]),
+        "suite-cpu": {"environment": ENVIRONMENT, "benchmarks": [{"extra_info": cell}]},
+        "peers-cpu": {"environment": ENVIRONMENT, "benchmarks": [{"extra_info": peer}]},
+        "growth-cpu": document(axes={"nodes": points}),
+        "kernels-cpu": document(settings={"device": "cpu"}, kernels={"integral": {"l": kernel}}),
+    }
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def make_page(results: Path, tmp_path: Path, monkeypatch) -> str:
+    docs = tmp_path / "docs"
+    docs.mkdir(exist_ok=True)
+    page = docs / "performance.md"
+    page.write_text(f"by hand\n\n{report.BEGIN}\n\nold\n\n{report.END}\n\nafterwards\n")
+    arguments = ["report", "--results", str(results), "--docs", str(docs)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    report.main()
+    return page.read_text()
+
+
+def test_the_page_shows_failures_beside_successes(results, tmp_path, monkeypatch):
+    page = make_page(results, tmp_path, monkeypatch)
+    assert page.startswith("by hand")
+    assert page.endswith("afterwards\n")
+    assert "old" not in page
+    assert "1 of 3 targets are met." in page
+    assert "| it is fast | >= 3 | 4 | pass |" in page
+    assert "| it is small | <= 1 | 1.5 | **fail** |" in page
+    assert "| it is clever | >= 0.98 |  | **not measured** |" in page
+    assert "- absent: not offered: no such option" in page
+    assert "~4 x" in page, "extrapolated ratios are marked"
+    assert "Abacus" in page
+    assert "`0123456789ab`" in page
+    assert "90 %" in page
+    assert "| singe layer path | 1 s |  | 750 ms |" in page
+    assert "| Peer | 3 s | 3 x |  |" in page
+    assert "Target: 70 % of the triad (integral); met in 1 of 1 cases." in page
+    pictures = {p.name for p in (tmp_path / "docs" / "img").glob("*.png")}
+    assert pictures == {
+        f"{n}-cpu.png" for n in ("targets", "speedup", "floor", "peers", "growth", "kernels")
+    }
+    assert all(f"img/{name}" in page for name in pictures)
+
+
+def test_details_become_sections(results, tmp_path, monkeypatch):
+    contest = {
+        "model": "resnet0", "groups": ["a", "b"], "nodes": 4, "batches": 2, "floor_seconds": 3.0,
+        "share_of_floor": 0.75, "seconds": {"fused": spent(4.0)},
+        "floor_pieces": PIECES.describe(),
+    }  # fmt: skip
+    error = {
+        "errors": {"naive g": {"all": 0.17, "worst_group": 0.2},
+                   "fused q": {"all": 0.03, "worst_group": 0.04}},
+        "seconds": {"naive g": spent(80.0), "fused q": spent(2.0)},
+        "naive": "naive g", "fused": "fused q", "model": "resnet0", "images": 8, "reference": "r",
+    }  # fmt: skip
+    run = {"budget": None, "peak_extra": 8 << 20, "chunks": 1}
+    tight = {"budget": 2 << 20, "peak_extra": 3 << 20, "chunks": 4, "relative_difference": 1e-7}
+    memory = {
+        "model": "resnet0", "images": 8, "nodes": 4, "free": run,
+        "budgeted": [tight | {"identical": False}],
+    }  # fmt: skip
+    entries = [
+        Entry("layer-textbook", "a", ">=", 3.0, 4.0, detail={"contest": contest}),
+        Entry("layer-floor-folded", "b", ">=", 0.85, 0.5, detail={"floor_seconds": 2.0}),
+        Entry("equal-error", "c", ">=", 20.0, 40.0, detail=error),
+        Entry("memory-peak", "d", "<=", 1.0, 1.5, detail=memory),
+    ]
+    content = document(targets=[e.as_json() for e in entries])
+    (results / "targets-cpu.json").write_text(json.dumps(content))
+    page = make_page(results, tmp_path, monkeypatch)
+    assert "the floor is 3 s (2 groups x 4 nodes x 2 batches" in page
+    assert "The sweep takes 4 s: 75 % of the floor's speed, and 50 % of that" in page
+    assert "| naive g | 17 % | 20 % | 80 s |" in page
+    assert "| none given | 8 MiB | 1 | reference |" in page
+    assert "| 2 MiB | 3 MiB | 4 | off by 1.0e-07 |" in page
+    assert (tmp_path / "docs" / "img" / "equal-error-cpu.png").stat().st_size > 1000
+
+
+def test_missing_gpu_figures_are_admitted(results, tmp_path, monkeypatch):
+    assert "GPU figures are outstanding" in make_page(results, tmp_path, monkeypatch)
+    environment = json.loads(json.dumps(ENVIRONMENT))
+    environment["machine"]["gpu"] = "Turbo 9"
+    kernels = json.loads((results / "kernels-cpu.json").read_text()) | {"environment": environment}
+    kernels["results"]["settings"]["device"] = "cuda"
+    (results / "kernels-cuda.json").write_text(json.dumps(kernels))
+    page = make_page(results, tmp_path, monkeypatch)
+    assert "outstanding" not in page
+    assert "Turbo 9" in page
+    assert "No `targets-cuda.json` yet." in page
+
+
+def test_the_committed_page_can_be_generated_into():
+    page = (ROOT / "docs" / "performance.md").read_text()
+    assert "new part" in report.splice(page, "new part")
+    with pytest.raises(ValueError, match="no lines"):
+        report.splice("nothing", "new part")
+
+
+def test_no_scores_no_contest(small):
+    with pytest.raises(singe.ModelError, match="no_such_layer"):
+        Work(small.name, small.model, small.batches, ("no_such_layer",)).graph()
