@@ -17,9 +17,9 @@ from benchmarks.models import Work, cifar10, work
 from benchmarks.scoring import flat, refusal, sweep
 
 SHARE = 0.30
-IMAGES, BATCH_SIZE = 64, 8  # what is settled leaves after a batch, so there must be several
-OPTIONS: dict[str, Any] = {"tolerance": 0.02, "cut": SHARE}
-WORK = "evaluations"  # of scores.meta: how many times a unit went through a batch at a node
+IMAGES, BATCH_SIZE = 64, 64  # the engine cuts the samples anew
+OPTIONS: dict[str, Any] = {"tolerance": 0.0, "pruning_ratio": SHARE}
+WORK = "evaluations"  # of scores.meta: samples times units times nodes
 
 
 def refused(options: dict[str, Any]) -> str | None:

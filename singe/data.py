@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.data import DataLoader
 
 from singe.errors import DataError, NonFiniteError
@@ -169,6 +169,29 @@ def first_samples(batch: Batch, count: int) -> Batch:
     """The first ``count`` samples of a batch's inputs."""
     size = min(count, batch.size)
     return replace(batch, args=head(batch.args, size), kwargs=head(batch.kwargs, size), size=size)
+
+
+def by_sample(batch: Batch) -> tuple[list[Tensor], TreeSpec] | None:
+    """The tensors of a batch and the structure they stand in, if each has one entry per sample."""
+    leaves, spec = tree_flatten(batch.raw)
+    if all(isinstance(t, Tensor) and t.dim() and len(t) == batch.size for t in leaves):
+        return leaves, spec
+    return None
+
+
+def halved(batch: Batch) -> tuple[Batch, Batch] | None:
+    """The first and the second half of the samples, or None if they cannot be taken apart."""
+    found = by_sample(batch)
+    if found is None:
+        return None
+    leaves, spec = found
+    middle = batch.size // 2
+
+    def part(where: slice) -> Batch:
+        raw = tree_unflatten([t[where] for t in leaves], spec)
+        return as_batch(raw, batch.index, leaves[0].device)
+
+    return part(slice(None, middle)), part(slice(middle, None))
 
 
 def example_batch(example_inputs: Any, device: torch.device) -> Batch:

@@ -18,9 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_unflatten
 
-from singe.data import Batch, as_batch
+from singe.data import Batch, as_batch, by_sample
 from singe.errors import DataError
 
 LOOKS = 16  # the data is cut into so many batches
@@ -101,16 +101,16 @@ def hardest_first(batches: Sequence[Batch], losses: Sequence[Tensor]) -> list[Ba
     Raises:
         DataError: batches that cannot be taken apart by sample.
     """
-    leaves, spec = [], None
+    leaves = []
     for batch in batches:
-        found, spec = tree_flatten(batch.raw)
-        if not all(isinstance(t, Tensor) and t.dim() and len(t) == batch.size for t in found):
+        found = by_sample(batch)
+        if found is None:
             raise DataError(
                 f"early decision sorts the samples, but batch {batch.index} holds something other "
                 "than tensors with one entry per sample; leave `tolerance` at None"
             )
-        leaves.append(found)
-    assert spec is not None
+        leaves.append(found[0])
+        spec = found[1]
     order = torch.cat([loss.detach().flatten() for loss in losses]).argsort(
         descending=True, stable=True
     )

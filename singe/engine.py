@@ -14,7 +14,7 @@ from singe.adjoint import channels_of, row_gradients, unit_row_gradients
 from singe.channel_update import ChannelUpdates
 from singe.checkpoint import Checkpoint
 from singe.criteria import Criterion
-from singe.data import Batch, device_of
+from singe.data import Batch, device_of, halved
 from singe.decision import EarlyDecision, hardest_first
 from singe.errors import OptionError
 from singe.graph import Group, Member, ModelGraph
@@ -112,7 +112,7 @@ class FusedEngine:
         self.active = torch.ones(self.n_sets, dtype=torch.bool)
         self.budget = max_memory or free_memory(self.device) // 4
         self.chunk = MAX_VARIANTS
-        self.evaluated = 0  # variants run
+        self.evaluated = 0  # samples times variants
 
     def run(self, batches: Iterable[Batch]) -> Result:
         """Score every unit; ``batches`` is read once."""
@@ -168,6 +168,11 @@ class FusedEngine:
 
     def _run_batch(self, batch: Batch, fold: int) -> None:
         reference = self._record(batch)
+        too_large = self._room() < ACTIVATION_COPIES * self.network.cache.bytes and batch.size > 1
+        if too_large and (halves := halved(batch)) is not None:  # not even one variant fits
+            for half in halves:
+                self._run_batch(half, fold)
+            return
         loss = self._totals([reference], batch, reference).item()
         self.sums.count(fold, self.active, batch.size, loss)
         self.chunk = min(self.chunk, self._variants_that_fit())
@@ -197,7 +202,7 @@ class FusedEngine:
                 self.chunk = len(variants) // 2
             else:
                 done += len(variants)
-                self.evaluated += len(variants)
+                self.evaluated += len(variants) * batch.size
                 self.on_pass(len(variants))
                 continue
             if self.device.type == "cuda":  # here the failed pass's tensors are gone
@@ -228,11 +233,13 @@ class FusedEngine:
         folds = MAX_FOLDS if self.n_batches is None else min(MAX_FOLDS, self.n_batches)
         return max(1, min(folds, limit // max(1, self._sum_bytes())))
 
+    def _room(self) -> int:
+        """Bytes left for variants."""
+        return self.budget - self.network.cache.bytes - self.sums.folds * self._sum_bytes()
+
     def _variants_that_fit(self) -> int:
         per_variant = max(1, self.network.cache.bytes)
-        sums = self.sums.folds * self._sum_bytes()
-        budget = self.budget - self.network.cache.bytes - sums
-        fits = budget // (ACTIVATION_COPIES * per_variant)
+        fits = self._room() // (ACTIVATION_COPIES * per_variant)
         if self.device.type == "cpu":
             fits = min(fits, CPU_PASS_BYTES // per_variant)
         return max(1, fits)
