@@ -173,8 +173,9 @@ class FusedEngine:
             for half in halves:
                 self._run_batch(half, fold)
             return
-        loss = self._totals([reference], batch, reference).item()
-        self.sums.count(fold, self.active, batch.size, loss)
+        loss = self._total(reference, batch, reference)
+        self.objective.require_finite(loss, batch)
+        self.sums.count(fold, self.active, batch.size, loss.item())
         self.chunk = min(self.chunk, self._variants_that_fit())
         wanted = set(torch.nonzero(self.active).flatten().tolist())
         active = [[one for one in job if one.index in wanted] for job in self.jobs]
@@ -288,10 +289,17 @@ class FusedEngine:
         self.objective.check(reference, batch)
         return reference
 
-    def _totals(self, outputs: Sequence[Any], batch: Batch, reference: Any) -> Tensor:
-        """Summed loss of every variant, [V]."""
+    def _total(self, outputs: Any, batch: Batch, reference: Any) -> Tensor:
         needed = reference if self.objective.needs_reference else None
-        totals = torch.stack([self.objective.total(out, batch, needed) for out in outputs])
+        return self.objective.total(outputs, batch, needed)
+
+    def _totals(self, outputs: Any, count: int, batch: Batch, reference: Any) -> Tensor:
+        """Summed loss of every variant, [V]."""
+        if self.objective.stacks and isinstance(outputs, Tensor):
+            totals = torch.vmap(lambda one: self._total(one, batch, reference))(outputs)
+        else:
+            slices = [variant(outputs, v) for v in range(count)]
+            totals = torch.stack([self._total(one, batch, reference) for one in slices])
         self.objective.require_finite(totals, batch)
         return totals
 
@@ -303,8 +311,7 @@ class FusedEngine:
                 outputs, _ = self.runner(batch, gates_of(self.network, variants), {})
             else:
                 outputs = self._run_update(variants, batch, self._mus(variants), None)
-            slices = [variant(outputs, v) for v in range(len(variants))]
-            totals = self._totals(slices, batch, reference)
+            totals = self._totals(outputs, len(variants), batch, reference)
         indices = torch.tensor([one.index for one in variants])
         self.sums.end_loss[fold].index_add_(0, indices, totals.double().cpu())
 
@@ -323,8 +330,7 @@ class FusedEngine:
                 gate.requires_grad_(key not in probes)
         with torch.enable_grad():
             outputs, inputs = self.runner(batch, gates, probes)
-            slices = [variant(outputs, v) for v in range(len(variants))]
-            loss = self._totals(slices, batch, reference).sum()
+            loss = self._totals(outputs, len(variants), batch, reference).sum()
         derivable = [key for key, gate in gates.items() if gate.requires_grad]
         leaves = [gates[key] for key in derivable] + [t for ts in probes.values() for t in ts]
         with GradientsChannelsLast() if self.network.channels_last else nullcontext():
@@ -380,8 +386,7 @@ class FusedEngine:
         with torch.enable_grad():
             leaf = mu.requires_grad_() if probe is None else probe
             outputs = self._run_update(variants, batch, mu, probe)
-            slices = [variant(outputs, v) for v in range(len(variants))]
-            loss = self._totals(slices, batch, reference).sum()
+            loss = self._totals(outputs, len(variants), batch, reference).sum()
         with GradientsChannelsLast() if self.network.channels_last else nullcontext():
             (grad,) = torch.autograd.grad(loss, leaf, materialize_grads=True, allow_unused=True)
         if probe is None:
@@ -430,7 +435,13 @@ class FusedEngine:
         slots = 1 if self.nodes_in_one else len(self.quadrature)
         shape = (slots, group.n_units, grad.shape[-1])
         sums = self.sums.slot((group.name, key), shape, self.network.open_gate(key))[fold]
-        for one, part in zip(variants, grad.to(sums.dtype), strict=True):
+        grad = grad.to(sums.dtype)
+        if self.path == "neuron" and not self.nodes_in_one:  # every variant has a place of its own
+            nodes = torch.tensor([one.node for one in variants], device=sums.device)
+            units = torch.tensor([one.unit for one in variants], device=sums.device)
+            sums[nodes, units] += grad
+            return
+        for one, part in zip(variants, grad, strict=True):
             assert one.node is not None
             slot = 0 if self.nodes_in_one else one.node
             weight = self.quadrature.weights[one.node] if self.nodes_in_one else 1.0

@@ -63,6 +63,7 @@ class Objective:
 
     name: str
     needs_reference = False
+    stacks = False  # torch.vmap can run ``total`` over outputs [V, B, ...]
 
     def check(self, outputs: Any, batch: Batch) -> None:
         """Raise a DataError if this batch does not fit the objective."""
@@ -102,6 +103,7 @@ class Objective:
 
 class CrossEntropy(Objective):
     name = "cross_entropy"
+    stacks = True
 
     def check(self, outputs: Any, batch: Batch) -> None:
         logits, labels = logits_of(outputs), batch.labels
@@ -149,6 +151,7 @@ class KL(Objective):
     """KL(original || gated): ``sum_c p0_c (log p0_c - log p_c)``; zero, with zero gradient, at mu = 1."""
 
     name = "kl"
+    stacks = True
     needs_reference = True
 
     def per_sample(self, outputs: Any, batch: Batch, reference: Any) -> Tensor:
