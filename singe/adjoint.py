@@ -49,6 +49,10 @@ def unit_row_gradients(module: Any, x: Tensor, adjoint: Tensor, channels: Tensor
     """
     if isinstance(module, nn.Linear):
         return _with_bias(module, _linear(x, adjoint), adjoint)
+    if module.groups == 1 and x.stride(0) == 0:  # one input for all: their rows side by side
+        rows_of_all = adjoint.transpose(0, 1).flatten(1, 2)  # [B, V m, *Y]
+        weight = _conv(module, x[0], rows_of_all, groups=1)
+        return _with_bias(module, weight.unflatten(0, channels.shape), adjoint)
     parts = []
     for x_v, a_v, rows in zip(x, adjoint, channels, strict=True):
         if module.groups == 1:
