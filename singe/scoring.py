@@ -77,10 +77,11 @@ def score(
         layers: only the groups of these layers (names or modules); default all prunable groups.
         ignore: layers that keep all their channels (names or modules, containers included).
         engine: ``"fused"``, or ``"naive"``: the definition, run literally.
-        max_memory: bytes for the stacked activations of one pass; default a quarter of what is free.
+        max_memory: bytes beside the model and the data; default a quarter of what is free. Passes are
+            cut to fit, batches too where not even one variant fits.
         autocast: ``torch.bfloat16`` or ``torch.float16``: convolutions and linear layers compute in
             it, sums stay float32. Float32 models and the fused engine only.
-        compile: reserved; only False is offered.
+        compile: only False is offered: compiling every group's pass takes longer than it saves.
         tolerance: in [0, 1), or None: see every unit through. Else units stop being evaluated once
             ``pruning_ratio`` could not take another view of them; samples come hardest first. 0 keeps
             the whole bound on what is still to come, 0.5 half of it; see :mod:`singe.decision`.
@@ -111,7 +112,9 @@ def score(
     p = "sum" if p == "sum" else int(p)  # 2.0 is as good as 2
     choose("engine", engine, ("fused", "naive"))
     if compile:
-        raise OptionError("compile is not offered yet; leave it at False")
+        raise OptionError(
+            "compile is not offered: it takes longer than it saves (docs/scoring.md); leave it at False"
+        )
     _check_autocast(autocast, model, engine)
     _check_decision(tolerance, pruning_ratio, path, chosen)
     if engine == "naive" and (tolerance is not None or checkpoint is not None):
