@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from singe.adjoint import channels_of, row_gradients, unit_row_gradients
 from singe.channel_update import ChannelUpdates
-from singe.checkpoint import Checkpoint
 from singe.criteria import Criterion
 from singe.data import Batch, device_of, halved
 from singe.decision import EarlyDecision, hardest_first
@@ -27,6 +26,7 @@ from singe.precision import lower
 from singe.quadrature import Quadrature
 from singe.reduction import Reduction
 from singe.result import Result, unit_sets
+from singe.score_checkpoint import ScoreCheckpoint
 from singe.sums import Sums, set_of_units
 from singe.variants import LayoutRefused, VariantRunner, variant, zero_probes
 
@@ -69,7 +69,7 @@ class FusedEngine:
         autocast: torch.dtype | None = None,
         n_batches: int | None = None,
         decision: EarlyDecision | None = None,
-        checkpoint: Checkpoint | None = None,
+        checkpoint: ScoreCheckpoint | None = None,
         on_pass: Callable[[int], None] = lambda variants: None,
     ) -> None:
         self.groups = graph.groups

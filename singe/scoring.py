@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from singe.checkpoint import Checkpoint, digest_of_model
 from singe.criteria import NORMS, PATHS, POWERS, Criterion, as_criterion, choose
 from singe.data import check_reiterable, device_of, first_batch, read_batches
 from singe.decision import EarlyDecision
@@ -27,6 +26,7 @@ from singe.objectives import Loss, Objective, as_objective
 from singe.precision import OFFERED as LOWER
 from singe.quadrature import Quadrature, as_quadrature
 from singe.result import Result
+from singe.score_checkpoint import ScoreCheckpoint, digest_of_model
 from singe.scores import Scores, fingerprint
 from singe.units import find_groups
 
@@ -158,7 +158,7 @@ def score(
                     "tolerance": tolerance,
                     "versions": _versions(),
                 }
-                saved = Checkpoint(checkpoint, signature)
+                saved = ScoreCheckpoint(checkpoint, signature)
             options = (max_memory, autocast, decision, saved)
             result = _sweep(model, graph, batches, definition, engine, options, progress)
     end = time.perf_counter()
@@ -201,7 +201,7 @@ def _sweep(
     batches: Iterable[Any],
     definition: tuple[Objective, Criterion, str, Quadrature, int | str, str],
     engine: str,
-    options: tuple[int | None, torch.dtype | None, EarlyDecision | None, Checkpoint | None],
+    options: tuple[int | None, torch.dtype | None, EarlyDecision | None, ScoreCheckpoint | None],
     progress: bool,
 ) -> Result:
     data = read_batches(batches, device_of(model))

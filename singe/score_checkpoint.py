@@ -53,7 +53,7 @@ def digest_of_model(model: nn.Module) -> str:
     ).hexdigest()
 
 
-class Checkpoint:
+class ScoreCheckpoint:
     """A file that follows a run.
 
     Args:

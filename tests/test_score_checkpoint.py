@@ -55,7 +55,7 @@ def score(file, batches, **options):
 @pytest.fixture(autouse=True)
 def save_always(monkeypatch):
     """Without waiting until saving is cheap in comparison."""
-    monkeypatch.setattr("singe.checkpoint.SHARE_OF_TIME", float("inf"))
+    monkeypatch.setattr("singe.score_checkpoint.SHARE_OF_TIME", float("inf"))
 
 
 def data(seed=0):
