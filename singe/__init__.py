@@ -6,6 +6,7 @@ from singe import quadrature
 from singe.compress import CompressReport, compress
 from singe.errors import (
     BudgetError,
+    CheckpointError,
     DataError,
     KernelError,
     ModelError,
@@ -14,6 +15,8 @@ from singe.errors import (
     ScoresError,
     SingeError,
 )
+from singe.finetune import Stage
+from singe.latency import Timing
 from singe.plan import Plan, plan
 from singe.pruning import PruneReport, prune
 from singe.quadrature import Quadrature
@@ -27,6 +30,7 @@ except PackageNotFoundError:  # a checkout that was never installed
 
 __all__ = [
     "BudgetError",
+    "CheckpointError",
     "CompressReport",
     "DataError",
     "KernelError",
@@ -39,6 +43,8 @@ __all__ = [
     "Scores",
     "ScoresError",
     "SingeError",
+    "Stage",
+    "Timing",
     "compress",
     "plan",
     "prune",
