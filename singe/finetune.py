@@ -185,7 +185,8 @@ class Tuner:
 
     def _one_step(self) -> None:
         optimizer, scheduler = self._optimizer, self._scheduler
-        assert optimizer is not None and scheduler is not None
+        assert optimizer is not None
+        assert scheduler is not None
         batch = as_batch(self.stream.next(), self.step, device_of(self.model))
         seed_all(self.seed, "step", self.total)
         loss = self._loss(batch)
@@ -326,7 +327,8 @@ class Tuner:
             self.average = {name: t.to(device) for name, t in state["average"].items()}
         if state["groups"] is not None:
             self.start(state["steps"])
-            assert self._optimizer is not None and self._scheduler is not None
+            assert self._optimizer is not None
+            assert self._scheduler is not None
             self._scheduler.load_state_dict(state["scheduler"])
             for group, saved in zip(self._optimizer.param_groups, state["groups"], strict=True):
                 group.update(saved)

@@ -270,7 +270,8 @@ class Loop:
             return self.tuner.run(after_step)
 
     def _finetune(self, index: int) -> float | None:
-        assert self.finetune is not None and self.current is not None
+        assert self.finetune is not None
+        assert self.current is not None
         before = fingerprint(self.model)
         seed = derive(self.seed, "stage", index)
         seed_all(self.seed, "stage", index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -119,4 +120,4 @@ def portions(names: Sequence[str], rounds: int | None) -> list[list[str]]:
     """Groups in visiting order, cut into as many rounds, or one round each."""
     count = len(names) if rounds is None else min(rounds, len(names))
     bounds = [i * len(names) // count for i in range(count + 1)] if count else [0]
-    return [list(names[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [list(names[a:b]) for a, b in itertools.pairwise(bounds)]

@@ -95,12 +95,12 @@ class Stream:
 
     def _open(self, epoch: int) -> None:
         self._epoch, self._taken = epoch, 0
-        owners = [self._batches]
+        owners: list[Any] = [self._batches]
         for name in ("dataset", "sampler", "batch_sampler"):
             owners.append(getattr(self._batches, name, None))
         for owner in owners:
             if callable(getattr(owner, "set_epoch", None)):
-                owner.set_epoch(epoch)  # type: ignore[union-attr]
+                owner.set_epoch(epoch)
             generator = getattr(owner, "generator", None)
             if isinstance(generator, torch.Generator):
                 generator.manual_seed(derive(self._seed, "generator", epoch))
