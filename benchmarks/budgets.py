@@ -6,8 +6,10 @@ Targets of 0.9, 0.7, 0.5 and 0.3 of the MACs and of the parameters, every rankin
 Torch-Pruning on the network after it has been pruned, not taken from the plan. ``gap`` is how
 far below the target it lies, ``step`` what the cheapest unit that went had cost, both as shares of
 the unpruned model. Then, on networks of some thirty units, the score that ``ranking="cost"`` and
-``"global"`` keep within a parameter budget is set against the best of all possible plans. The torchvision networks have random weights (the budget does not ask where scores
-come from); ResNet-56 is the trained one beside the repository.
+``"global"`` keep within a parameter budget is set against the best of all possible plans.
+
+The torchvision networks have random weights (the budget does not ask where scores come from);
+ResNet-56 is the trained one beside the repository.
 """
 
 from __future__ import annotations
