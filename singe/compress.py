@@ -215,7 +215,7 @@ def compress(
         teacher = copy.deepcopy(unwrapped(model)).eval() if distill > 0 else None
         tuner = Tuner(model, training, Stream(train, derive(seed, "train")), seed, teacher)
         loop = Loop(
-            model=model, original=snapshot, pruning=pruning, tuner=tuner, calibrate=calibrate,
+            model=model, snapshot=snapshot, pruning=pruning, tuner=tuner, calibrate=calibrate,
             train=train, measure=measure, floor=accuracy_floor, finetune=finetune,
             finetune_steps=finetune_steps, final_steps=final_steps, folder=folder,
             checkpoint_every=checkpoint_every, on_round=on_round, progress=progress, seed=seed,
