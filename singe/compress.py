@@ -28,11 +28,11 @@ from singe.finetune import (
 from singe.graph import unwrapped
 from singe.latency import Timing
 from singe.limits import MAX_PRUNING_RATIO, Share, target_of
-from singe.loop import Loop, Pruning
+from singe.loop import Loop
 from singe.memory import free_memory
 from singe.objectives import Loss, Objective, as_objective
 from singe.plan import Plan
-from singe.rounds import SCHEDULES, CompressReport, Round, Schedule
+from singe.rounds import SCHEDULES, CompressReport, Pruning, Round, Schedule
 from singe.scores import Scores
 from singe.seeding import Stream, derive, random_state_kept
 from singe.snapshot import Snapshot

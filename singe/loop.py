@@ -22,12 +22,18 @@ from singe.errors import ModelError, OptionError
 from singe.evaluation import Evaluate
 from singe.finetune import FinetuneFunction, Stage, in_mode, recalibrate
 from singe.graph import ModelGraph, unwrapped
-from singe.latency import Timing
-from singe.limits import Limits, Share, absolute, limits_of
+from singe.limits import Limits, absolute, limits_of
 from singe.original import Original
 from singe.plan import Plan, make_plan
 from singe.removal import Removals, kept_elements, remove_units
-from singe.rounds import CompressReport, Round, Schedule, portions, target_after
+from singe.rounds import (
+    CompressReport,
+    Pruning,
+    Round,
+    describe,
+    portions,
+    target_after,
+)
 from singe.scores import Scores, fingerprint
 from singe.scoring import score
 from singe.seeding import derive, seed_all
@@ -38,29 +44,9 @@ from singe.units import find_groups, small
 ROUNDS = 5
 
 
-@dataclass(frozen=True)
-class Pruning:
-    """What shall go, and in which order; see :func:`singe.compress`."""
-
-    kind: str
-    value: float
-    rounds: int | None
-    schedule: Schedule
-    order: str
-    visit: str
-    ranking: str
-    round_to: int
-    min_keep: Share | None
-    max_keep: Share | None
-    max_pruning_ratio: float
-    timing: Timing
-    recalibrate: bool
-    score_options: dict[str, Any]
-
-
 @dataclass
 class Loop:
-    """One run. Everything that changes is in ``state()``, so that a checkpoint is that and no more.
+    """One run. What changes while it goes on is in its checkpoints, and nothing else is.
 
     Attributes:
         kept: per group, the units of the original model that are left, in order.
@@ -398,7 +384,7 @@ class Loop:
         self.report.plan = self.original.plan(self.kept, meta)
 
     def _tell(self, done: Round, index: int) -> None:
-        text = f"round {index}/{self.rounds}: {_describe(done, self.report)}"
+        text = f"round {index}/{self.rounds}: {describe(done, self.report)}"
         self._console.print(text, highlight=False, soft_wrap=True)
         if self.report.stopped:
             self._console.print(f"stopped: {self.report.stopped}", highlight=False, soft_wrap=True)
@@ -410,17 +396,3 @@ class Loop:
             self._scores = Scores.load(f"{prefix}.scores.safetensors")
             self._round_plan = Plan.load(f"{prefix}.plan.json")
         self.on_round(done, self._scores, self._round_plan)
-
-
-def _describe(done: Round, report: CompressReport) -> str:
-    text = (
-        f"{done.units_removed} units, {done.macs / report.macs_before:.1%} MACs, "
-        f"{done.params / report.params_before:.1%} parameters"
-    )
-    if done.metric_finetuned is None:
-        return text
-    return f"{text}, metric {_number(done.metric_pruned)} -> {done.metric_finetuned:.4f}"
-
-
-def _number(value: float | None) -> str:
-    return "none" if value is None else f"{value:.4f}"
