@@ -12,7 +12,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint gpu carry bench measure report install clean
+.PHONY: help demo test lint gpu carry bench measure invariants report install clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,12 @@ measure: $(BENCH_INSTALLED)  ## what docs/performance.md shows, on a quiet CPU, 
 	-$(BIN)/python -m benchmarks.growth --device cpu
 	-OMP_PROC_BIND=close OMP_PLACES=cores $(BIN)/python -m benchmarks.kernels --device cpu
 	$(BIN)/python -m benchmarks.report
+
+invariants: $(BENCH_INSTALLED)  ## what tests only sample, in full: every unit removed, every budget, 20 kills (an hour)
+	$(BIN)/python -m benchmarks.removal
+	$(BIN)/python -m benchmarks.budgets
+	$(BIN)/python -m benchmarks.latency
+	$(BIN)/python -m benchmarks.resume
 
 report: $(BENCH_INSTALLED)  ## rewrite docs/performance.md and its pictures from benchmarks/results
 	$(BIN)/python -m benchmarks.report

@@ -15,6 +15,8 @@ from singe.errors import (
     ScoresError,
     SingeError,
 )
+from singe.finetune import Stage
+from singe.latency import Timing
 from singe.plan import Plan, plan
 from singe.pruning import PruneReport, prune
 from singe.quadrature import Quadrature
@@ -41,6 +43,8 @@ __all__ = [
     "Scores",
     "ScoresError",
     "SingeError",
+    "Stage",
+    "Timing",
     "compress",
     "plan",
     "prune",

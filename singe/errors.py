@@ -32,7 +32,7 @@ class BudgetError(SingeError, ValueError):
 
 
 class CheckpointError(SingeError, RuntimeError):
-    """A checkpoint is damaged, belongs to another run, or cannot be written."""
+    """A checkpoint cannot be written, is damaged, or belongs to another run."""
 
 
 class KernelError(SingeError, RuntimeError):

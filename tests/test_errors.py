@@ -225,7 +225,7 @@ def test_memory_that_cannot_be(model, options):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({}, singe.OptionError, "exactly one target of macs, params, channels, got none"),
+        ({}, singe.OptionError, "exactly one target of macs, params, channels, latency, got none"),
         ({"macs": 0.5, "params": 0.5}, singe.OptionError, "got macs, params"),
         ({"macs": 0.0}, singe.OptionError, "macs must be positive"),
         ({"macs": -1}, singe.OptionError, "macs must be positive"),

@@ -1,0 +1,148 @@
+"""How what pruning left is fine-tuned: options, defaults, a user's own function, recalibration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from singe.data import Batch
+from singe.errors import OptionError
+from singe.graph import BATCH_NORMS
+from singe.objectives import CrossEntropy, Objective
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a ``finetune`` function of the user's is told.
+
+    Attributes:
+        round: 1 for the first.
+        rounds: how many there are.
+        steps: optimizer steps that this stage is meant to take.
+        seed: differs from stage to stage, the same in a run that is continued.
+        train: the training data as it was given.
+        teacher: the original network if ``distill`` is not 0, else None.
+    """
+
+    round: int
+    rounds: int
+    steps: int
+    seed: int
+    train: Iterable[Any]
+    teacher: nn.Module | None
+
+
+FinetuneFunction = Callable[[nn.Module, Stage], float | None]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a stage is trained; see :func:`singe.compress` for the meaning of each."""
+
+    optimizer: OptimizerFactory
+    scheduler: SchedulerFactory
+    objective: Objective
+    clip_grad_norm: float | None = None
+    autocast: torch.dtype | None = None
+    distill: float = 0.0
+    temperature: float = 2.0
+    ema: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.objective.needs_reference:
+            raise OptionError(
+                f"finetune_objective={self.objective.name!r} compares with the original model; "
+                "use distill=1.0 for that"
+            )
+        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
+            raise OptionError(f"clip_grad_norm must be positive, got {self.clip_grad_norm!r}")
+        if self.autocast not in (None, torch.bfloat16):
+            raise OptionError(
+                f"autocast={self.autocast!r} is not offered: use torch.bfloat16 (float16 would need "
+                "its gradients scaled) or None"
+            )
+        if not 0.0 <= self.distill <= 1.0:
+            raise OptionError(f"distill must lie in [0, 1], got {self.distill!r}")
+        if not self.temperature > 0:
+            raise OptionError(f"temperature must be positive, got {self.temperature!r}")
+        if self.ema is not None and not 0.0 < self.ema < 1.0:
+            raise OptionError(f"ema must lie in (0, 1), got {self.ema!r}")
+
+
+def smoothed(objective: Objective, label_smoothing: float) -> Objective:
+    """Cross-entropy with smoothed labels.
+
+    Raises:
+        OptionError: out of range, or another objective.
+    """
+    if not 0.0 <= label_smoothing < 1.0:
+        raise OptionError(f"label_smoothing must lie in [0, 1), got {label_smoothing!r}")
+    if label_smoothing == 0.0:
+        return objective
+    if not isinstance(objective, CrossEntropy):
+        raise OptionError(
+            f"label_smoothing needs finetune_objective='cross_entropy', not {objective.name!r}"
+        )
+    return CrossEntropy(label_smoothing)
+
+
+def default_optimizer(lr: float) -> OptimizerFactory:
+    """SGD with Nesterov momentum 0.9 and weight decay 5e-4."""
+    return lambda parameters: torch.optim.SGD(
+        parameters, lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4
+    )
+
+
+def cosine(optimizer: Optimizer, steps: int) -> LRScheduler:
+    """From the optimizer's own rate to 0 within ``steps``."""
+    return LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Training or evaluation mode in here; every module's own mode is put back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, batches: Iterable[Batch]) -> None:
+    """Set the BatchNorms' running statistics to the mean over ``batches``; nothing else moves.
+
+    Batches of a single sample are passed over (their variance is not defined), and so is everything
+    in a model without such norms.
+    """
+    norms: list[Any] = [
+        m for m in model.modules() if isinstance(m, BATCH_NORMS) and m.running_mean is not None
+    ]
+    usable = [batch for batch in batches if batch.size > 1] if norms else []
+    if not usable:
+        return
+    momenta = [norm.momentum for norm in norms]
+    with in_mode(model, training=False):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain mean over the batches
+            norm.train()
+        try:
+            for batch in usable:
+                batch.call(model)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
