@@ -7,6 +7,7 @@ from singe.compress import CompressReport, compress
 from singe.errors import (
     BudgetError,
     DataError,
+    ExportError,
     KernelError,
     ModelError,
     NonFiniteError,
@@ -14,6 +15,7 @@ from singe.errors import (
     ScoresError,
     SingeError,
 )
+from singe.export import load_pruned, save_pruned
 from singe.plan import Plan, plan
 from singe.pruning import PruneReport, prune
 from singe.quadrature import Quadrature
@@ -29,6 +31,7 @@ __all__ = [
     "BudgetError",
     "CompressReport",
     "DataError",
+    "ExportError",
     "KernelError",
     "ModelError",
     "NonFiniteError",
@@ -40,8 +43,10 @@ __all__ = [
     "ScoresError",
     "SingeError",
     "compress",
+    "load_pruned",
     "plan",
     "prune",
     "quadrature",
+    "save_pruned",
     "score",
 ]
