@@ -6,6 +6,7 @@ from singe import quadrature
 from singe.compress import CompressReport, compress
 from singe.errors import (
     BudgetError,
+    CheckpointError,
     DataError,
     ExportError,
     KernelError,
@@ -16,6 +17,8 @@ from singe.errors import (
     SingeError,
 )
 from singe.export import load_pruned, save_pruned
+from singe.finetune import Stage
+from singe.latency import Timing
 from singe.plan import Plan, plan
 from singe.pruning import PruneReport, prune
 from singe.quadrature import Quadrature
@@ -29,6 +32,7 @@ except PackageNotFoundError:  # a checkout that was never installed
 
 __all__ = [
     "BudgetError",
+    "CheckpointError",
     "CompressReport",
     "DataError",
     "ExportError",
@@ -42,6 +46,8 @@ __all__ = [
     "Scores",
     "ScoresError",
     "SingeError",
+    "Stage",
+    "Timing",
     "compress",
     "load_pruned",
     "plan",

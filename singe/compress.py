@@ -2,84 +2,44 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from functools import partial
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from os import PathLike
 from typing import Any
 
 import torch
-from rich.console import Console
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch import nn
 
-from singe.cost import count
-from singe.data import as_batch, check_reiterable, device_of, first_batch, read_batches
-from singe.errors import DataError, ModelError, NonFiniteError, OptionError
-from singe.graph import ModelGraph
-from singe.objectives import Loss, Objective, as_objective, logits_of
-from singe.plan import (
-    MAX_PRUNING_RATIO,
-    absolute,
-    check_ratio,
-    floors_of,
-    make_plan,
-    target_of,
+from singe.budget import MAX_PRUNING_RATIO, RANKINGS, Share, target_of
+from singe.checkpoint import Folder, digest_of
+from singe.criteria import choose
+from singe.data import as_batch, check_reiterable, device_of
+from singe.errors import CheckpointError, OptionError
+from singe.evaluation import Evaluate, accuracy, as_evaluate
+from singe.finetune import (
+    FinetuneFunction,
+    OptimizerFactory,
+    SchedulerFactory,
+    Training,
+    Tuner,
+    cosine,
+    default_optimizer,
+    smoothed,
 )
-from singe.removal import remove_units
-from singe.scoring import score
+from singe.graph import unwrapped
+from singe.latency import Timing
+from singe.loop import Loop, Pruning
+from singe.memory import free_memory
+from singe.objectives import Loss, Objective, as_objective
+from singe.plan import Plan
+from singe.rounds import SCHEDULES, CompressReport, Round, Schedule
+from singe.scores import Scores
+from singe.seeding import Stream, derive, random_state_kept
 from singe.snapshot import Snapshot
-from singe.units import find_groups, small
+
+__all__ = ["CompressReport", "Round", "accuracy", "compress"]
 
 CALIBRATION_SAMPLES = 256  # taken from the training data when no calibration data is given
-
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
-SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
-Evaluate = Callable[[nn.Module], float]
-
-
-@dataclass
-class Round:
-    """One round of the loop. Metrics are what ``evaluate`` gave, or None."""
-
-    macs: float
-    params: int
-    units_removed: int
-    metric_pruned: float | None
-    metric_finetuned: float | None
-    finetune_loss: float | None
-    seconds_pruning: float
-    seconds_finetuning: float
-
-
-@dataclass
-class CompressReport:
-    """What the loop did, round by round. MACs are per sample, as Torch-Pruning counts them."""
-
-    macs_before: float
-    params_before: int
-    metric_before: float | None
-    rounds: list[Round] = field(default_factory=list)
-
-    @property
-    def macs_after(self) -> float:
-        return self.rounds[-1].macs if self.rounds else self.macs_before
-
-    @property
-    def params_after(self) -> int:
-        return self.rounds[-1].params if self.rounds else self.params_before
-
-    @property
-    def metric_after(self) -> float | None:
-        return self.rounds[-1].metric_finetuned if self.rounds else self.metric_before
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
-        return asdict(self)
 
 
 def compress(
@@ -91,252 +51,218 @@ def compress(
     macs: float | None = None,
     params: float | None = None,
     channels: float | None = None,
-    rounds: int = 5,
+    latency: float | None = None,
+    timing: Timing | None = None,
+    rounds: int | None = None,
+    schedule: Schedule = "linear",
+    order: str = "global",
+    visit: str = "forward",
+    ranking: str = "global",
+    round_to: int = 1,
+    min_keep: Share | None = None,
+    max_keep: Share | None = None,
+    max_pruning_ratio: float = MAX_PRUNING_RATIO,
     finetune_steps: int = 200,
+    final_steps: int = 0,
+    finetune: FinetuneFunction | None = None,
     optimizer: OptimizerFactory | None = None,
     scheduler: SchedulerFactory | None = None,
     lr: float = 0.01,
+    clip_grad_norm: float | None = None,
+    autocast: torch.dtype | None = None,
+    label_smoothing: float = 0.0,
+    distill: float = 0.0,
+    temperature: float = 2.0,
+    ema: float | None = None,
+    recalibrate: bool = True,
     objective: str | Loss | Objective = "cross_entropy",
     finetune_objective: str | Loss | Objective = "cross_entropy",
-    ranking: str = "global",
-    max_pruning_ratio: float = MAX_PRUNING_RATIO,
+    accuracy_floor: float | None = None,
+    checkpoint: str | PathLike[str] | None = None,
+    checkpoint_every: int = 100,
+    resume: bool = False,
+    on_round: Callable[[Round, Scores, Plan], None] | None = None,
     progress: bool = True,
+    seed: int = 0,
     **score_options: Any,
 ) -> CompressReport:
     """Prune ``model`` in place to a target, in rounds, with fine-tuning in between.
 
-    Every round scores the network as it is by then, removes the share that brings it one equal step
-    closer to the target, and fine-tunes what is left with a new optimizer (the old one's state
-    belongs to parameters that no longer exist). If anything fails, the model is put back exactly as it
+    Every round scores the network as it is by then, removes the share that brings it one step closer
+    to the target, and fine-tunes what is left. If anything fails, the model is put back exactly as it
     was, the same parameter objects included.
 
     Args:
         model: in and out as an ordinary module, in the mode it came in.
-        train: re-iterable of ``(x, y)`` batches, cycled through during fine-tuning.
+        train: re-iterable of ``(x, y)`` batches, cycled through during fine-tuning. Every epoch and
+            batch is seeded; see :class:`singe.seeding.Stream`.
         calibrate: re-iterable of batches to score on; default the first batches of ``train`` that hold
             256 samples.
         evaluate: ``callable(model) -> float``, or batches whose top-1 accuracy (0..1) is measured.
         macs: target, a share of the model's (<= 1) or an absolute number.
-        params: the same in parameters. Exactly one of ``macs``, ``params``, ``channels`` is given.
+        params: the same in parameters.
         channels: the same in units of the scored groups.
-        rounds: how many times to score, prune and fine-tune.
+        latency: the same in measured time, a share or milliseconds (> 1). Exactly one of the four
+            targets is given.
+        timing: how ``latency`` is measured.
+        rounds: how many times to score, prune and fine-tune; default 5, or one per group layerwise.
+        schedule: what the rounds take: ``"linear"``, ``"cubic"``, ``"geometric"``, or a callable from
+            the share of the rounds to the share of the way; see :func:`singe.rounds.target_after`.
+        order: ``"global"``: every round takes from the whole network. ``"layerwise"``: a first scoring
+            settles how many units each group loses, then the groups are scored, pruned and followed
+            by fine-tuning one after the other.
+        visit: layerwise only: ``"forward"`` (front to back) or ``"damage"`` (least score lost first).
+        ranking: see :func:`singe.plan`, like the next three.
+        round_to: kept channels are a multiple of this.
+        min_keep: shares of the units of the *original* groups, like the next two.
+        max_keep: share that a group keeps at most, from the first round on.
+        max_pruning_ratio: no group loses more than this share.
         finetune_steps: optimizer steps per round.
-        optimizer: ``callable(parameters) -> Optimizer``; default SGD with Nesterov momentum 0.9 and
-            weight decay 5e-4 at ``lr``.
+        final_steps: further steps in the last round.
+        finetune: ``callable(model, stage) -> loss or None`` in place of the built-in training; see
+            :class:`singe.Stage`. It trains the model in place and leaves its shapes alone.
+        optimizer: ``callable(parameters) -> Optimizer``, called in every round; what the last one had
+            gathered per parameter is cut as the parameters were, and goes on. Default SGD with
+            Nesterov momentum 0.9 and weight decay 5e-4 at ``lr``.
         scheduler: ``callable(optimizer, steps) -> LRScheduler``, stepped after every step; default a
             cosine from ``lr`` to 0 in every round.
+        lr: of the default optimizer.
+        clip_grad_norm: largest norm of the gradient of all parameters together.
+        autocast: ``torch.bfloat16`` for mixed precision.
+        label_smoothing: of ``finetune_objective="cross_entropy"``.
+        distill: weight in [0, 1] of the divergence from the original network's logits; the objective
+            has the rest. At 1 no labels are needed.
+        temperature: of the distillation.
+        ema: decay of a moving average of the weights; it is what is evaluated, and what comes back.
+        recalibrate: set the BatchNorms' statistics on the calibration data after each removal.
         objective: what is scored; see :func:`singe.score`.
         finetune_objective: what is trained.
-        ranking: see :func:`singe.plan`.
-        max_pruning_ratio: see :func:`singe.plan`; a share of the units of the *original* groups.
+        accuracy_floor: once the metric after a round is below this, the last good round comes back.
+        checkpoint: folder for checkpoints, one after every removal, every round, and every
+            ``checkpoint_every`` steps; see ``docs/pruning.md``.
+        checkpoint_every: steps.
+        resume: continue from the newest checkpoint there, if there is one. ``model`` is the original.
+        on_round: called after every round with what it did, its scores and its plan.
+        progress: print a line per round, and show progress when standard error is a terminal.
+        seed: of everything random, scoring with ``criterion="random"`` included.
         score_options: ``criterion``, ``path``, ``quadrature``, ``p``, ``norm``, ``layers``, ``ignore``,
-            ``engine``, ``max_memory``, ``seed`` of :func:`singe.score`.
+            ``engine``, ``max_memory`` of :func:`singe.score`.
 
     Returns:
         A :class:`CompressReport`.
 
     Raises:
+        CheckpointError: a checkpoint cannot be written, or none can be continued from.
         SingeError: as :func:`singe.score` and :func:`singe.plan`; the model is unchanged then.
     """
-    if rounds < 1 or finetune_steps < 0:
+    if (rounds is not None and rounds < 1) or finetune_steps < 0 or final_steps < 0:
         raise OptionError(
-            f"rounds must be >= 1 and finetune_steps >= 0, got {rounds} and {finetune_steps}"
+            f"rounds must be >= 1, finetune_steps >= 0 and final_steps >= 0, got {rounds}, "
+            f"{finetune_steps} and {final_steps}"
         )
+    if checkpoint_every < 1:
+        raise OptionError(f"checkpoint_every must be >= 1, got {checkpoint_every}")
+    if resume and checkpoint is None:
+        raise OptionError("resume=True needs checkpoint=, the folder to continue from")
+    choose("order", order, ("global", "layerwise"))
+    choose("visit", visit, ("forward", "damage"))
+    choose("ranking", ranking, RANKINGS)
+    if not callable(schedule):
+        choose("schedule", schedule, SCHEDULES)
     check_reiterable(train, "train")
-    if calibrate is None:
-        calibrate = _first_samples(train, CALIBRATION_SAMPLES)
-    check_reiterable(calibrate, "calibrate")
-    measure = _as_evaluate(evaluate)
-    kind, value = target_of(macs=macs, params=params, channels=channels)
-    check_ratio(max_pruning_ratio)
-    trained = as_objective(finetune_objective)
-    if trained.needs_reference:
-        raise OptionError(f"finetune_objective={trained.name!r} compares with the original model")
-    tune = partial(
-        finetune,
-        batches=_endless(train),
-        steps=finetune_steps,
-        optimizer=optimizer or _default_optimizer(lr),
-        scheduler=scheduler or _cosine,
-        objective=trained,
+    if calibrate is not None:
+        check_reiterable(calibrate, "calibrate")
+    measure = as_evaluate(evaluate)
+    if accuracy_floor is not None and measure is None:
+        raise OptionError("accuracy_floor needs evaluate=, the metric that shall not fall below it")
+    kind, value = target_of(macs=macs, params=params, channels=channels, latency=latency)
+    training = Training(
+        optimizer or default_optimizer(lr),
+        scheduler or cosine,
+        smoothed(as_objective(finetune_objective), label_smoothing),
+        clip_grad_norm,
+        autocast,
+        distill,
+        temperature,
+        ema,
     )
-    score_options |= {"objective": objective, "progress": progress}
-    console = Console(stderr=True, quiet=not progress)
-    with Snapshot(model) as snapshot:
-        batch = small(first_batch(calibrate, device_of(model)))
-        report = CompressReport(*count(model, batch), measure(model) if measure else None)
-        schedule: Schedule | None = None
-        for index in range(1, rounds + 1):
-            began = time.perf_counter()
-            scores = score(model, calibrate, **score_options)
-            graph = find_groups(model, batch, layers=list(scores))
-            schedule = schedule or Schedule.start(report, graph, kind, value, max_pruning_ratio)
-            plan = make_plan(
-                model, graph, scores, batch, kind, schedule.target(index / rounds),
-                ranking=ranking, floors=schedule.floors, last=schedule.last,
-            )  # fmt: skip
-            remove_units(model, batch, [(g, plan[g.name]) for g in graph.groups if g.name in plan])
-            pruned = time.perf_counter()
-            metric_pruned = measure(model) if measure else None
-            tuning = time.perf_counter()
-            loss = tune(model)
-            tuned = time.perf_counter()
-            done = Round(
-                *count(model, batch), plan.n_units, metric_pruned,
-                measure(model) if measure else None, loss, pruned - began, tuned - tuning,
-            )  # fmt: skip
-            report.rounds.append(done)
-            console.print(f"round {index}/{rounds}: {_describe(done, report)}", highlight=False)
+    if finetune is not None and ema is not None:
+        raise OptionError("ema is of the built-in training; average inside your finetune function")
+    pruning = Pruning(
+        kind, value, rounds, schedule, order, visit, ranking, round_to, min_keep, max_keep,
+        max_pruning_ratio, timing or Timing(), recalibrate, score_options | {"objective": objective},
+    )  # fmt: skip
+    settings = {
+        "target": {kind: value}, "rounds": rounds, "schedule": _word(schedule), "order": order,
+        "visit": visit, "ranking": ranking, "round_to": round_to, "min_keep": min_keep,
+        "max_keep": max_keep, "max_pruning_ratio": max_pruning_ratio,
+        "finetune_steps": finetune_steps, "final_steps": final_steps, "finetune": _word(finetune),
+        "optimizer": _word(optimizer), "scheduler": _word(scheduler), "lr": lr,
+        "clip_grad_norm": clip_grad_norm, "autocast": _word(autocast),
+        "label_smoothing": label_smoothing, "distill": distill, "temperature": temperature,
+        "ema": ema, "recalibrate": recalibrate, "objective": as_objective(objective).name,
+        "finetune_objective": training.objective.name, "accuracy_floor": accuracy_floor,
+        "seed": seed,
+        "score": {k: _plain(v, model) for k, v in sorted(score_options.items())},
+    }  # fmt: skip
+    device = device_of(model)
+    with random_state_kept(device), Snapshot(model) as snapshot:
+        folder = _open(checkpoint, settings, model, resume)
+        if calibrate is None:
+            calibrate = _first_samples(train, CALIBRATION_SAMPLES, seed)
+        pruning.score_options.setdefault("max_memory", free_memory(device) // 4)
+        teacher = copy.deepcopy(unwrapped(model)).eval() if distill > 0 else None
+        tuner = Tuner(model, training, Stream(train, derive(seed, "train")), seed, teacher)
+        loop = Loop(
+            model=model, original=snapshot, pruning=pruning, tuner=tuner, calibrate=calibrate,
+            train=train, measure=measure, floor=accuracy_floor, finetune=finetune,
+            finetune_steps=finetune_steps, final_steps=final_steps, folder=folder,
+            checkpoint_every=checkpoint_every, on_round=on_round, progress=progress, seed=seed,
+        )  # fmt: skip
+        report = loop.run(folder.newest() if folder and resume else None)
         snapshot.discard()
     return report
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Equal steps from the cost of the original model to the target.
-
-    Attributes:
-        full: cost of the original model.
-        last: the target, in the same unit.
-        floors: units that every group keeps at least, from its original number.
-    """
-
-    full: float
-    last: float
-    floors: dict[str, int]
-
-    @classmethod
-    def start(
-        cls, report: CompressReport, graph: ModelGraph, kind: str, value: float, ratio: float
-    ) -> Schedule:
-        units = {g.name: g.n_units for g in graph.groups}
-        full = {
-            "macs": report.macs_before,
-            "params": float(report.params_before),
-            "channels": float(sum(units.values())),
-        }[kind]
-        return cls(full, absolute(value, full), floors_of(units, ratio))
-
-    def target(self, share: float) -> float:
-        """The absolute target once ``share`` of the way is done."""
-        return self.full + (self.last - self.full) * share
-
-
-def _describe(done: Round, report: CompressReport) -> str:
-    text = (
-        f"{done.units_removed} units, {done.macs / report.macs_before:.1%} MACs, "
-        f"{done.params / report.params_before:.1%} parameters"
-    )
-    if done.metric_finetuned is None:
-        return text
-    return f"{text}, metric {done.metric_pruned:.4f} -> {done.metric_finetuned:.4f}"
-
-
-@contextmanager
-def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Training or evaluation mode in here; every module's own mode is put back afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def finetune(
-    model: nn.Module,
-    batches: Iterator[Any],
-    steps: int,
-    optimizer: OptimizerFactory,
-    scheduler: SchedulerFactory,
-    objective: Objective,
-) -> float | None:
-    """``steps`` optimizer steps in training mode; the modules' modes are put back afterwards.
-
-    Returns:
-        Mean loss of the last tenth of the steps, or None without any step.
-
-    Raises:
-        NonFiniteError: the loss diverged.
-    """
-    if steps == 0:
+def _open(
+    path: str | PathLike[str] | None, settings: Mapping[str, Any], model: nn.Module, resume: bool
+) -> Folder | None:
+    if path is None:
         return None
-    device = device_of(model)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
-        raise ModelError("no parameter requires a gradient, so there is nothing to fine-tune")
-    optim = optimizer(parameters)
-    schedule = scheduler(optim, steps)
-    tail: list[Tensor] = []
-    try:
-        with in_mode(model, training=True):
-            for step in range(steps):
-                batch = as_batch(next(batches), step, device)
-                outputs = batch.call(model)
-                objective.check(outputs, batch)
-                loss = objective.total(outputs, batch) / batch.size
-                if not bool(torch.isfinite(loss)):
-                    raise NonFiniteError(
-                        f"fine-tuning diverged: the loss of step {step} is {loss.item()}; lower `lr`"
-                    )
-                optim.zero_grad(set_to_none=True)
-                loss.backward()
-                optim.step()
-                schedule.step()
-                if step >= steps - max(1, steps // 10):
-                    tail.append(loss.detach())
-    finally:
-        optim.zero_grad(set_to_none=True)
-    return float(torch.stack(tail).mean())
+    folder = Folder(path, {**settings, "model": digest_of(model)})
+    if folder.files() and not resume:
+        raise CheckpointError(
+            f"{folder.path} holds a run already; continue it with resume=True, or use another folder"
+        )
+    return folder
 
 
-def _default_optimizer(lr: float) -> OptimizerFactory:
-    return lambda parameters: torch.optim.SGD(
-        parameters, lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4
-    )
+def _word(value: Any) -> str | None:
+    """A function by its name: all that can be compared of it from run to run."""
+    if value is None or isinstance(value, str):
+        return value
+    return getattr(value, "__qualname__", str(value))
 
 
-def _cosine(optimizer: Optimizer, steps: int) -> LRScheduler:
-    return LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
+def _plain(value: Any, model: nn.Module) -> Any:
+    """An option of scoring as JSON; modules by their names."""
+    if isinstance(value, nn.Module):
+        return next((n for n, m in unwrapped(model).named_modules() if m is value), repr(value))
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Iterable):
+        return [_plain(v, model) for v in value]
+    return repr(value)
 
 
-def _first_samples(batches: Iterable[Any], samples: int) -> list[Any]:
+def _first_samples(batches: Iterable[Any], samples: int, seed: int) -> list[Any]:
+    """The first batches of one epoch that hold so many samples, or all of it."""
+    stream = Stream(batches, derive(seed, "calibrate"))
     kept, seen = [], 0
-    for index, raw in enumerate(batches):
-        kept.append(raw)
-        seen += as_batch(raw, index, torch.device("cpu")).size
-        if seen >= samples:
+    while seen < samples:
+        raw = stream.next()
+        if stream.state()["epoch"] > 0:
             break
+        kept.append(raw)
+        seen += as_batch(raw, len(kept) - 1, torch.device("cpu")).size
     return kept
-
-
-def _endless(batches: Iterable[Any]) -> Iterator[Any]:
-    for _ in itertools.count():
-        empty = True
-        for batch in batches:
-            empty = False
-            yield batch
-        if empty:
-            raise DataError("the training data is empty: it gave no batch")
-
-
-def _as_evaluate(evaluate: Evaluate | Iterable[Any] | None) -> Evaluate | None:
-    if evaluate is None or callable(evaluate):
-        return evaluate
-    check_reiterable(evaluate, "evaluate")
-    return lambda model: accuracy(model, evaluate)
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
-    """Top-1 accuracy (0..1) of class-index labels, in evaluation mode; the modes are put back."""
-    right = total = 0
-    with in_mode(model, training=False):
-        for batch in read_batches(batches, device_of(model)):
-            predicted = logits_of(batch.call(model)).argmax(1)
-            if not isinstance(batch.labels, Tensor):
-                raise DataError(f"evaluation batch {batch.index} has no labels")
-            right += int((predicted == batch.labels).sum())
-            total += batch.labels.numel()
-    return right / total

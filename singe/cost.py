@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -42,59 +43,113 @@ class _Layer:
     per_out: float
     params_per_out: float
     positions: int
-    removed_outputs: int = 0
-    removed_inputs: int = 0
+    seconds_per_mac: float = 0.0
 
-    def macs(self) -> float:
-        out, inp = self.outputs - self.removed_outputs, self.inputs - self.removed_inputs
+    def macs(self, gone_outputs: int, gone_inputs: int) -> float:
+        out, inp = self.outputs - gone_outputs, self.inputs - gone_inputs
         return self.positions * (self.per_pair * inp * out + self.per_out * out)
 
-    def params(self) -> float:
-        out, inp = self.outputs - self.removed_outputs, self.inputs - self.removed_inputs
+    def params(self, gone_outputs: int, gone_inputs: int) -> float:
+        out, inp = self.outputs - gone_outputs, self.inputs - gone_inputs
         return self.per_pair * inp * out + self.params_per_out * out
 
 
 class CostModel:
-    """Predicts MACs and parameters from how many units every group loses.
+    """Predicts MACs, parameters and time from how many units every group loses.
+
+    The prediction is exact for parameters; for MACs it leaves out activations and pooling (they are
+    taken as constant). Time is that of each layer, measured once, in proportion to its MACs.
 
     Args:
         model: the unpruned model; not changed.
         graph: its groups.
         batch: a small batch, run once to learn the layers' sizes.
+        seconds: layer name -> measured time of the unpruned layer; without it time is not predicted.
     """
 
-    def __init__(self, model: nn.Module, graph: ModelGraph, batch: Batch) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: ModelGraph,
+        batch: Batch,
+        seconds: Mapping[str, float] | None = None,
+    ) -> None:
         self.macs, self.params = count(model, batch)
-        self._groups = {g.name: g for g in graph.groups}
-        self._folds = graph.folds
+        self.units = {g.name: g.n_units for g in graph.groups}
         self._layers = _measure(model, batch)
-        self._fixed_macs = self.macs - sum(layer.macs() for layer in self._layers.values())
-        self._fixed_params = self.params - sum(layer.params() for layer in self._layers.values())
-
-    def __call__(self, removed: Mapping[str, int]) -> dict[str, float]:
-        """``{"macs", "params", "channels"}`` once ``removed[group]`` units of each group are gone."""
-        for layer in self._layers.values():
-            layer.removed_outputs = layer.removed_inputs = 0
-        for name, units in removed.items():
-            self._remove(self._groups[name], units)
-        layers = self._layers.values()
-        total = sum(g.n_units for g in self._groups.values())
-        return {
-            "macs": self._fixed_macs + sum(layer.macs() for layer in layers),
-            "params": self._fixed_params + sum(layer.params() for layer in layers),
-            "channels": total - sum(removed.values()),
+        for name, layer in self._layers.items():
+            full = layer.macs(0, 0)
+            layer.seconds_per_mac = (seconds or {}).get(name, 0.0) / full if full else 0.0
+        self._touched = {g.name: self._per_unit(g, graph.folds) for g in graph.groups}
+        full_layers = self._layers.values()
+        self._fixed = {
+            "macs": self.macs - sum(layer.macs(0, 0) for layer in full_layers),
+            "params": self.params - sum(layer.params(0, 0) for layer in full_layers),
+            "latency": 0.0,
         }
 
-    def _remove(self, group: Group, units: int) -> None:
+    def __call__(self, removed: Mapping[str, int]) -> dict[str, float]:
+        """``{"macs", "params", "channels", "latency"}`` once so many units of each group are gone.
+
+        ``channels`` are units of the groups; ``latency`` is in seconds, of the measured layers only.
+        """
+        state = CostState(self)
+        for name, units in removed.items():
+            state.remove(name, units)
+        return {kind: state.total(kind) for kind in ("macs", "params", "channels", "latency")}
+
+    def _per_unit(self, group: Group, folds: Mapping[str, str]) -> dict[str, tuple[int, int]]:
+        """Layer -> (output channels, input channels) that one unit of the group takes from it."""
+        outputs: Counter[str] = Counter()
+        inputs: Counter[str] = Counter()
         for member in group.members:
             if member.kind == "input":
                 continue
-            for name in (member.name, self._folds.get(member.name)):
+            for name in (member.name, folds.get(member.name)):
                 if name in self._layers:
-                    self._layers[name].removed_outputs += units * member.channels.shape[1]
+                    outputs[name] += member.channels.shape[1]
         for member in group.consumers:
             if member.name in self._layers:
-                self._layers[member.name].removed_inputs += units * member.channels.shape[1]
+                inputs[member.name] += member.channels.shape[1]
+        return {name: (outputs[name], inputs[name]) for name in {*outputs, *inputs}}
+
+
+class CostState:
+    """How many channels are gone from every layer, and what one more unit would save right now."""
+
+    def __init__(self, cost: CostModel) -> None:
+        self._cost = cost
+        self._gone = {name: [0, 0] for name in cost._layers}
+        self._left = sum(cost.units.values())
+
+    def remove(self, group: str, units: int) -> None:
+        """Take units of a group away; a negative number puts them back."""
+        for name, (outputs, inputs) in self._cost._touched[group].items():
+            self._gone[name][0] += units * outputs
+            self._gone[name][1] += units * inputs
+        self._left -= units
+
+    def total(self, kind: str) -> float:
+        """Cost of the network as it is by now."""
+        if kind == "channels":
+            return self._left
+        return self._cost._fixed[kind] + sum(self._of(name, kind, 0, 0) for name in self._gone)
+
+    def saving(self, group: str, units: int, kind: str) -> float:
+        """What removing so many more units of a group saves, its neighbours as they are by now."""
+        if kind == "channels":
+            return units
+        return sum(
+            self._of(name, kind, 0, 0) - self._of(name, kind, units * outputs, units * inputs)
+            for name, (outputs, inputs) in self._cost._touched[group].items()
+        )
+
+    def _of(self, name: str, kind: str, outputs: int, inputs: int) -> float:
+        layer, (out, inp) = self._cost._layers[name], self._gone[name]
+        if kind == "params":
+            return layer.params(out + outputs, inp + inputs)
+        macs = layer.macs(out + outputs, inp + inputs)
+        return macs * layer.seconds_per_mac if kind == "latency" else macs
 
 
 def _measure(model: nn.Module, batch: Batch) -> dict[str, _Layer]:

@@ -31,6 +31,10 @@ class BudgetError(SingeError, ValueError):
     """A pruning target cannot be met; the message names the smallest one that can."""
 
 
+class CheckpointError(SingeError, RuntimeError):
+    """A checkpoint cannot be written, is damaged, or belongs to another run."""
+
+
 class KernelError(SingeError, RuntimeError):
     """A kernel was asked for a device, dtype, shape or build that it does not have."""
 

@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place once everything has been written."""
+    """A temporary path beside ``path`` that takes its place once everything has been written.
+
+    It is on the disk before it does: a power cut leaves the old file or the new one.
+    """
     final = Path(path)
     partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
     try:
         yield partial
+        _to_disk(partial)
         os.replace(partial, final)
+        with suppress(OSError):  # not every file system syncs folders
+            _to_disk(final.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -103,6 +103,9 @@ class Objective:
 class CrossEntropy(Objective):
     name = "cross_entropy"
 
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        self.label_smoothing = label_smoothing
+
     def check(self, outputs: Any, batch: Batch) -> None:
         logits, labels = logits_of(outputs), batch.labels
         if not isinstance(labels, Tensor):
@@ -137,11 +140,17 @@ class CrossEntropy(Objective):
     def per_sample(self, outputs: Any, batch: Batch, reference: Any) -> Tensor:
         logits, labels = _widened(logits_of(outputs)), batch.labels
         if labels.is_floating_point():
-            return _per_sample(F.cross_entropy(logits, labels, reduction="none"))
+            loss = F.cross_entropy(
+                logits, labels, reduction="none", label_smoothing=self.label_smoothing
+            )
+            return _per_sample(loss)
         dim = _class_dim(logits, labels)
         if dim != 1:
             logits = logits.movedim(dim, 1)
-        loss = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE_INDEX)
+        loss = F.cross_entropy(
+            logits, labels, reduction="none", ignore_index=IGNORE_INDEX,
+            label_smoothing=self.label_smoothing,
+        )  # fmt: skip
         return _per_sample(loss, labels != IGNORE_INDEX if loss.dim() > 1 else None)
 
 

@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from singe.budget import (
+    MAX_PRUNING_RATIO,
+    RANKINGS,
+    Limits,
+    Search,
+    Share,
+    absolute,
+    gather,
+    limits_of,
+    order_steps,
+    require,
+    steps_of,
+    target_of,
+)
 from singe.cost import CostModel, count
 from singe.criteria import choose
 from singe.data import Batch, device_of, example_batch
-from singe.errors import BudgetError, OptionError, ScoresError
+from singe.errors import ScoresError
+from singe.explain import explain_groups, table
 from singe.files import replacing
-from singe.graph import ModelGraph, private_copy
+from singe.graph import ModelGraph, private_copy, unwrapped
+from singe.latency import Stopwatch, Timing
 from singe.removal import remove_units
 from singe.scores import Scores
 from singe.units import find_groups, small
 
-RANKINGS = ("global", "local")
-# A layer cut to a few channels does not recover in fine-tuning; a single round can do it.
-MAX_PRUNING_RATIO = 0.75
+FORMAT = "singe-plan-1"
 
 
 class Plan(Mapping[str, list[int]]):
@@ -64,11 +79,30 @@ class Plan(Mapping[str, list[int]]):
     def __repr__(self) -> str:
         return f"Plan({self.n_units} units of {len(self)} groups)"
 
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict per group: units, kept, removed, the cut, what it saves, and why no more goes.
+
+        Empty for a plan made by hand: it knows nothing but the units.
+        """
+        return [{"group": name, **row} for name, row in self.meta.get("groups", {}).items()]
+
+    def explain(self) -> str:
+        """A table for reading: per group what goes, what that saves, and why."""
+        return table(self)
+
     def save(self, path: str | PathLike[str]) -> None:
-        """Write as JSON, at once or not at all."""
-        content = json.dumps({"remove": self._remove, "meta": self.meta}, indent=1)
+        """Write as JSON with one line per group, at once or not at all."""
         with replacing(path) as partial:
-            partial.write_text(content)
+            partial.write_text(self.to_json())
+
+    def to_json(self) -> str:
+        """What :meth:`save` writes."""
+        meta = {k: v for k, v in self.meta.items() if k != "groups"}
+        remove, groups = _lines(self._remove), _lines(self.meta.get("groups", {}))
+        return (
+            f'{{\n"format": "{FORMAT}",\n"remove": {remove},\n"groups": {groups},\n'
+            f'"meta": {json.dumps(meta, indent=1)}\n}}\n'
+        )
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Plan:
@@ -78,10 +112,24 @@ class Plan(Mapping[str, list[int]]):
             ScoresError: the file is no plan.
         """
         try:
-            content = json.loads(Path(path).read_text())
-            return cls(content["remove"], content.get("meta"))
+            return cls.from_json(Path(path).read_text())
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ScoresError(f"cannot read a plan from {path}: {error}") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan that :meth:`to_json` wrote."""
+        content = json.loads(text)
+        meta = dict(content.get("meta") or {})
+        if content.get("groups"):
+            meta["groups"] = content["groups"]
+        return cls(content["remove"], meta)
+
+
+def _lines(content: Mapping[str, Any]) -> str:
+    """A JSON object with one entry per line, so that two plans can be compared by ``diff``."""
+    entries = (f" {json.dumps(k)}: {json.dumps(v)}" for k, v in content.items())
+    return "{\n" + ",\n".join(entries) + "\n}" if content else "{}"
 
 
 def _unit(name: str, unit: Any) -> int:
@@ -98,8 +146,14 @@ def plan(
     macs: float | None = None,
     params: float | None = None,
     channels: float | None = None,
+    latency: float | None = None,
     ranking: str = "global",
+    round_to: int = 1,
+    min_keep: Share | None = None,
+    max_keep: Share | None = None,
+    ignore: Iterable[str | nn.Module] = (),
     max_pruning_ratio: float = MAX_PRUNING_RATIO,
+    timing: Timing | None = None,
 ) -> Plan:
     """Choose the units to remove: the lowest scores that meet a target from below.
 
@@ -108,11 +162,21 @@ def plan(
         scores: what :func:`singe.score` returned.
         example_inputs: a tensor, a tuple of arguments or a dict, as for Torch-Pruning.
         macs: target in multiply-accumulates: a share of the model's (<= 1) or an absolute number.
-        params: the same in parameters. Exactly one of ``macs``, ``params``, ``channels`` is given.
+        params: the same in parameters.
         channels: the same in units of the scored groups.
+        latency: the same in *measured* time on the model's device: a share, or milliseconds (> 1).
+            Exactly one of ``macs``, ``params``, ``channels``, ``latency`` is given.
         ranking: ``"global"`` compares all units with each other, ``"local"`` takes the same share of
-            every group.
+            every group, ``"isomorphic"`` the same share of every kind of group, ``"cost"`` keeps the
+            most score for the budget; see :mod:`singe.budget`.
+        round_to: the channels kept in every pruned layer are a multiple of this.
+        min_keep: share of its units that every group keeps at least: a number, or a mapping from
+            names (of groups, their layers or containers) to numbers. A named group is exempt from
+            ``max_pruning_ratio``.
+        max_keep: share that every group, or a named one, keeps at most.
+        ignore: layers that keep all their channels (names or modules, containers included).
         max_pruning_ratio: no group loses more than this share of its units, and none all of them.
+        timing: batch size and number of runs for ``latency``; default one sample, 15 runs.
 
     Returns:
         A :class:`Plan`; ``plan.meta`` holds the expected cost.
@@ -123,14 +187,27 @@ def plan(
         OptionError: not exactly one target, or a value out of range.
     """
     scores.check(model)
-    kind, value = target_of(macs=macs, params=params, channels=channels)
-    check_ratio(max_pruning_ratio)
-    batch = small(example_batch(example_inputs, device_of(model)))
+    kind, value = target_of(macs=macs, params=params, channels=channels, latency=latency)
+    choose("ranking", ranking, RANKINGS)
+    batch = example_batch(example_inputs, device_of(model))
+    watch = Stopwatch(model, batch, timing or Timing()) if kind == "latency" else None
+    batch = small(batch)
     graph = find_groups(model, batch, layers=list(scores))
-    floors = floors_of({g.name: g.n_units for g in graph.groups}, max_pruning_ratio)
-    made = make_plan(model, graph, scores, batch, kind, value, ranking=ranking, floors=floors)
-    made.meta["max_pruning_ratio"] = max_pruning_ratio
-    return made
+    limits = limits_of(model, graph, max_pruning_ratio, min_keep, max_keep, ignore, round_to)
+    target = absolute(value, full_cost(model, graph, batch, watch)[kind])
+    return make_plan(
+        model, graph, scores, batch, kind, target, ranking=ranking, limits=limits, watch=watch
+    )
+
+
+def full_cost(
+    model: nn.Module, graph: ModelGraph, batch: Batch, watch: Stopwatch | None = None
+) -> dict[str, float]:
+    """What the model costs as it is: MACs, parameters, units, and milliseconds if they are measured."""
+    macs, params = count(model, batch)
+    units = sum(g.n_units for g in graph.groups)
+    full = {"macs": macs, "params": float(params), "channels": float(units)}
+    return full | ({"latency": watch.reference_ms} if watch else {})
 
 
 def make_plan(
@@ -142,148 +219,71 @@ def make_plan(
     target: float,
     *,
     ranking: str,
-    floors: Mapping[str, int],
+    limits: Limits,
     last: float | None = None,
+    watch: Stopwatch | None = None,
 ) -> Plan:
     """:func:`plan` for a graph that is at hand already.
 
     Args:
-        kind: ``"macs"``, ``"params"`` or ``"channels"``.
-        target: a share (<= 1) or an absolute number.
-        floors: units that every group keeps at least.
+        kind: ``"macs"``, ``"params"``, ``"channels"`` or ``"latency"``.
+        target: in that unit; milliseconds for latency.
+        limits: what every group may come to.
         last: a later, lower target that must be reachable as well.
+        watch: measures latency; needed for that kind of target only.
     """
-    choose("ranking", ranking, RANKINGS)
-    cost = CostModel(model, graph, batch)
-    full = cost({})
-    target = absolute(target, full[kind])
     groups = {g.name: g for g in graph.groups}
-    order = _order(scores, {n: max(0, g.n_units - floors[n]) for n, g in groups.items()}, ranking)
+    seconds = watch.layer_seconds(model) if watch else None
+    cost = CostModel(model, graph, batch, seconds)
+    full = {k: v for k, v in cost({}).items() if k != "latency"}
+    if watch:
+        full["latency"] = watch.compare(model).share * watch.reference_ms
 
-    def removed(length: int) -> dict[str, list[int]]:
-        gone: dict[str, list[int]] = {}
-        for name, unit in order[:length]:
-            gone.setdefault(name, []).append(unit)
-        return gone
+    def predict(gone: Mapping[str, int]) -> float:
+        predicted = cost(gone)[kind]
+        return predicted if not watch else full[kind] - 1e3 * (cost({})[kind] - predicted)
 
-    def predicted(length: int) -> float:
-        return cost({name: len(units) for name, units in removed(length).items()})[kind]
-
-    def measured(length: int) -> dict[str, float]:
+    def measure(gone: Mapping[str, Sequence[int]], runs: int | None = None) -> dict[str, float]:
         twin = private_copy(model, trainable=True)
-        remove_units(twin, batch, [(groups[n], u) for n, u in removed(length).items()])
+        remove_units(twin, batch, [(groups[n], u) for n, u in gone.items()])
         macs, params = count(twin, batch)
-        return {"macs": macs, "params": params, "channels": full["channels"] - length}
+        left = full["channels"] - sum(map(len, gone.values()))
+        after = {"macs": macs, "params": params, "channels": left}
+        if watch:
+            after["latency"] = watch.compare(twin, runs).share * watch.reference_ms
+        return after
 
+    steps = {g.name: steps_of(g, scores[g.name], limits) for g in graph.groups}
+    modules = dict(unwrapped(model).named_modules())
+    order = order_steps(steps, groups, ranking, cost, kind, modules)
+    search = Search(order, cost, kind, target, predict, measure)
     lowest = target if last is None else min(target, last)
-    if predicted(len(order)) > lowest:
-        _require(measured(len(order))[kind], lowest, kind, full[kind])
-    if full[kind] <= target:
-        length, after = 0, full
+    if watch or search.predicted(len(order)) > lowest:
+        require(search.measured(len(order))[kind], lowest, kind, full[kind])
+    first = search.measured(search.forced) if search.forced else full
+    gone = order[: search.forced]
+    if first[kind] <= target:
+        after = first
+    elif watch:
+        length, after = search.fewest_timed(partial(measure, runs=3 * watch.timing.runs))
+        gone = order[:length]
     else:
-        length, after = _fewest(predicted, measured, len(order), kind, target)
-        _require(after[kind], target, kind, full[kind])
+        length, after = search.fewest()
+        gone = order[:length]
+        if ranking == "cost":
+            gone, after = search.fill(length, after)
+    require(after[kind], target, kind, full[kind])
+    removed = gather(gone)
     meta = {
         "target": {kind: target},
         "ranking": ranking,
         "criterion": scores.meta.get("criterion"),
         "fingerprint": scores.meta.get("fingerprint"),
+        "round_to": limits.round_to,
         "before": full,
         "after": after,
+        "groups": explain_groups(groups, scores, removed, steps, limits, cost),
     }
-    return Plan(removed(length), meta)
-
-
-def target_of(**targets: float | None) -> tuple[str, float]:
-    """The one target that was given, ``(kind, value)``.
-
-    Raises:
-        OptionError: none or several, or not positive.
-    """
-    given = [(kind, value) for kind, value in targets.items() if value is not None]
-    if len(given) != 1:
-        raise OptionError(
-            f"give exactly one target of {', '.join(targets)}, got "
-            f"{', '.join(kind for kind, _ in given) or 'none'}"
-        )
-    kind, value = given[0]
-    if not value > 0:
-        raise OptionError(f"{kind} must be positive: a share (<= 1) or a number, got {value!r}")
-    return kind, float(value)
-
-
-def absolute(value: float, full: float) -> float:
-    """A share (<= 1) of ``full``, or the number itself."""
-    return value * full if value <= 1.0 else value
-
-
-def check_ratio(max_pruning_ratio: float) -> None:
-    """Raise OptionError unless the ratio lies in (0, 1]."""
-    if not 0.0 < max_pruning_ratio <= 1.0:
-        raise OptionError(f"max_pruning_ratio must lie in (0, 1], got {max_pruning_ratio!r}")
-
-
-def floors_of(units: Mapping[str, int], max_pruning_ratio: float) -> dict[str, int]:
-    """Units that every group keeps at least."""
-    return {name: max(1, n - int(max_pruning_ratio * n)) for name, n in units.items()}
-
-
-def _order(scores: Scores, caps: Mapping[str, int], ranking: str) -> list[tuple[str, int]]:
-    """All units that may go, the first to go first; ties keep the order of groups and units."""
-    candidates: list[tuple[float, str, int]] = []
-    for name, values in scores.items():
-        lowest = torch.argsort(values, stable=True)[: caps[name]]
-        for rank, unit in enumerate(lowest.tolist()):
-            key = float(values[unit]) if ranking == "global" else (rank + 1) / len(values)
-            candidates.append((key, name, unit))
-    candidates.sort(key=lambda c: c[0])
-    return [(name, unit) for _, name, unit in candidates]
-
-
-def _require(reached: float, target: float, kind: str, full: float) -> None:
-    if reached > target:
-        raise BudgetError(
-            f"a target of {target:.4g} {kind} cannot be met: the smallest reachable is "
-            f"{reached / full:.4f} of the model's {full:.4g} ({reached:.4g}); raise the target or "
-            "max_pruning_ratio, or score more layers"
-        )
-
-
-def _fewest(
-    predicted: Callable[[int], float],
-    measured: Callable[[int], dict[str, float]],
-    most: int,
-    kind: str,
-    target: float,
-) -> tuple[int, dict[str, float]]:
-    """The fewest units that meet the target by count, and the cost then; ``most`` if none do.
-
-    The prediction leaves out activations and pooling. It chooses where to count next, corrected by
-    how far off it was; after a few counts plain bisection takes over.
-    """
-    low, high = 0, most  # low misses the target
-    best: dict[str, float] | None = None
-    aim, counts = target, 0
-    while high - low > 1:
-        guess = _shortest(predicted, most, aim) if counts < 4 else (low + high) // 2
-        guess = min(max(guess, low + 1), high - 1)
-        after = measured(guess)
-        counts += 1
-        if after[kind] <= target:
-            high, best = guess, after
-        else:
-            low = guess
-        aim += target - after[kind]
-    return high, best if best is not None else measured(high)
-
-
-def _shortest(cost: Callable[[int], float], most: int, target: float) -> int:
-    """Smallest length with ``cost(length) <= target``; cost falls with length."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high) // 2
-        if cost(middle) <= target:
-            high = middle
-        else:
-            low = middle + 1
-    return low
+    if watch:
+        meta["timing"] = asdict(watch.timing)
+    return Plan(removed, meta)

@@ -1,17 +1,23 @@
-"""Physical removal of channels, by Torch-Pruning."""
+"""Physical removal of channels, by Torch-Pruning, and what it does to tensors that mirror the model's."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from singe.data import Batch
-from singe.graph import Group, build_dependency_graph, unwrapped
+from singe.graph import Group, build_dependency_graph, private_copy, unwrapped
+
+Removals = Sequence[tuple[Group, Sequence[int]]]
 
 
 def remove_units(
-    model: nn.Module, batch: Batch, removals: Sequence[tuple[Group, Sequence[int]]]
+    model: nn.Module,
+    batch: Batch,
+    removals: Removals,
+    once_traced: Callable[[nn.Module], None] | None = None,
 ) -> None:
     """Remove units from ``model`` in place.
 
@@ -20,6 +26,7 @@ def remove_units(
             mode are kept.
         batch: a small batch to trace with.
         removals: (group, unit indices) pairs; every group at most once, never all of its units.
+        once_traced: called with the model between the trace and the removal.
     """
     model = unwrapped(model)
     training = {name: module.training for name, module in model.named_modules()}
@@ -29,6 +36,8 @@ def remove_units(
             parameter.requires_grad_(True)  # the trace follows grad_fns
     try:
         graph = build_dependency_graph(model, batch)
+        if once_traced is not None:
+            once_traced(model)
         modules = dict(model.named_modules())
         for group, units in removals:
             channels = group.root_channels[list(units)].flatten().tolist()
@@ -37,6 +46,35 @@ def remove_units(
             graph.get_pruning_group(root, prune, sorted(channels)).prune()
     finally:
         _restore_flags(model, training, trainable)
+
+
+def kept_elements(model: nn.Module, batch: Batch, removals: Removals) -> dict[str, Tensor]:
+    """Which elements of every parameter and buffer :func:`remove_units` would keep.
+
+    A copy whose tensors hold the numbers of their own elements is pruned: what is left of a tensor
+    says where it came from, however channels were moved, flattened or concatenated on the way.
+
+    Returns:
+        name -> int64 flat indices into the tensor as it is now, in the shape that it will have.
+    """
+    twin = private_copy(model, trainable=True)
+
+    def number(module: nn.Module) -> None:
+        for tensor in (*module.parameters(), *module.buffers()):
+            # float64 counts exactly to 9e15, and can be a parameter, unlike integers
+            numbers = torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device)
+            tensor.data = numbers.view(tensor.shape)
+
+    remove_units(twin, batch, removals, once_traced=number)
+    return {
+        name: tensor.detach().long()
+        for name, tensor in (*twin.named_parameters(), *twin.named_buffers())
+    }
+
+
+def take(value: Tensor, kept: Tensor) -> Tensor:
+    """The elements of ``value`` that :func:`kept_elements` names, in their new shape."""
+    return value.reshape(-1)[kept.reshape(-1).to(value.device)].view(kept.shape)
 
 
 def _restore_flags(

@@ -39,9 +39,11 @@ class Snapshot:
         self._kept = False
 
     def restore(self) -> None:
+        """Put everything back; may be done several times."""
         for module, state in self._modules:
             module.__dict__.clear()
-            module.__dict__.update(state)
+            # Copies again: what is changed after this must not reach the next restore.
+            module.__dict__.update({k: _shallow(v) for k, v in state.items()})
         with torch.no_grad():
             for tensor, value, requires_grad, grad, grad_value in self._values:
                 tensor.copy_(value)

@@ -225,7 +225,7 @@ def test_memory_that_cannot_be(model, options):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({}, singe.OptionError, "exactly one target of macs, params, channels, got none"),
+        ({}, singe.OptionError, "exactly one target of macs, params, channels, latency, got none"),
         ({"macs": 0.5, "params": 0.5}, singe.OptionError, "got macs, params"),
         ({"macs": 0.0}, singe.OptionError, "macs must be positive"),
         ({"macs": -1}, singe.OptionError, "macs must be positive"),
@@ -304,7 +304,7 @@ def test_compress(options, message):
 
 def test_every_error_is_a_singe_error():
     errors = [getattr(singe, name) for name in singe.__all__ if name.endswith("Error")]
-    assert len(errors) == 8
+    assert len(errors) == 9
     assert all(issubclass(error, singe.SingeError) for error in errors)
     assert issubclass(singe.OptionError, ValueError)
     assert issubclass(singe.NonFiniteError, ArithmeticError)

@@ -7,6 +7,7 @@ Exit status: 0 done; 1 a bug (with a traceback); 2 wrong use or input, with one 
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -47,6 +48,8 @@ def _root(
 
 def main() -> None:
     """Run the command line; an error the user can repair is one line and exit status 2."""
+    # torch tells every user of torch.vmap about its own plans for adaptive pooling.
+    warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet")
     try:
         app(prog_name="singe")
     except (SingeError, OSError) as error:

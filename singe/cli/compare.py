@@ -86,7 +86,7 @@ def compare(
             "title": "Criteria compared",
             "lead": f"{result['units']} units in {len(next(iter(named.values())))} groups.",
             "criteria": result,
-            "settings": {k: v for k, v in given(model, data, scoring, budget, common).items()},
+            "settings": given(model, data, scoring, budget, common),
             "versions": finish.versions(),
         }
         files["report"] = str(write_report(out, content))

@@ -23,10 +23,11 @@ from singe.cli.output import Voice
 from singe.cli.prune import describe, make_plan
 from singe.cli.score import run_score
 from singe.cli.session import Session, given, open_session
-from singe.compress import CompressReport, OptimizerFactory
+from singe.compress import CompressReport
 from singe.criteria import choose
 from singe.data import as_batch, device_of
 from singe.errors import OptionError
+from singe.finetune import OptimizerFactory
 from singe.graph import private_copy
 from singe.latency import Timing
 from singe.objectives import logits_of
@@ -80,7 +81,7 @@ def compress(
         "autocast": torch.bfloat16 if tuning.amp else None,
         "seed": common.seed,
         "resume": tuning.resume,
-        "progress": not common.quiet,
+        "progress": voice.progress,
     }
     if tuning.warmup_steps:
         voice.step(f"training for {tuning.warmup_steps} steps before pruning")

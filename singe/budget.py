@@ -1,0 +1,426 @@
+"""Which units go for a budget: limits, rankings, and the search for the fewest that meet a target.
+
+Within a group all units cost the same, so the lowest scores go first there, whatever the ranking. The
+ranking says how groups take turns:
+
+- ``"global"``: by score, all units compared with each other;
+- ``"local"``: the same share of every group;
+- ``"isomorphic"``: by score among groups of the same structure, the same share of every structure (after
+  Isomorphic Pruning, arXiv 2407.04616);
+- ``"cost"``: by score per unit of the budget that removal saves, the saving counted anew whenever a
+  neighbour has shrunk. That is the greedy rule for the knapsack "keep the most score within the
+  budget". With fixed savings it is optimal but for the last unit; what that one leaves of the budget
+  is filled by putting units back, the best first.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from singe.cost import CostModel, CostState
+from singe.errors import BudgetError, OptionError
+from singe.graph import Group, ModelGraph, unwrapped
+
+RANKINGS = ("global", "local", "isomorphic", "cost")
+KINDS = ("macs", "params", "channels", "latency")
+# A layer cut to a few channels does not recover in fine-tuning; a single round can do it.
+MAX_PRUNING_RATIO = 0.75
+
+Share = float | Mapping[str, float]
+Cost = dict[str, float]
+
+
+# ---------------------------------------------------------------------- targets and limits
+
+
+def target_of(**targets: float | None) -> tuple[str, float]:
+    """The one target that was given, ``(kind, value)``.
+
+    Raises:
+        OptionError: none or several, or not positive.
+    """
+    given = [(kind, value) for kind, value in targets.items() if value is not None]
+    if len(given) != 1:
+        raise OptionError(
+            f"give exactly one target of {', '.join(targets)}, got "
+            f"{', '.join(kind for kind, _ in given) or 'none'}"
+        )
+    kind, value = given[0]
+    if not value > 0:
+        raise OptionError(f"{kind} must be positive: a share (<= 1) or a number, got {value!r}")
+    return kind, float(value)
+
+
+def absolute(value: float, full: float) -> float:
+    """A share (<= 1) of ``full``, or the number itself."""
+    return value * full if value <= 1.0 else value
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What every group may come to, in units.
+
+    Attributes:
+        least: units that a group keeps at least.
+        most: units that it keeps at most.
+        round_to: channels kept in a pruned layer are a multiple of this.
+        why: what set ``least``, for the explanation.
+    """
+
+    least: dict[str, int]
+    most: dict[str, int]
+    round_to: int
+    why: dict[str, str]
+
+
+def limits_of(
+    model: nn.Module,
+    graph: ModelGraph,
+    max_pruning_ratio: float = MAX_PRUNING_RATIO,
+    min_keep: Share | None = None,
+    max_keep: Share | None = None,
+    ignore: Iterable[str | nn.Module] = (),
+    round_to: int = 1,
+) -> Limits:
+    """Limits in units from shares of the groups as they are in ``graph``.
+
+    Raises:
+        OptionError: a share out of range, a name that belongs to no group, limits that contradict.
+    """
+    if not 0.0 < max_pruning_ratio <= 1.0:
+        raise OptionError(f"max_pruning_ratio must lie in (0, 1], got {max_pruning_ratio!r}")
+    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
+        raise OptionError(f"round_to must be an integer >= 1, got {round_to!r}")
+    ignored = _groups_of(_names(model, ignore), graph, "ignore")
+    low = _shares(min_keep, graph, "min_keep")
+    high = _shares(max_keep, graph, "max_keep")
+    named = isinstance(min_keep, Mapping)
+    least, most, why = {}, {}, {}
+    for group in graph.groups:
+        name, n = group.name, group.n_units
+        guard = n - int(max_pruning_ratio * n)
+        asked = -int(-low.get(name, 0.0) * n // 1)  # rounded up
+        least[name], why[name] = max(1, guard, asked), "max_pruning_ratio"
+        if name in low and (asked > guard or named):
+            least[name], why[name] = max(1, asked), "min_keep"
+        if name in ignored:
+            least[name], why[name] = n, "ignore"
+        most[name] = n if name in ignored else min(n, max(1, int(high.get(name, 1.0) * n)))
+        if most[name] < least[name]:
+            raise OptionError(
+                f"group {name!r} of {n} units shall keep at most {most[name]} (max_keep) and at "
+                f"least {least[name]} ({why[name]}); change one of them"
+            )
+    return Limits(least, most, round_to, why)
+
+
+def _names(model: nn.Module, layers: Iterable[str | nn.Module]) -> list[str]:
+    layers = [layers] if isinstance(layers, str | nn.Module) else list(layers)
+    by_module = {module: name for name, module in unwrapped(model).named_modules()}
+    for layer in layers:
+        if isinstance(layer, nn.Module) and layer not in by_module:
+            raise OptionError(f"`ignore` holds a {type(layer).__name__} not in this model")
+    return [by_module[m] if isinstance(m, nn.Module) else m for m in layers]
+
+
+def _groups_of(names: Iterable[str], graph: ModelGraph, argument: str) -> set[str]:
+    """Groups with a layer of these names, or inside a container of these names."""
+    found: set[str] = set()
+    for name in names:
+        hit = {
+            g.name
+            for g in graph.groups
+            if any(layer == name or layer.startswith(name + ".") for layer in (g.name, *g.layers))
+        }
+        # A layer that was never scored keeps its channels anyway.
+        if not hit and argument != "ignore":
+            raise OptionError(
+                f"{argument} names {name!r}, which no scored group has; groups: "
+                f"{', '.join(g.name for g in graph.groups[:8])}"
+                + (", ..." if len(graph.groups) > 8 else "")
+            )
+        found |= hit
+    return found
+
+
+def _shares(given: Share | None, graph: ModelGraph, argument: str) -> dict[str, float]:
+    if given is None:
+        return {}
+    shares = given if isinstance(given, Mapping) else {g.name: given for g in graph.groups}
+    result: dict[str, float] = {}
+    for name, share in shares.items():
+        if not 0.0 <= float(share) <= 1.0:
+            raise OptionError(f"{argument} of {name!r} must lie in [0, 1], got {share!r}")
+        for group in _groups_of([name], graph, argument):
+            result[group] = float(share)
+    return result
+
+
+# ---------------------------------------------------------------------- steps and their order
+
+
+@dataclass(frozen=True)
+class Step:
+    """Units of one group that go together: one, or as many as rounding asks for."""
+
+    group: str
+    units: tuple[int, ...]
+    score: float  # their sum
+    forced: bool  # more than ``max_keep`` would be left without it
+
+    @property
+    def mean(self) -> float:
+        return self.score / len(self.units)
+
+
+def steps_of(group: Group, values: Tensor, limits: Limits) -> list[Step]:
+    """The steps of one group, the first to go first."""
+    n, width = group.n_units, group.root_channels.shape[1]
+    least, most = limits.least[group.name], limits.most[group.name]
+    kept = [
+        k for k in range(n - 1, least - 1, -1) if k <= most and k * width % limits.round_to == 0
+    ]
+    lowest = torch.argsort(values, stable=True).tolist()
+    steps, before = [], n
+    for k in kept:
+        units = tuple(lowest[n - before : n - k])
+        score = float(values[list(units)].double().sum())
+        steps.append(Step(group.name, units, score, forced=before > most))
+        before = k
+    return steps
+
+
+def order_steps(
+    steps: Mapping[str, Sequence[Step]],
+    groups: Mapping[str, Group],
+    ranking: str,
+    cost: CostModel,
+    kind: str,
+    modules: Mapping[str, nn.Module],
+) -> list[Step]:
+    """All steps, the first to go first; ties keep the order of groups and units."""
+    if ranking == "cost":
+        return _by_saving(steps, cost, kind)
+    keyed: list[tuple[bool, float, Step]] = []
+    if ranking == "isomorphic":
+        for names in _structures(groups, modules).values():
+            pool = sorted((s for n in names for s in steps[n]), key=lambda s: s.mean)
+            total, gone = sum(groups[n].n_units for n in names), 0
+            for step in pool:
+                gone += len(step.units)
+                keyed.append((not step.forced, gone / total, step))
+    else:
+        for name, own in steps.items():
+            gone = 0
+            for step in own:
+                gone += len(step.units)
+                key = step.mean if ranking == "global" else gone / groups[name].n_units
+                keyed.append((not step.forced, key, step))
+    keyed.sort(key=lambda k: k[:2])
+    return [step for _, _, step in keyed]
+
+
+def _structures(
+    groups: Mapping[str, Group], modules: Mapping[str, nn.Module]
+) -> dict[Any, list[str]]:
+    """Names of the groups by what they are made of: the types of all layers that hold or read them."""
+    found: dict[Any, list[str]] = {}
+    for name, group in groups.items():
+        layers = [(m.kind, type(modules[m.name]).__name__) for m in group.members]
+        readers = [("reader", type(modules[m.name]).__name__) for m in group.consumers]
+        found.setdefault(tuple(sorted(layers + readers)), []).append(name)
+    return found
+
+
+def _by_saving(steps: Mapping[str, Sequence[Step]], cost: CostModel, kind: str) -> list[Step]:
+    """Lowest score per saving first.
+
+    Savings only fall while neighbours shrink, so the key of a step only grows: a step that is still
+    the lowest after its key was computed anew is the lowest of all.
+    """
+    state = CostState(cost)
+    order: list[Step] = []
+    position = dict.fromkeys(steps, 0)
+    names = list(steps)
+    heap: list[tuple[bool, float, int]] = []
+
+    def push(index: int) -> None:
+        own = steps[names[index]]
+        if position[names[index]] < len(own):
+            step = own[position[names[index]]]
+            heapq.heappush(heap, (not step.forced, _per_saving(step, state, kind), index))
+
+    for index in range(len(names)):
+        push(index)
+    while heap:
+        free, key, index = heapq.heappop(heap)
+        step = steps[names[index]][position[names[index]]]
+        now = _per_saving(step, state, kind)
+        if heap and (free, now, index) > heap[0] and now > key:
+            heapq.heappush(heap, (free, now, index))
+            continue
+        state.remove(step.group, len(step.units))
+        order.append(step)
+        position[names[index]] += 1
+        push(index)
+    return order
+
+
+def _per_saving(step: Step, state: CostState, kind: str) -> float:
+    saving = max(state.saving(step.group, len(step.units), kind), 1e-30)
+    return step.score / saving if step.score >= 0 else step.score * saving
+
+
+# ---------------------------------------------------------------------- meeting the target
+
+
+@dataclass(frozen=True)
+class Search:
+    """Finds the shortest prefix of ``order`` whose *counted* cost meets a target.
+
+    Attributes:
+        predict: units gone per group -> predicted cost, in the target's unit; quick.
+        measure: units gone -> counted (timed) cost; slow, the last word.
+    """
+
+    order: Sequence[Step]
+    cost: CostModel
+    kind: str
+    target: float
+    predict: Callable[[Mapping[str, int]], float]
+    measure: Callable[[Mapping[str, Sequence[int]]], Cost]
+
+    def removed(self, length: int) -> dict[str, list[int]]:
+        """Units gone per group after so many steps."""
+        return gather(self.order[:length])
+
+    def predicted(self, length: int) -> float:
+        return self.predict({name: len(units) for name, units in self.removed(length).items()})
+
+    def measured(self, length: int) -> Cost:
+        return self.measure(self.removed(length))
+
+    def fewest(self, counts: int = 4) -> tuple[int, Cost]:
+        """The fewest steps that meet the target, and the cost then; all of them if none do.
+
+        The prediction leaves out activations and pooling. It chooses where to count next, corrected
+        by how far off it was; after a few counts plain bisection takes over.
+        """
+        low, high = self.forced, len(self.order)  # low misses the target
+        best: Cost | None = None
+        aim, done = self.target, 0
+        while high - low > 1:
+            guess = self._shortest(aim) if done < counts else (low + high) // 2
+            guess = min(max(guess, low + 1), high - 1)
+            after = self.measured(guess)
+            done += 1
+            if after[self.kind] <= self.target:
+                high, best = guess, after
+            else:
+                low = guess
+            aim += self.target - after[self.kind]
+        return high, best if best is not None else self.measured(high)
+
+    @property
+    def forced(self) -> int:
+        """Steps that go whatever the target; they come first."""
+        return sum(step.forced for step in self.order)
+
+    def _shortest(self, target: float) -> int:
+        """Fewest steps with a predicted cost of at most ``target``; cost falls with every step."""
+        low, high = 0, len(self.order)
+        while low < high:
+            middle = (low + high) // 2
+            if self.predicted(middle) <= target:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    def fill(self, length: int, after: Cost) -> tuple[list[Step], Cost]:
+        """Put steps back, the highest score first, as long as the target stays met.
+
+        Returns:
+            the steps that stay gone, and the counted cost.
+        """
+        state, gone = CostState(self.cost), list(self.order[:length])
+        for step in gone:
+            state.remove(step.group, len(step.units))
+        back: list[Step] = []
+        slack = self.target - after[self.kind]
+        while True:
+            # Within a group the last to go is the first to come back.
+            last = {step.group: step for step in gone}
+            price = {
+                name: -state.saving(name, -len(step.units), self.kind)
+                for name, step in last.items()
+                if not step.forced
+            }
+            able = [name for name, added in price.items() if added <= slack]
+            if not able:
+                break
+            step = last[max(able, key=lambda name: last[name].score)]
+            if step.score <= 0:
+                break
+            slack -= price[step.group]
+            state.remove(step.group, -len(step.units))
+            gone.remove(step)
+            back.append(step)
+        while back:
+            counted = self.measure(gather(gone))
+            if counted[self.kind] <= self.target:
+                return gone, counted
+            gone.append(back.pop())
+        return list(self.order[:length]), after
+
+    def fewest_timed(
+        self, confirm: Callable[[Mapping[str, Sequence[int]]], Cost]
+    ) -> tuple[int, Cost]:
+        """As :meth:`fewest` for a cost that is timed: every time is a little off, none is repeated.
+
+        At most eight candidates are timed, then the best is timed again and longer; as long as that
+        one misses the target, a fiftieth of the steps more go.
+        """
+        low, high, aim = self.forced, len(self.order), self.target
+        for _ in range(8):
+            if high - low <= max(1, len(self.order) // 100):
+                break
+            guess = min(max(self._shortest(aim), low + 1), high - 1)
+            after = self.measured(guess)[self.kind]
+            if after <= self.target:
+                high = guess
+            else:
+                low = guess
+            if abs(after - self.target) <= 0.01 * self.target:
+                break
+            aim += self.target - after
+        after_all = confirm(self.removed(high))
+        while after_all[self.kind] > self.target and high < len(self.order):
+            high = min(len(self.order), high + max(1, len(self.order) // 50))
+            after_all = confirm(self.removed(high))
+        return high, after_all
+
+
+def gather(steps: Iterable[Step]) -> dict[str, list[int]]:
+    """Units per group."""
+    gone: dict[str, list[int]] = {}
+    for step in steps:
+        gone.setdefault(step.group, []).extend(step.units)
+    return gone
+
+
+def require(reached: float, target: float, kind: str, full: float) -> None:
+    """Raise BudgetError where even the most that may be removed misses the target."""
+    if reached > target:
+        unit = " ms" if kind == "latency" else ""
+        raise BudgetError(
+            f"a target of {target:.4g}{unit} {kind} cannot be met: the smallest reachable is "
+            f"{reached / full:.4f} of the model's {full:.4g} ({reached:.4g}); raise the target or "
+            "max_pruning_ratio, or score more layers"
+        )

@@ -1,0 +1,213 @@
+"""Where a run is, on disk: one safetensors file per checkpoint, its JSON in the header.
+
+Nothing here needs pickle. A file is written beside the old ones and renamed, the newest two are kept, and
+a digest of the tensors tells a damaged file from a good one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from singe.errors import CheckpointError
+from singe.files import replacing
+from singe.graph import unwrapped
+
+FORMAT = "singe-checkpoint-1"
+KEPT = 2
+
+
+class Folder:
+    """The checkpoints of one run.
+
+    Args:
+        path: made if it is not there.
+        settings: what the run was asked to do, JSON-ready; another run's are refused.
+
+    Raises:
+        CheckpointError: the folder cannot be made.
+    """
+
+    def __init__(self, path: str | PathLike[str], settings: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        self.settings = json.loads(json.dumps(settings))  # as it will be read back
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot make the folder {self.path}: {error}") from error
+        self._number = max(map(_number, self.files()), default=0)
+
+    def files(self) -> list[Path]:
+        """All checkpoints, the oldest first."""
+        return sorted(self.path.glob("checkpoint-*.safetensors"), key=_number)
+
+    def save(self, state: Mapping[str, Any]) -> Path:
+        """Write the next checkpoint; only then remove all but the newest two.
+
+        Raises:
+            CheckpointError: the disk is full or not writable; the older ones are untouched.
+        """
+        tensors: dict[str, Tensor] = {}
+        content = pack(state, tensors)
+        header = {
+            "format": FORMAT,
+            "settings": self.settings,
+            "digest": _digest(tensors),
+            "state": content,
+        }
+        path = self.path / f"checkpoint-{self._number + 1:06d}.safetensors"
+        try:
+            with replacing(path) as partial:
+                partial.write_bytes(save(tensors, {"singe": json.dumps(header)}))
+        except (OSError, SafetensorError) as error:
+            older = self.files()
+            raise CheckpointError(
+                f"cannot write the checkpoint {path}: {error}; "
+                + (f"{older[-1].name} is intact" if older else "there is no older one")
+                + ", make room and continue with resume=True"
+            ) from error
+        self._number += 1
+        for old in self.files()[:-KEPT]:
+            old.unlink(missing_ok=True)
+        return path
+
+    def write(self, name: str, text: str) -> None:
+        """A file for readers beside the checkpoints.
+
+        Raises:
+            CheckpointError: the disk is full or not writable.
+        """
+        try:
+            with replacing(self.path / name) as partial:
+                partial.write_text(text)
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self.path / name}: {error}") from error
+
+    def newest(self) -> dict[str, Any] | None:
+        """The newest state that can be read; None in an empty folder.
+
+        A damaged file is named in a warning, and the one before it is used.
+
+        Raises:
+            CheckpointError: a checkpoint of another run, or none that can be read.
+        """
+        for stale in self.path.glob(".*.partial"):  # of a process that was killed while writing
+            stale.unlink(missing_ok=True)
+        problems: list[str] = []
+        for path in reversed(self.files()):
+            try:
+                header, tensors = _read(path)
+            except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+                problems.append(f"{path.name} is damaged ({error})")
+                continue
+            self._require_same(path, header["settings"])
+            if problems:
+                warnings.warn(
+                    f"{'; '.join(problems)}; continuing from {path.name}", UserWarning, stacklevel=3
+                )
+            return unpack(header["state"], tensors)
+        if problems:
+            raise CheckpointError(
+                f"no checkpoint in {self.path} can be read: {'; '.join(problems)}; remove the folder "
+                "to start again"
+            )
+        return None
+
+    def _require_same(self, path: Path, found: Mapping[str, Any]) -> None:
+        different = [
+            f"{key} was {found.get(key)!r} and is now {self.settings.get(key)!r}"
+            for key in {**self.settings, **found}
+            if found.get(key) != self.settings.get(key)
+        ]
+        if different:
+            raise CheckpointError(
+                f"{path} belongs to another run: {'; '.join(different)}. Continue with the same model "
+                "and options, or use another folder"
+            )
+
+
+def _number(path: Path) -> int:
+    digits = path.stem.split("-", 1)[1]
+    return int(digits) if digits.isdigit() else -1
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    with safe_open(str(path), framework="pt") as file:
+        header = json.loads((file.metadata() or {}).get("singe", "null"))
+        if not isinstance(header, dict) or header.get("format") != FORMAT:
+            raise ValueError(f"it is no {FORMAT}")
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    if _digest(tensors) != header["digest"]:
+        raise ValueError("its tensors do not match their digest")
+    return header, tensors
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def digest_of(model: nn.Module) -> str:
+    """SHA-256 over names, shapes and values of all parameters and buffers."""
+    return _digest(unwrapped(model).state_dict())
+
+
+# ---------------------------------------------------------------------- containers <-> JSON + tensors
+
+
+def pack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """JSON for a tree of dicts, lists, tuples, numbers, strings and tensors.
+
+    Tensors go to ``tensors``; what JSON would change (tuples, keys that are no strings) is tagged.
+
+    Raises:
+        CheckpointError: something else is in it.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor):
+        key = f"t{len(tensors)}"
+        tensors[key] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {"tensor": key, "strides": list(value.stride())}
+    if isinstance(value, Mapping):
+        return {"dict": [[pack(k, tensors), pack(v, tensors)] for k, v in value.items()]}
+    if isinstance(value, tuple | list):
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return {kind: [pack(v, tensors) for v in value]}
+    raise CheckpointError(
+        f"a checkpoint cannot hold a {type(value).__name__} (from the optimizer or scheduler); use "
+        "ones whose state_dict() holds numbers and tensors"
+    )
+
+
+def unpack(content: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """What :func:`pack` was given; tensors have their old strides, which decide how kernels sum."""
+    if not isinstance(content, dict):
+        return content
+    if "tensor" in content:
+        return _with_strides(tensors[content["tensor"]], content["strides"])
+    if "dict" in content:
+        return {unpack(k, tensors): unpack(v, tensors) for k, v in content["dict"]}
+    if "tuple" in content:
+        return tuple(unpack(v, tensors) for v in content["tuple"])
+    return [unpack(v, tensors) for v in content["list"]]
+
+
+def _with_strides(tensor: Tensor, strides: list[int]) -> Tensor:
+    if list(tensor.stride()) == strides or 0 in strides:
+        return tensor.clone()
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)

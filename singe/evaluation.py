@@ -1,0 +1,38 @@
+"""Top-1 accuracy, and whatever else a user calls his metric."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from singe.data import check_reiterable, device_of, read_batches
+from singe.errors import DataError
+from singe.finetune import in_mode
+from singe.objectives import logits_of
+
+Evaluate = Callable[[nn.Module], float]
+
+
+def as_evaluate(evaluate: Evaluate | Iterable[Any] | None) -> Evaluate | None:
+    """A callable as it is, batches as their accuracy."""
+    if evaluate is None or callable(evaluate):
+        return evaluate
+    check_reiterable(evaluate, "evaluate")
+    return lambda model: accuracy(model, evaluate)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
+    """Top-1 accuracy (0..1) of class-index labels, in evaluation mode; the modes are put back."""
+    right = total = 0
+    with in_mode(model, training=False):
+        for batch in read_batches(batches, device_of(model)):
+            predicted = logits_of(batch.call(model)).argmax(1)
+            if not isinstance(batch.labels, Tensor):
+                raise DataError(f"evaluation batch {batch.index} has no labels")
+            right += int((predicted == batch.labels).sum())
+            total += batch.labels.numel()
+    return right / total

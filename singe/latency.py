@@ -1,0 +1,156 @@
+"""Measured time of a network: warm, median, in turn with the network it is compared to."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from singe.data import Batch
+from singe.errors import OptionError
+from singe.graph import ROWS, private_copy
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How latency is measured.
+
+    Attributes:
+        batch_size: samples per forward pass; the example inputs are repeated or cut to it.
+        runs: timed passes; the median counts.
+        warmup: passes before the clock starts.
+        threads: torch's CPU threads while timing; default as they are.
+    """
+
+    batch_size: int = 1
+    runs: int = 15
+    warmup: int = 3
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "runs", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(f"Timing: {name} must be at least 1, got {value!r}")
+        if self.warmup < 0:
+            raise OptionError(f"Timing: warmup must be >= 0, got {self.warmup!r}")
+
+
+@dataclass(frozen=True)
+class Latency:
+    """One comparison: median milliseconds of both networks, and the median of their ratios.
+
+    The ratio is taken run by run, so that what slows the whole machine down cancels.
+    """
+
+    ms: float
+    reference_ms: float
+    share: float
+
+
+class Stopwatch:
+    """Times networks against one reference, on the reference's device.
+
+    Args:
+        reference: usually the unpruned model; a private copy in evaluation mode is kept.
+        batch: example inputs.
+        timing: batch size and number of runs.
+    """
+
+    def __init__(self, reference: nn.Module, batch: Batch, timing: Timing) -> None:
+        self.timing = timing
+        self._batch = resized(batch, timing.batch_size)
+        self._reference = private_copy(reference)
+        self.reference_ms = self.compare(self._reference).reference_ms
+
+    @torch.no_grad()
+    def compare(self, model: nn.Module, runs: int | None = None) -> Latency:
+        """Time ``model`` and the reference in turn."""
+        candidate = private_copy(model)
+        pairs: list[tuple[float, float]] = []
+        with _threads(self.timing.threads):
+            for run in range(-self.timing.warmup, runs or self.timing.runs):
+                ours = _seconds(lambda: self._batch.call(candidate))
+                theirs = _seconds(lambda: self._batch.call(self._reference))
+                if run >= 0:
+                    pairs.append((ours, theirs))
+        return Latency(
+            1e3 * statistics.median(ours for ours, _ in pairs),
+            1e3 * statistics.median(theirs for _, theirs in pairs),
+            statistics.median(ours / theirs for ours, theirs in pairs),
+        )
+
+    @torch.no_grad()
+    def layer_seconds(self, model: nn.Module) -> dict[str, float]:
+        """Median time of every convolution and linear layer of ``model``."""
+        twin = private_copy(model)
+        times: dict[str, list[float]] = {}
+        began: dict[str, float] = {}
+
+        def start(name: str) -> Callable[..., None]:
+            def hook(*_: Any) -> None:
+                _wait()
+                began[name] = time.perf_counter()
+
+            return hook
+
+        def stop(name: str) -> Callable[..., None]:
+            def hook(*_: Any) -> None:
+                _wait()
+                times.setdefault(name, []).append(time.perf_counter() - began[name])
+
+            return hook
+
+        for name, module in twin.named_modules():
+            if isinstance(module, ROWS):
+                module.register_forward_pre_hook(start(name))
+                module.register_forward_hook(stop(name))
+        with _threads(self.timing.threads):
+            for run in range(self.timing.warmup + self.timing.runs):
+                if run == self.timing.warmup:
+                    times.clear()
+                self._batch.call(twin)
+        # A layer that is called several times counts with all its calls.
+        return {n: statistics.median(t) * len(t) / self.timing.runs for n, t in times.items()}
+
+
+def resized(batch: Batch, size: int) -> Batch:
+    """The batch with ``size`` samples, repeating or dropping some."""
+
+    def take(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dim() == 0 or len(value) != batch.size:
+            return value
+        return value[torch.arange(size, device=value.device) % batch.size]
+
+    args, kwargs = tree_map(take, batch.args), tree_map(take, batch.kwargs)
+    return replace(batch, args=args, kwargs=kwargs, size=size)
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    _wait()
+    start = time.perf_counter()
+    run()
+    _wait()
+    return time.perf_counter() - start
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

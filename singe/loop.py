@@ -1,0 +1,450 @@
+"""The entwined loop itself: rounds of scoring, removal and fine-tuning, each step of it resumable."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from singe.budget import Limits, Share, absolute, limits_of
+from singe.checkpoint import Folder
+from singe.cost import count
+from singe.data import Batch, device_of, first_batch, read_batches
+from singe.errors import ModelError, OptionError
+from singe.evaluation import Evaluate
+from singe.finetune import FinetuneFunction, Stage, Tuner, in_mode, recalibrate
+from singe.graph import ModelGraph, unwrapped
+from singe.latency import Stopwatch, Timing
+from singe.plan import Plan, full_cost, make_plan
+from singe.removal import Removals, kept_elements, remove_units
+from singe.rounds import CompressReport, Round, Schedule, portions, target_after
+from singe.scores import Scores, fingerprint
+from singe.scoring import score
+from singe.seeding import derive, seed_all
+from singe.snapshot import Snapshot
+from singe.units import find_groups, small
+
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What shall go, and in which order; see :func:`singe.compress`."""
+
+    kind: str
+    value: float
+    rounds: int | None
+    schedule: Schedule
+    order: str
+    visit: str
+    ranking: str
+    round_to: int
+    min_keep: Share | None
+    max_keep: Share | None
+    max_pruning_ratio: float
+    timing: Timing
+    recalibrate: bool
+    score_options: dict[str, Any]
+
+
+@dataclass
+class Loop:
+    """One run. Everything that changes is in ``state()``, so that a checkpoint is that and no more.
+
+    Attributes:
+        kept: per group, the units of the original model that are left, in order.
+        visits: the groups of each round, under ``order="layerwise"``.
+        quota: units that each group still has to lose, under ``order="layerwise"``.
+        current: what is known of a round whose network is pruned but not yet fine-tuned.
+        good: the network of the last good round, if there is a floor.
+    """
+
+    model: nn.Module
+    original: Snapshot
+    pruning: Pruning
+    tuner: Tuner
+    calibrate: Iterable[Any]
+    train: Iterable[Any]
+    measure: Evaluate | None
+    floor: float | None
+    finetune: FinetuneFunction | None
+    finetune_steps: int
+    final_steps: int
+    folder: Folder | None
+    checkpoint_every: int
+    on_round: Callable[[Round, Scores, Plan], None] | None
+    progress: bool
+    seed: int
+    kept: dict[str, list[int]] = field(default_factory=dict)
+    visits: list[list[str]] | None = None
+    quota: dict[str, int] = field(default_factory=dict)
+    current: dict[str, Any] | None = None
+    good: dict[str, Any] | None = None
+    finished: bool = False
+
+    def run(self, state: Mapping[str, Any] | None) -> CompressReport:
+        """All rounds, or the rest of them after a checkpoint's ``state``."""
+        self._survey()
+        if state is not None:
+            self._load(state)
+        else:
+            self._begin()
+        while not self.finished:
+            if self.current is None:
+                self._prune()
+            self._tune()
+        return self.report
+
+    # ------------------------------------------------------------------ the original model
+
+    def _survey(self) -> None:
+        """What is the same in every process that works on this run."""
+        options, pruning = self.pruning.score_options, self.pruning
+        seed_all(self.seed, "survey")
+        example = first_batch(self.calibrate, device_of(self.model))
+        self.batch: Batch = small(example)
+        self.graph: ModelGraph = find_groups(
+            self.model, self.batch, options.get("layers"), options.get("ignore", ())
+        )
+        self.limits: Limits = limits_of(
+            self.model, self.graph, pruning.max_pruning_ratio, pruning.min_keep, pruning.max_keep,
+            round_to=pruning.round_to,
+        )  # fmt: skip
+        self.watch = (
+            Stopwatch(self.model, example, pruning.timing) if pruning.kind == "latency" else None
+        )
+        self.full = full_cost(self.model, self.graph, self.batch, self.watch)
+        self.last = absolute(pruning.value, self.full[pruning.kind])
+        self.report = CompressReport(self.full["macs"], int(self.full["params"]), None)
+        self._fingerprint = fingerprint(self.model)
+        self.kept = {g.name: list(range(g.n_units)) for g in self.graph.groups}
+
+    def _begin(self) -> None:
+        self.report.metric_before = self._metric()
+        before = self.report.metric_before
+        if self.floor is not None and before is not None and before < self.floor:
+            raise OptionError(
+                f"the unpruned model's metric is {before:.4f}, below accuracy_floor={self.floor}"
+            )
+        if self.pruning.order == "layerwise":
+            self._plan_visits()
+        self._note_plan()
+
+    def _plan_visits(self) -> None:
+        """Settle how many units each group loses, from one scoring of the whole network."""
+        scores = self._score(self.pruning.score_options, 0)
+        plan = self._make(self.graph, scores, self.last)
+        self.quota = {name: len(units) for name, units in plan.items()}
+        names = [g.name for g in self.graph.groups if g.name in plan]
+        if self.pruning.visit == "damage":
+            names.sort(key=lambda n: float(scores[n][plan[n]].sum()))
+        self.visits = portions(names, self.pruning.rounds)
+
+    @property
+    def rounds(self) -> int:
+        """How many rounds there are in all."""
+        return self.pruning.rounds or ROUNDS if self.visits is None else len(self.visits)
+
+    # ------------------------------------------------------------------ one round
+
+    def _prune(self) -> None:
+        index, began = len(self.report.rounds) + 1, time.perf_counter()
+        if index > self.rounds:  # nothing had to go
+            self._finish()
+            return
+        options = self.pruning.score_options
+        if self.visits is not None:
+            options = {**options, "layers": self.visits[index - 1]}
+        scores = self._score(options, index)
+        graph = find_groups(self.model, self.batch, layers=list(scores))
+        plan = self._plan(graph, scores, index)
+        self._remove([(g, plan[g.name]) for g in graph.groups if g.name in plan])
+        for name, units in plan.items():
+            gone = set(units)
+            self.kept[name] = [k for u, k in enumerate(self.kept[name]) if u not in gone]
+        if self.pruning.recalibrate:
+            seed_all(self.seed, "recalibrate", index)
+            recalibrate(self.model, read_batches(self.calibrate, device_of(self.model)))
+        self._scores, self._round_plan = scores, plan
+        self.current = {
+            "units": plan.n_units,
+            "metric": self._metric(),
+            "seconds": time.perf_counter() - began,
+            "tuned": 0.0,
+        }
+        self._write_decision(index)
+        steps = self.finetune_steps + (self.final_steps if index == self.rounds else 0)
+        self.current["steps"] = steps
+        self.tuner.start(0 if self.finetune else steps)
+        self._save()
+
+    def _score(self, options: Mapping[str, Any], index: int) -> Scores:
+        seed_all(self.seed, "score", index)
+        return score(
+            self.model, self.calibrate, **{"seed": self.seed, "progress": self.progress, **options}
+        )
+
+    def _plan(self, graph: ModelGraph, scores: Scores, index: int) -> Plan:
+        if self.visits is None:
+            full, done = self.full[self.pruning.kind], index / self.rounds
+            target = target_after(self.pruning.schedule, done, full, self.last)
+            return self._make(graph, scores, target)
+        # As many as were settled: no more, no less, and whatever the network costs then.
+        exact = {g.name: g.n_units - self.quota.get(g.name, 0) for g in graph.groups}
+        limits = Limits(exact, exact, 1, dict.fromkeys(exact, "settled by the first scoring"))
+        total = float(sum(g.n_units for g in graph.groups))
+        return make_plan(
+            self.model, graph, scores, self.batch, "channels", total, ranking="local", limits=limits
+        )
+
+    def _make(self, graph: ModelGraph, scores: Scores, target: float) -> Plan:
+        return make_plan(
+            self.model, graph, scores, self.batch, self.pruning.kind, target,
+            ranking=self.pruning.ranking, limits=self.limits, last=self.last, watch=self.watch,
+        )  # fmt: skip
+
+    def _remove(self, removals: Removals) -> None:
+        if not removals:
+            return
+        if self.tuner.follows:
+            shapes = {n: p.shape for n, p in unwrapped(self.model).named_parameters()}
+            kept = kept_elements(self.model, self.batch, removals)
+            self.tuner.follow(kept, shapes)
+        remove_units(self.model, self.batch, removals)
+
+    def _tune(self) -> None:
+        if self.current is None:
+            return
+        index = len(self.report.rounds) + 1
+        began = time.perf_counter()
+        loss = self._finetune(index) if self.finetune else self._train(index)
+        current = self.current
+        with self.tuner.averaged():
+            metric = self._metric()
+        done = Round(
+            *count(self.model, self.batch), current["units"], current["metric"], metric, loss,
+            current["seconds"], current["tuned"] + time.perf_counter() - began, current["steps"],
+            {name: len(units) for name, units in self.kept.items()},
+        )  # fmt: skip
+        self.current = None
+        if self.floor is not None and metric is not None and metric < self.floor:
+            self._roll_back(done, index)
+        else:
+            self.report.rounds.append(done)
+            self._note_plan()
+            self.good = self._network() if self.floor is not None else None
+        self._tell(done, index)
+        if self.report.stopped or index == self.rounds:
+            self._finish()
+        else:
+            self._save()
+
+    def _train(self, index: int) -> float | None:
+        title = f"round {index}/{self.rounds}: fine-tuning"
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+        hidden = not (self.progress and console.is_terminal)
+        last = time.perf_counter()
+        with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+            task = bar.add_task(title, total=self.tuner.steps, completed=self.tuner.step)
+
+            def after_step() -> None:
+                nonlocal last
+                bar.advance(task)
+                step = self.tuner.step
+                if step % self.checkpoint_every == 0 and step < self.tuner.steps:
+                    assert self.current is not None
+                    now = time.perf_counter()
+                    self.current["tuned"], last = self.current["tuned"] + now - last, now
+                    self._save()
+
+            return self.tuner.run(after_step)
+
+    def _finetune(self, index: int) -> float | None:
+        assert self.finetune is not None
+        assert self.current is not None
+        before = fingerprint(self.model)
+        seed = derive(self.seed, "stage", index)
+        seed_all(self.seed, "stage", index)
+        stage = Stage(
+            index, self.rounds, self.current["steps"], seed, self.train, self.tuner.teacher
+        )
+        with in_mode(self.model, training=True):
+            loss = self.finetune(self.model, stage)
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        if fingerprint(self.model) != before:
+            raise ModelError(
+                "the finetune function changed names or shapes of the model's parameters; it must "
+                "train the given model in place"
+            )
+        return None if loss is None else float(loss)
+
+    def _roll_back(self, done: Round, index: int) -> None:
+        self.report.abandoned = done
+        self.report.stopped = (
+            f"the metric after round {index} was {done.metric_finetuned:.4f}, below "
+            f"accuracy_floor={self.floor}; this is the network after round {index - 1}"
+        )
+        good, self.good = self.good, None
+        self.tuner.average = None
+        self._rebuild(good)
+
+    def _finish(self) -> None:
+        self.tuner.keep_average()
+        self.finished = True
+        self._save()
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def _network(self) -> dict[str, Any]:
+        """The network as it is: what is left of the original, and its values."""
+        bare = unwrapped(self.model)
+        named = (*bare.named_parameters(), *bare.named_buffers())
+        return {
+            "kept": {name: list(units) for name, units in self.kept.items()},
+            "values": {name: t.detach().clone() for name, t in named},
+            "average": None
+            if self.tuner.average is None
+            else {name: t.clone() for name, t in self.tuner.average.items()},
+        }
+
+    def _rebuild(self, network: Mapping[str, Any] | None) -> None:
+        """The original, cut and filled as :meth:`_network` noted; None is the original itself."""
+        self.original.restore()
+        groups = {g.name: g for g in self.graph.groups}
+        self.kept = {name: list(range(g.n_units)) for name, g in groups.items()}
+        if network is None:
+            return
+        self.kept = {name: list(units) for name, units in network["kept"].items()}
+        removals = [
+            (group, sorted(set(range(group.n_units)) - set(self.kept[name])))
+            for name, group in groups.items()
+            if len(self.kept[name]) < group.n_units
+        ]
+        if removals:
+            remove_units(self.model, self.batch, removals)
+        bare = unwrapped(self.model)
+        for name, tensor in (*bare.named_parameters(), *bare.named_buffers()):
+            _fill(tensor, network["values"][name])
+        average = network["average"]
+        device = device_of(self.model)
+        self.tuner.average = (
+            None if average is None else {name: t.to(device) for name, t in average.items()}
+        )
+
+    def _save(self) -> None:
+        if self.folder is None:
+            return
+        self.folder.write("report.json", json.dumps(self.report.to_dict(), indent=1))
+        self.folder.write("plan.json", self.report.plan.to_json())
+        self.folder.save(
+            {
+                "network": self._network(),
+                "tuner": self.tuner.state(),
+                "report": self.report.to_dict(),
+                "visits": self.visits,
+                "quota": self.quota,
+                "current": self.current,
+                "good": self.good,
+                "finished": self.finished,
+                "max_memory": self.pruning.score_options["max_memory"],
+                "threads": torch.get_num_threads(),
+            }
+        )
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        if state["threads"] != torch.get_num_threads():
+            warnings.warn(
+                f"the run used {state['threads']} threads, this process has "
+                f"{torch.get_num_threads()}: sums may differ in their last bits",
+                stacklevel=4,
+            )
+        self.report = CompressReport.from_dict(state["report"])
+        self._rebuild(state["network"])
+        self.tuner.load({**state["tuner"], "average": self.tuner.average})
+        self.visits, self.quota, self.good = state["visits"], state["quota"], state["good"]
+        self.current, self.finished = state["current"], state["finished"]
+        # What fits in memory decides how sums are cut into passes.
+        self.pruning.score_options["max_memory"] = state["max_memory"]
+
+    def _write_decision(self, index: int) -> None:
+        if self.folder is None:
+            return
+        self.folder.write(f"round-{index:02d}.plan.json", self._round_plan.to_json())
+        self._scores.save(self.folder.path / f"round-{index:02d}.scores.safetensors")
+
+    # ------------------------------------------------------------------ telling
+
+    @cached_property
+    def _console(self) -> Console:
+        return Console(stderr=True, quiet=not self.progress)
+
+    def _metric(self) -> float | None:
+        return None if self.measure is None else float(self.measure(self.model))
+
+    def _note_plan(self) -> None:
+        """The plan of the whole run, as far as it has come."""
+        units = {g.name: g.n_units for g in self.graph.groups}
+        removed = {
+            name: sorted(set(range(n)) - set(self.kept[name]))
+            for name, n in units.items()
+            if len(self.kept[name]) < n
+        }
+        left = float(sum(map(len, self.kept.values())))
+        after = {"macs": self.report.macs_after, "params": self.report.params_after}
+        meta = {
+            "target": {self.pruning.kind: self.last},
+            "ranking": self.pruning.ranking,
+            "criterion": self.pruning.score_options.get("criterion", "singe"),
+            "fingerprint": self._fingerprint,
+            "before": {k: self.full[k] for k in ("macs", "params", "channels")},
+            "after": {**after, "channels": left},
+        }
+        self.report.plan = Plan(removed, meta)
+
+    def _tell(self, done: Round, index: int) -> None:
+        text = f"round {index}/{self.rounds}: {_describe(done, self.report)}"
+        self._console.print(text, highlight=False, soft_wrap=True)
+        if self.report.stopped:
+            self._console.print(f"stopped: {self.report.stopped}", highlight=False, soft_wrap=True)
+        if self.on_round is None:
+            return
+        if not hasattr(self, "_scores"):  # decided in the process that was continued
+            assert self.folder is not None
+            prefix = self.folder.path / f"round-{index:02d}"
+            self._scores = Scores.load(f"{prefix}.scores.safetensors")
+            self._round_plan = Plan.load(f"{prefix}.plan.json")
+        self.on_round(done, self._scores, self._round_plan)
+
+
+def _fill(tensor: Tensor, value: Tensor) -> None:
+    """Values and memory layout: kernels sum in another order where the layout is another."""
+    if tensor.stride() == value.stride():
+        with torch.no_grad():
+            tensor.copy_(value)
+    else:
+        tensor.data = value.to(tensor.device).clone()
+
+
+def _describe(done: Round, report: CompressReport) -> str:
+    text = (
+        f"{done.units_removed} units, {done.macs / report.macs_before:.1%} MACs, "
+        f"{done.params / report.params_before:.1%} parameters"
+    )
+    if done.metric_finetuned is None:
+        return text
+    return f"{text}, metric {_number(done.metric_pruned)} -> {done.metric_finetuned:.4f}"
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"

@@ -1,0 +1,123 @@
+"""What a run is cut into, and what is written down of each round."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from singe.errors import OptionError
+from singe.plan import Plan
+
+SCHEDULES = ("linear", "cubic", "geometric")
+Schedule = str | Callable[[float], float]
+
+
+@dataclass
+class Round:
+    """One round of the loop. Metrics are what ``evaluate`` gave, or None.
+
+    ``metric_pruned`` is taken after the BatchNorms were recalibrated, before any training; ``kept``
+    holds the units that are left of every group.
+    """
+
+    macs: float
+    params: int
+    units_removed: int
+    metric_pruned: float | None
+    metric_finetuned: float | None
+    finetune_loss: float | None
+    seconds_pruning: float
+    seconds_finetuning: float
+    steps: int = 0
+    kept: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class CompressReport:
+    """What the loop did, round by round. MACs are per sample, as Torch-Pruning counts them.
+
+    Attributes:
+        plan: all that went, in unit indices of the original model: ``singe.prune`` with it gives a
+            fresh copy the final shapes.
+        stopped: why the run ended before its last round, or None.
+        abandoned: the round that was rolled back, if one was.
+    """
+
+    macs_before: float
+    params_before: int
+    metric_before: float | None
+    rounds: list[Round] = field(default_factory=list)
+    plan: Plan = field(default_factory=lambda: Plan({}))
+    stopped: str | None = None
+    abandoned: Round | None = None
+
+    @property
+    def macs_after(self) -> float:
+        return self.rounds[-1].macs if self.rounds else self.macs_before
+
+    @property
+    def params_after(self) -> int:
+        return self.rounds[-1].params if self.rounds else self.params_before
+
+    @property
+    def metric_after(self) -> float | None:
+        return self.rounds[-1].metric_finetuned if self.rounds else self.metric_before
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return {
+            "macs_before": self.macs_before,
+            "params_before": self.params_before,
+            "metric_before": self.metric_before,
+            "macs_after": self.macs_after,
+            "params_after": self.params_after,
+            "metric_after": self.metric_after,
+            "rounds": [asdict(r) for r in self.rounds],
+            "plan": {"remove": dict(self.plan), "meta": self.plan.meta},
+            "stopped": self.stopped,
+            "abandoned": None if self.abandoned is None else asdict(self.abandoned),
+        }
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> CompressReport:
+        """The report that :meth:`to_dict` wrote."""
+        abandoned = content["abandoned"]
+        return cls(
+            content["macs_before"],
+            content["params_before"],
+            content["metric_before"],
+            [Round(**r) for r in content["rounds"]],
+            Plan(content["plan"]["remove"], content["plan"]["meta"]),
+            content["stopped"],
+            None if abandoned is None else Round(**abandoned),
+        )
+
+
+def target_after(schedule: Schedule, done: float, full: float, last: float) -> float:
+    """What may be left of ``full`` once a share ``done`` of the rounds is over; ``last`` at the end.
+
+    ``"linear"`` takes equal steps, ``"geometric"`` equal factors, ``"cubic"`` much at first and ever
+    less (Zhu & Gupta, arXiv 1710.01878). A callable maps the share of the rounds to the share of
+    the way.
+
+    Raises:
+        OptionError: a callable left [0, 1].
+    """
+    if schedule == "geometric":
+        return full * (last / full) ** done
+    if callable(schedule):
+        way = 1.0 if done >= 1.0 else float(schedule(done))
+        if not 0.0 <= way <= 1.0:
+            raise OptionError(f"schedule({done:g}) must lie in [0, 1], got {way!r}")
+    else:
+        way = done if schedule == "linear" else 1.0 - (1.0 - done) ** 3
+    return full + (last - full) * way
+
+
+def portions(names: Sequence[str], rounds: int | None) -> list[list[str]]:
+    """Groups in visiting order, cut into as many rounds, or one round each."""
+    count = len(names) if rounds is None else min(rounds, len(names))
+    bounds = [i * len(names) // count for i in range(count + 1)] if count else [0]
+    return [list(names[a:b]) for a, b in itertools.pairwise(bounds)]

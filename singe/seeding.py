@@ -1,0 +1,108 @@
+"""Randomness that depends on the seed and the place in the run, not on what was drawn before.
+
+A run that is continued in the middle then draws what the uninterrupted run drew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from singe.errors import DataError
+
+
+def derive(*parts: object) -> int:
+    """A seed of 63 bits from a few numbers and words."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
+
+
+def seed_all(*parts: object) -> None:
+    """Seed torch (all devices), numpy and Python from ``parts``."""
+    seed = derive(*parts)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - what augmentations draw from
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """Whatever is seeded and drawn in here, the caller's generators go on as before."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+class Stream:
+    """Training batches without end, epoch after epoch, with a place that can be returned to.
+
+    Every epoch and every batch is seeded by its number. ``set_epoch(epoch)`` is called, and a
+    ``torch.Generator`` called ``generator`` is seeded, wherever the data, its dataset or its samplers
+    have them.
+
+    Args:
+        batches: re-iterable.
+        seed: of the run.
+    """
+
+    def __init__(self, batches: Iterable[Any], seed: int) -> None:
+        self._batches, self._seed = batches, seed
+        self._epoch, self._taken = -1, 0
+        self._iterator: Iterator[Any] = iter(())
+
+    def state(self) -> dict[str, int]:
+        """The place: epoch, and batches taken from it."""
+        return {"epoch": self._epoch, "taken": self._taken}
+
+    def seek(self, state: dict[str, int]) -> None:
+        """Return to a place; the batches of the epoch before it are read and dropped."""
+        if state["epoch"] < 0:
+            return
+        self._open(state["epoch"])
+        for _ in range(state["taken"]):
+            self._next()
+
+    def next(self) -> Any:
+        """The next batch.
+
+        Raises:
+            DataError: the data is empty.
+        """
+        try:
+            return self._next()
+        except StopIteration:
+            self._open(self._epoch + 1)
+        try:
+            return self._next()
+        except StopIteration:
+            raise DataError("the training data is empty: it gave no batch") from None
+
+    def _next(self) -> Any:
+        seed_all(self._seed, "batch", self._epoch, self._taken)
+        raw = next(self._iterator)
+        self._taken += 1
+        return raw
+
+    def _open(self, epoch: int) -> None:
+        self._epoch, self._taken = epoch, 0
+        owners: list[Any] = [self._batches]
+        for name in ("dataset", "sampler", "batch_sampler"):
+            owners.append(getattr(self._batches, name, None))
+        for owner in owners:
+            if callable(getattr(owner, "set_epoch", None)):
+                owner.set_epoch(epoch)
+            generator = getattr(owner, "generator", None)
+            if isinstance(generator, torch.Generator):
+                generator.manual_seed(derive(self._seed, "generator", epoch))
+        seed_all(self._seed, "epoch", epoch)
+        self._iterator = iter(self._batches)
