@@ -71,8 +71,10 @@ def compress(
         _show_plan(session, options, budget, tuning, timing, common, voice)
         return
     output.out.mkdir(parents=True, exist_ok=True)
+    if not tuning.resume and any(output.out.glob("*/checkpoint-*.safetensors")):
+        raise OptionError(f"{output.out} holds a run: --resume continues it, or give another --out")
     start = time.perf_counter()
-    shared = {
+    shared: dict[str, Any] = {
         "train": found.train,
         "calibrate": found.calibrate,
         "evaluate": found.evaluate,

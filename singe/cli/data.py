@@ -104,23 +104,23 @@ class Source:
             a = self._arrays
             train: Dataset[Any] = Arrays(a["x_train"], a["y_train"], training)
             same: Dataset[Any] = Arrays(a["x_train"], a["y_train"], plain)
-            held_out = Arrays(a["x_test"], a["y_test"], plain) if "x_test" in a else None
+            apart: Any = Arrays(a["x_test"], a["y_test"], plain) if "x_test" in a else None
             labels = a["y_train"]
         else:
             assert self._folder is not None
             items, others = self._folder
             train = ImageFiles(items, how.image_size, channels, training)
             same = ImageFiles(items, how.image_size, channels, plain)
-            held_out = others and ImageFiles(others, how.image_size, channels, plain)
+            apart = None if others is None else ImageFiles(others, how.image_size, channels, plain)
             labels = np.array([label for _, label in items])
         order = np.random.default_rng(how.seed).permutation(len(labels)).tolist()
-        if held_out is None:
+        if apart is None:
             order, last = _split(order, labels, how.held_out)
-            held_out = Subset(same, last)
+            apart = Subset(same, last)
         parts = [Subset(train, order), Subset(same, order[: how.calibration])]
-        count = len(held_out) if how.evaluation is None else min(how.evaluation, len(held_out))
-        chosen = np.random.default_rng(how.seed).permutation(len(held_out))[:count]
-        parts.append(Subset(held_out, np.sort(chosen).tolist()))
+        count = len(apart) if how.evaluation is None else min(how.evaluation, len(apart))
+        chosen = np.random.default_rng(how.seed).permutation(len(apart))[:count]
+        parts.append(Subset(apart, np.sort(chosen).tolist()))
         train_loader, calibrate, evaluate = (
             _loader(part, how, shuffle=index == 0) for index, part in enumerate(parts)
         )
@@ -167,7 +167,8 @@ def _split(order: list[int], labels: np.ndarray, share: float) -> tuple[list[int
         int(c): round(share * n)
         for c, n in zip(*np.unique(labels, return_counts=True), strict=True)
     }
-    kept, held_out = [], []
+    kept: list[int] = []
+    held_out: list[int] = []
     for index in order:
         label = int(labels[index])
         seen[label] = seen.get(label, 0) + 1
@@ -214,7 +215,7 @@ def _from_user(value: Any, calibration: int) -> Data:
     if isinstance(value, Mapping) and not set(value) <= set(PARTS):
         raise DataError(f"the loader gave {', '.join(map(str, value))}; known: {', '.join(PARTS)}")
     if isinstance(value, Mapping):
-        parts = {name: value.get(name) for name in PARTS}
+        parts: dict[str, Any] = {name: value.get(name) for name in PARTS}
     elif isinstance(value, tuple) and len(value) == 2 and not isinstance(value[0], Tensor):
         parts = {"train": value[0], "calibrate": None, "evaluate": value[1]}
     else:

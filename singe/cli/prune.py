@@ -62,8 +62,8 @@ def prune(
         found = found or run_score(session, options, common.seed, voice)
         made = make_plan(session, found, budget, timing)
     if output.dry_run:
-        content = {"plan": dict(made), "meta": made.meta}
-        voice.result(content, made.explain() if made.meta else f"{made!r}")
+        told = {"plan": dict(made), "meta": made.meta}
+        voice.result(told, made.explain() if made.meta else f"{made!r}")
         return
     output.out.mkdir(parents=True, exist_ok=True)
     original = finish.twin(session.model)
@@ -90,7 +90,8 @@ def prune(
         }
     if output.report:
         files["report"] = str(write_report(output.out, content))
-    summary = {k: content[k] for k in ("before", "after", "latency")} | {"files": files}
+    summary: dict[str, Any] = {k: content[k] for k in ("before", "after", "latency")}
+    summary["files"] = files
     voice.result(summary, describe(summary))
 
 

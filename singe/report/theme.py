@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Theme:
         """Everything drawn in here has this theme."""
         import matplotlib
 
-        settings = {
+        settings: dict[Any, Any] = {
             "figure.facecolor": self.page, "savefig.facecolor": self.page,
             "axes.facecolor": self.page, "axes.edgecolor": self.faint,
             "axes.labelcolor": self.ink, "axes.titlecolor": self.ink, "text.color": self.ink,
