@@ -46,14 +46,14 @@ def accuracy(content: dict[str, Any], theme: Theme) -> Any:
     axes.invert_xaxis()
     axes.set(xlabel="MACs left (%)", ylabel="accuracy (%)")
     axes.grid()
-    axes.legend(loc="lower left")
+    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=4)
     return figure
 
 
 def scores(content: dict[str, Any], theme: Theme) -> Any:
     """Every unit as a dot on its group's line, kept or removed, and the cut between them."""
     groups = content["groups"]
-    figure, axes = _rows_figure(groups, left=content["title"])
+    figure, axes = _rows_figure(groups)
     positive = [v for g in groups.values() for v in g["scores"] if v > 0]
     negative = any(v < 0 for g in groups.values() for v in g["scores"])
     floor = min(positive, default=1.0)
@@ -85,7 +85,7 @@ def scores(content: dict[str, Any], theme: Theme) -> Any:
 def layers(content: dict[str, Any], theme: Theme) -> Any:
     """Bars: what every group kept of its channels, as a share, with the numbers beside it."""
     groups = content["groups"]
-    figure, axes = _rows_figure(groups, left=content["title"])
+    figure, axes = _rows_figure(groups)
     units = np.array([len(g["scores"]) for g in groups.values()])
     gone = np.array([len(g["removed"]) for g in groups.values()])
     rows = np.arange(len(groups))
@@ -180,7 +180,7 @@ def _figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tup
     return figure, figure.subplots(rows, columns)
 
 
-def _rows_figure(groups: dict[str, Any], left: str) -> tuple[Any, Any]:
+def _rows_figure(groups: dict[str, Any]) -> tuple[Any, Any]:
     return _figure(8.4, 1.2 + ROW * len(groups))
 
 
@@ -232,7 +232,7 @@ def _label_ends(axes: Any, units: list[dict[str, Any]], theme: Theme) -> None:
         height = max(unit["values"][0], last + 0.075 * top)
         last = height
         axes.annotate(
-            f"{unit['unit']}", (0.0, height), xytext=(4, 0), textcoords="offset points",
+            f"unit {unit['unit']}", (0.0, height), xytext=(4, 0), textcoords="offset points",
             va="center", fontsize="small", annotation_clip=False,
             color=theme.removed if unit["removed"] else theme.kept,
         )  # fmt: skip
