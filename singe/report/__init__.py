@@ -46,10 +46,12 @@ def write_report(folder: str | PathLike[str], content: Mapping[str, Any]) -> Pat
     for name, title, needed, text in SECTIONS:
         if not all(content.get(key) for key in needed):
             continue
-        light, dark = (_draw(name, content, theme) for theme in THEMES)
-        for ending, png in (("", light), ("-dark", dark)):
-            (folder / PICTURES / f"{name}{ending}.png").write_bytes(png)
-        parts = [page.paragraph(text), page.picture(light, dark, title)]
+        parts = [page.paragraph(text)]
+        if name != "accuracy" or _has_metric(content):
+            light, dark = (_draw(name, content, theme) for theme in THEMES)
+            for ending, png in (("", light), ("-dark", dark)):
+                (folder / PICTURES / f"{name}{ending}.png").write_bytes(png)
+            parts.append(page.picture(light, dark, title))
         if name == "accuracy":
             parts.append(_rounds_table(content))
         body.append(page.section(title, *parts))
@@ -94,6 +96,10 @@ def _draw(name: str, content: dict[str, Any], theme: Theme) -> bytes:
 
 def _has_cost(content: Mapping[str, Any]) -> bool:
     return bool(content.get("before")) and bool(content.get("after"))
+
+
+def _has_metric(content: Mapping[str, Any]) -> bool:
+    return any(done["metric_finetuned"] is not None for done in content["rounds"])
 
 
 def _headline(content: Mapping[str, Any]) -> dict[str, tuple[str, str]]:

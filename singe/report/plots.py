@@ -58,21 +58,25 @@ def scores(content: dict[str, Any], theme: Theme) -> Any:
     negative = any(v < 0 for g in groups.values() for v in g["scores"])
     floor = min(positive, default=1.0)
     jitter = np.random.default_rng(0)
+    dots: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+    cuts = []
     for row, group in enumerate(groups.values()):
         values = np.array(group["scores"])
         values = values if negative else np.maximum(values, floor)  # zeros at the left edge
         gone = np.zeros(len(values), dtype=bool)
         gone[group["removed"]] = True
         heights = row + jitter.uniform(-0.26, 0.26, len(values))
-        for mask, color, label in ((~gone, theme.kept, "kept"), (gone, theme.removed, "removed")):
-            axes.scatter(
-                values[mask], heights[mask], s=9, color=color, alpha=0.6, linewidths=0,
-                label=label if row == 0 else None,
-            )  # fmt: skip
+        for value, height, is_gone in zip(values, heights, gone, strict=True):
+            dots[bool(is_gone)].append((value, height))
         cut = _cut(values, gone)
         if cut is not None:
-            axes.vlines(cut, row - 0.42, row + 0.42, color=theme.ink, linewidth=1.4,
-                        label="cut" if row == 0 else None)  # fmt: skip
+            cuts.append((cut, row))
+    for is_gone, color, label in ((False, theme.kept, "kept"), (True, theme.removed, "removed")):
+        x, y = np.array(dots[is_gone]).reshape(-1, 2).T
+        axes.scatter(x, y, s=9, color=color, alpha=0.6, linewidths=0, label=label)
+    if cuts:
+        x, y = np.array(cuts).T
+        axes.vlines(x, y - 0.42, y + 0.42, color=theme.ink, linewidth=1.4, label="cut")
     if not negative:
         axes.set_xscale("log")
     axes.set_xlabel(f"score ({content['score_name']})")
