@@ -77,7 +77,7 @@ def test_scorings_that_cannot_be_compared():
         compare({"one": one, "two": one}, share=1.0)
     with pytest.raises(ScoresError, match="different models"):
         compare({"one": one, "two": by_hand([[1.0, 2.0]], fingerprint="g")})
-    with pytest.raises(ScoresError, match="different groups, e.g. 'b'"):
+    with pytest.raises(ScoresError, match=r"different groups, e\.g\. 'b'"):
         compare({"one": one, "two": by_hand([[1.0, 2.0], [1.0]], ("a", "b"))})
 
 
