@@ -306,7 +306,7 @@ class Search:
     def measured(self, length: int) -> Cost:
         return self.measure(self.removed(length))
 
-    def fewest(self, counts: int = 4) -> tuple[int, Cost]:
+    def fewest(self, counts: int = 8) -> tuple[int, Cost]:
         """The fewest steps that meet the target, and the cost then; all of them if none do.
 
         The prediction leaves out activations and pooling. It chooses where to count next, corrected
@@ -384,14 +384,16 @@ class Search:
     ) -> tuple[int, Cost]:
         """As :meth:`fewest` for a cost that is timed: every time is a little off, none is repeated.
 
-        At most eight candidates are timed, then the best is timed again and longer; as long as that
-        one misses the target, a fiftieth of the steps more go.
+        At most ten candidates are timed: two where the prediction says, then by bisection. The best
+        is timed again and longer; as long as that one misses the target, a fiftieth of the steps
+        more go.
         """
         low, high, aim = self.forced, len(self.order), self.target
-        for _ in range(8):
+        for trial in range(10):
             if high - low <= max(1, len(self.order) // 100):
                 break
-            guess = min(max(self._shortest(aim), low + 1), high - 1)
+            guess = self._shortest(aim) if trial < 2 else (low + high) // 2
+            guess = min(max(guess, low + 1), high - 1)
             after = self.measured(guess)[self.kind]
             if after <= self.target:
                 high = guess

@@ -371,7 +371,8 @@ class Loop:
             )
         self.report = CompressReport.from_dict(state["report"])
         self._rebuild(state["network"])
-        self.tuner.load({**state["tuner"], "average": self.tuner.average})
+        if not state["finished"]:
+            self.tuner.load({**state["tuner"], "average": self.tuner.average})
         self.visits, self.quota, self.good = state["visits"], state["quota"], state["good"]
         self.current, self.finished = state["current"], state["finished"]
         # What fits in memory decides how sums are cut into passes.

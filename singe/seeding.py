@@ -65,12 +65,21 @@ class Stream:
         return {"epoch": self._epoch, "taken": self._taken}
 
     def seek(self, state: dict[str, int]) -> None:
-        """Return to a place; the batches of the epoch before it are read and dropped."""
+        """Return to a place; the batches of the epoch before it are read and dropped.
+
+        Raises:
+            DataError: there are not so many batches.
+        """
         if state["epoch"] < 0:
             return
         self._open(state["epoch"])
         for _ in range(state["taken"]):
-            self._next()
+            try:
+                self._next()
+            except StopIteration:
+                raise DataError(
+                    "the training data has fewer batches than when the checkpoint was written"
+                ) from None
 
     def next(self) -> Any:
         """The next batch.
