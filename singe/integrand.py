@@ -14,7 +14,7 @@ from singe.quadrature import Quadrature
 from singe.scores import Scores
 from singe.scoring import score
 
-NODES = (0.02, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0)
+NODES = (0.0, 0.15, 0.3, 0.45, 0.6, 0.7, 0.8, 0.87, 0.94, 1.0)  # closer where paths bend most
 
 
 def along_the_path(
@@ -75,12 +75,12 @@ def along_the_path(
 
 
 def telling_units(
-    scores: Scores, removed: Mapping[str, Sequence[int]], groups: int = 4, each: int = 2
+    scores: Scores, removed: Mapping[str, Sequence[int]], groups: int = 4
 ) -> dict[str, list[int]]:
-    """A few units worth looking at: of groups spread over the depth, those on both sides of the cut.
+    """A few units worth looking at, of groups spread over the depth.
 
-    Per group ``each`` removed units (the lowest and the last to go) and ``each`` kept ones (the first
-    to stay and the highest). Groups that lost nothing, or everything they could, come last.
+    Per group the removed units with the lowest and the middle score, and the kept ones with the
+    middle and the highest. Groups that lost nothing are passed over if others did.
     """
     cut = [name for name in scores if 0 < len(removed.get(name, ())) < len(scores[name])]
     names = cut or list(scores)
@@ -90,16 +90,9 @@ def telling_units(
         order = scores[name].argsort(stable=True).tolist()
         gone = set(removed.get(name, ()))
         low, high = [u for u in order if u in gone], [u for u in order if u not in gone]
-        chosen[name] = [*_ends(low, each), *_ends(high, each)]
+        units = [*low[:1], *low[len(low) // 2 :][:1], *high[len(high) // 2 :][:1], *high[-1:]]
+        chosen[name] = list(dict.fromkeys(units))
     return chosen
-
-
-def _ends(units: list[int], count: int) -> list[int]:
-    """First and last, and evenly between."""
-    if not units:
-        return []
-    at = np.unique(np.linspace(0, len(units) - 1, min(count, len(units))).round())
-    return [units[int(i)] for i in at]
 
 
 def _single(mu: float) -> Quadrature:

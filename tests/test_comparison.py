@@ -108,7 +108,7 @@ def test_criteria_without_a_path_are_shown_along_the_layer_path(criterion):
 def test_telling_units_are_on_both_sides_of_the_cut():
     scores = by_hand([[4.0, 1.0, 3.0, 2.0, 5.0], [1.0, 2.0], [1.0, 2.0, 3.0]], ("a", "b", "c"))
     found = telling_units(scores, {"a": [1, 3, 2], "c": [0]})
-    assert found == {"a": [1, 2, 0, 4], "c": [0, 1, 2]}
-    assert telling_units(scores, {}, groups=1, each=2) == {"a": [1, 4]}
+    assert found == {"a": [1, 3, 4], "c": [0, 2]}
+    assert telling_units(scores, {}, groups=1) == {"a": [2, 4]}
     with pytest.raises(OptionError, match="at least one unit"):
         along_the_path(model(), BATCHES, {}, {})

@@ -47,7 +47,7 @@ def time_both(original: nn.Module, pruned: nn.Module, example: Any, timing: Timi
     """Median forward of both networks, as a report wants it."""
     device = device_of(pruned)
     found = Stopwatch(original, example_batch(example, device), timing).compare(pruned)
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    threads = f", {_threads()}" if device.type == "cpu" else ""
     return {
         "before": found.reference_ms,
         "after": found.ms,
@@ -137,8 +137,13 @@ def versions() -> dict[str, str]:
         "singe": singe.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": f"{platform.machine()}, {_threads()}",
     }
+
+
+def _threads() -> str:
+    count = torch.get_num_threads()
+    return f"{count} thread{'s' if count > 1 else ''}"
 
 
 def twin(model: nn.Module) -> nn.Module:

@@ -174,6 +174,7 @@ def _from_folder(folder: Path) -> nn.Module:
         raise ModelError(f"{folder} is no local folder of a transformers model (no config.json)")
     import_torchvision()
     library = _import("transformers")
+    library.utils.logging.disable_progress_bar()
     try:
         return library.AutoModelForImageClassification.from_pretrained(
             folder, local_files_only=True, use_safetensors=True

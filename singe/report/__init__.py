@@ -77,7 +77,9 @@ SECTIONS = (
     ("integrand", "Why these channels went", ("integrand",),
      "The gradient variation of single units while the gates close. A unit's score is the area "
      "under its line: a line that stays low means the loss hardly notices the way to removal. One "
-     "gradient at the network (left edge) would miss what comes later. Numbers name the units."),
+     "gradient at the network (left edge) would miss what comes later. Units are numbered as in the "
+     "plan; per group the lowest and the middle one of those that went, the middle and the highest of "
+     "those that stayed."),
     ("criteria", "Criteria compared", ("criteria",),
      "All on the same calibration data and units. Overlap: the share of the lowest units that two "
      "criteria have in common; the share itself would be expected by chance."),

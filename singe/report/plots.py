@@ -11,6 +11,7 @@ import numpy as np
 from singe.report.theme import Theme
 
 ROW = 0.27  # inches per group in the tall pictures
+KEPT, REMOVED = ("-", "-."), ("--", ":")  # told apart without colours, too
 MANY = 40  # groups from which names are set small
 
 
@@ -151,12 +152,21 @@ def integrand(content: dict[str, Any], theme: Theme) -> Any:
         by_group.setdefault(unit["group"], []).append(unit)
     columns = min(2, len(by_group))
     lines = math.ceil(len(by_group) / columns)
-    figure, axes = _figure(4.6 * columns, 3.1 * lines + 0.3, columns, lines)
+    figure, axes = _figure(4.6 * columns, 3.1 * lines, columns, lines)
     for panel, (name, units) in zip(np.ravel(axes), by_group.items(), strict=False):
+        seen = {True: 0, False: 0}
         for unit in units:
-            color, style = (theme.removed, "--") if unit["removed"] else (theme.kept, "-")
-            panel.plot(unit["nodes"], unit["values"], style, color=color, linewidth=1.7)
-        _label_ends(panel, units, theme)
+            gone = unit["removed"]
+            color, styles = (theme.removed, REMOVED) if gone else (theme.kept, KEPT)
+            style = styles[seen[gone] % len(styles)]
+            seen[gone] += 1
+            area = _area(unit["nodes"], unit["values"])
+            fate = "removed" if gone else "kept"
+            panel.plot(
+                unit["nodes"], unit["values"], linestyle=style, color=color, linewidth=1.7,
+                label=f"unit {unit['unit']}, {fate}, area {area:.2g}",
+            )  # fmt: skip
+        panel.legend(fontsize="small")
         panel.set(title=name, xlim=(0, 1.0))
         panel.set_ylim(bottom=0)
         panel.grid()
@@ -165,14 +175,12 @@ def integrand(content: dict[str, Any], theme: Theme) -> Any:
     for panel in np.ravel(axes)[len(by_group) :]:
         panel.set_visible(False)
     np.ravel(axes)[0].set_ylabel(content["integrand"]["ylabel"])
-    from matplotlib.lines import Line2D
-
-    handles = [
-        Line2D([], [], color=theme.kept, label="kept"),
-        Line2D([], [], color=theme.removed, linestyle="--", label="removed"),
-    ]
-    figure.legend(handles=handles, loc="outside upper right", ncols=2)
     return figure
+
+
+def _area(nodes: Sequence[float], values: Sequence[float]) -> float:
+    """Under the drawn line (np.trapezoid needs NumPy 2)."""
+    return float(np.dot(np.diff(nodes), np.add(values[1:], values[:-1]) / 2))
 
 
 def _figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Any, Any]:
@@ -226,17 +234,3 @@ def _table(
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_title(title)
-
-
-def _label_ends(axes: Any, units: list[dict[str, Any]], theme: Theme) -> None:
-    """Unit numbers at the right end of the lines, moved apart where they would touch."""
-    top = max((max(u["values"]) for u in units), default=1.0) or 1.0
-    last = -math.inf
-    for unit in sorted(units, key=lambda u: u["values"][0]):
-        height = max(unit["values"][0], last + 0.075 * top)
-        last = height
-        axes.annotate(
-            f"unit {unit['unit']}", (0.0, height), xytext=(4, 0), textcoords="offset points",
-            va="center", fontsize="small", annotation_clip=False,
-            color=theme.removed if unit["removed"] else theme.kept,
-        )  # fmt: skip
