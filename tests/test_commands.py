@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 
@@ -17,7 +18,7 @@ import singe
 from singe import cli
 from singe.cli.models import load_model
 from singe.cli.options import BudgetOptions, ScoreOptions
-from singe.errors import BudgetError, OptionError, SingeError
+from singe.errors import BudgetError, CheckpointError, OptionError, SingeError
 from singe.export import load_pruned
 
 FACTORY = """
@@ -135,6 +136,7 @@ def test_a_dry_run_writes_nothing(tmp_path, command):
     assert told["meta"]["after"]["macs"] <= 0.5 * told["meta"]["before"]["macs"]
     assert not out.exists()
     if command == "compress":
+        assert inspect.signature(singe.compress).parameters["finetune_steps"].default == 200
         assert told["cost"]["training_steps"] == 5 * 200
         assert told["cost"]["estimated_seconds"] > 0
     assert "units go" in run(*words)
@@ -165,6 +167,8 @@ def test_a_finished_run_is_not_overwritten_and_resumes_to_the_same(compressed):
              "--checkpoint-every", 3, "--out", out, "--export", "none", "--no-report")  # fmt: skip
     with pytest.raises(OptionError, match="--resume continues it"):
         run(*words)
+    with pytest.raises(CheckpointError):
+        run(*words, "--resume", "--optimizer", "adamw")
     before = (out / "model.safetensors").read_bytes()
     again = json.loads(run(*words, "--resume", "--json"))
     assert again["after"] == told["after"]

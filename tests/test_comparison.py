@@ -105,6 +105,16 @@ def test_criteria_without_a_path_are_shown_along_the_layer_path(criterion):
     assert all(v > 0 for v in found["units"][0]["values"])
 
 
+def test_the_far_end_of_the_path_may_be_silent():
+    """At mu = 0 the network path has no gradient left; that is drawn, not warned about."""
+    found = along_the_path(
+        nn.Sequential(nn.Linear(5, 6, bias=False), nn.ReLU(), nn.Linear(6, 3)).eval(), BATCHES,
+        {"0": [1]}, {}, nodes=(0.0, 1.0), path="network",
+    )  # fmt: skip
+    at_zero, at_one = found["units"][0]["values"]
+    assert at_zero == 0.0 < at_one
+
+
 def test_telling_units_are_on_both_sides_of_the_cut():
     scores = by_hand([[4.0, 1.0, 3.0, 2.0, 5.0], [1.0, 2.0], [1.0, 2.0, 3.0]], ("a", "b", "c"))
     found = telling_units(scores, {"a": [1, 3, 2], "c": [0]})

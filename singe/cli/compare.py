@@ -10,13 +10,13 @@ from rich.table import Table
 
 import singe
 from singe.cli import finish
+from singe.cli.groups import takes_groups
 from singe.cli.options import (
     BudgetOptions,
     CommonOptions,
     DataOptions,
     OptionalModelOptions,
     SharedScoreOptions,
-    takes_groups,
 )
 from singe.cli.output import Voice
 from singe.cli.prune import make_plan

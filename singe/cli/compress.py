@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import typer
+from torch import nn
+from torch.optim import Optimizer
 
 import singe
 from singe.cli import finish
+from singe.cli.groups import takes_groups
 from singe.cli.options import (
     BudgetOptions,
     CommonOptions,
@@ -17,17 +23,15 @@ from singe.cli.options import (
     ModelOptions,
     ScoreOptions,
     TuningOptions,
-    takes_groups,
 )
 from singe.cli.output import Voice
 from singe.cli.prune import describe, make_plan
 from singe.cli.score import run_score
 from singe.cli.session import Session, given, open_session
-from singe.compress import CompressReport
+from singe.compress import CompressReport, Round
 from singe.criteria import choose
 from singe.data import as_batch, device_of
 from singe.errors import OptionError
-from singe.finetune import OptimizerFactory
 from singe.graph import private_copy
 from singe.latency import Timing
 from singe.objectives import logits_of
@@ -35,6 +39,7 @@ from singe.report import write_report
 from singe.scores import Scores
 
 EXIT_FLOOR = 3
+DEFAULT_ROUNDS, DEFAULT_STEPS = 5, 200  # of singe.compress, to tell the cost of a run beforehand
 CHECKPOINT, WARMUP = "checkpoint", "warmup"
 # Options that singe.compress takes under the same name.
 PASSED = (
@@ -57,8 +62,6 @@ def compress(
 
     Everything goes to --out, a checkpoint after every round included: --resume goes on from there.
     """
-    import typer
-
     voice = Voice(common)
     formats = output.formats()
     session = open_session(model, data, common.seed, voice)
@@ -78,7 +81,7 @@ def compress(
         "train": found.train,
         "calibrate": found.calibrate,
         "evaluate": found.evaluate,
-        "optimizer": optimizer_of(tuning),
+        "optimizer": ChosenOptimizer(tuning.optimizer, tuning.lr, tuning.weight_decay),
         "lr": tuning.lr,
         "autocast": torch.bfloat16 if tuning.amp else None,
         "seed": common.seed,
@@ -99,7 +102,7 @@ def compress(
     checkpoint = output.out / CHECKPOINT
     done = singe.compress(
         session.model, **shared, **chosen, **limits, **options, recalibrate=tuning.recalibrate,
-        checkpoint=checkpoint,
+        checkpoint=checkpoint, on_round=time_left(tuning, voice),
     )  # fmt: skip
     files = finish.write_model(session, done.plan, output.out, formats, voice)
     latency = finish.time_both(original, session.model, session.example, timing)
@@ -133,14 +136,39 @@ def compress(
         raise typer.Exit(EXIT_FLOOR)
 
 
-def optimizer_of(tuning: TuningOptions) -> OptimizerFactory:
-    """SGD with Nesterov momentum 0.9, or AdamW."""
-    choose("--optimizer", tuning.optimizer, ("sgd", "adamw"))
-    if tuning.optimizer == "adamw":
-        return lambda p: torch.optim.AdamW(p, lr=tuning.lr, weight_decay=tuning.weight_decay)
-    return lambda p: torch.optim.SGD(
-        p, lr=tuning.lr, momentum=0.9, nesterov=True, weight_decay=tuning.weight_decay
-    )
+def time_left(tuning: TuningOptions, voice: Voice) -> Callable[..., None]:
+    """For ``on_round``: says how long the rounds that are left will take, at the last one's pace."""
+    rounds = tuning.rounds or (DEFAULT_ROUNDS if tuning.order != "layerwise" else None)
+    last = time.perf_counter()
+    left = rounds or 0
+
+    def tell(done: Round, *_: Any) -> None:
+        nonlocal last, left
+        now = time.perf_counter()
+        pace, last, left = now - last, now, left - 1
+        if left > 0:
+            voice.step(f"about {left * pace / 60:.1f} minutes left in {left} rounds")
+
+    return tell
+
+
+@dataclass(frozen=True)
+class ChosenOptimizer:
+    """SGD with Nesterov momentum 0.9, or AdamW; a checkpoint knows it by what it prints as."""
+
+    name: str
+    lr: float
+    weight_decay: float
+
+    def __post_init__(self) -> None:
+        choose("--optimizer", self.name, ("sgd", "adamw"))
+
+    def __call__(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
+        if self.name == "adamw":
+            return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
+        return torch.optim.SGD(
+            parameters, lr=self.lr, momentum=0.9, nesterov=True, weight_decay=self.weight_decay
+        )
 
 
 def _content(done: CompressReport, latency: dict[str, Any]) -> dict[str, Any]:
@@ -171,8 +199,8 @@ def _show_plan(
     """The whole budget in one shot: what would go by the first scores, and how long a run takes."""
     scores = run_score(session, options, common.seed, voice)
     plan = make_plan(session, scores, budget, timing)
-    rounds = tuning.rounds or 5
-    per_round = 200 if tuning.finetune_steps is None else tuning.finetune_steps
+    rounds = tuning.rounds or (len(scores) if tuning.order == "layerwise" else DEFAULT_ROUNDS)
+    per_round = DEFAULT_STEPS if tuning.finetune_steps is None else tuning.finetune_steps
     steps = tuning.warmup_steps + rounds * per_round + (tuning.final_steps or 0)
     seconds = steps * seconds_per_step(session) + rounds * sum(scores.meta["seconds"].values())
     cost = {"rounds": rounds, "training_steps": steps, "estimated_seconds": seconds}

@@ -1,17 +1,15 @@
-"""The options of the commands, grouped by subject: a command takes whole groups.
+"""The options of the commands, grouped by subject; a command takes whole groups of them.
 
-``takes_groups`` unfolds a command's dataclass parameters into single options for typer and folds
-what was given back into the dataclasses. Options left at None take the library's own default.
+Options left at None take the library's own default.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 
@@ -267,40 +265,6 @@ class CommonOptions:
         bool, _option(_OUTPUT, "Print JSON on standard output, nothing else.", "--json")
     ] = False
     quiet: Annotated[bool, _option(_OUTPUT, "No progress, no notices.", "--quiet", "-q")] = False
-
-
-def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """``command(model: ModelOptions, ...)`` for typer, with every field as an option of its own."""
-    hints = get_type_hints(command, include_extras=True)
-    groups = {n: h for n, h in hints.items() if inspect.isclass(h) and is_dataclass(h)}
-    own = [p for n, p in inspect.signature(command, eval_str=True).parameters.items()
-           if n not in groups]  # fmt: skip
-    found = [*own]
-    for group in groups.values():
-        types = get_type_hints(group, include_extras=True)
-        found += [
-            inspect.Parameter(
-                f.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=inspect.Parameter.empty if f.default is MISSING else f.default,
-                annotation=types[f.name],
-            )
-            for f in fields(group)
-        ]
-    found = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in found]
-
-    @functools.wraps(command)
-    def run(**given: Any) -> None:
-        folded = {
-            name: group(**{f.name: given.pop(f.name) for f in fields(group)})
-            for name, group in groups.items()
-        }
-        command(**given, **folded)
-
-    run.__signature__ = inspect.Signature(found)  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in found}
-    del run.__wrapped__  # typer would look at the command itself
-    return run
 
 
 def numbers(option: str, text: str) -> tuple[float, ...]:

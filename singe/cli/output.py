@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from singe.cli.options import CommonOptions
 
@@ -44,21 +41,6 @@ class Voice:
         console = Console()
         for part in shown:
             console.print(part, highlight=False, markup=False, soft_wrap=isinstance(part, str))
-
-    @contextmanager
-    def bar(self, title: str, total: int) -> Iterator[Any]:
-        """A bar with the time left; yields ``advance(done=1, title=None)``."""
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                   TimeRemainingColumn())  # fmt: skip
-        with Progress(
-            *columns, console=self._errors, transient=True, disable=not self.progress
-        ) as progress:
-            task = progress.add_task(title, total=total)
-
-            def advance(done: int = 1, title: str | None = None) -> None:
-                progress.update(task, advance=done, description=title)
-
-            yield advance
 
 
 def print_json(content: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import typer
 
 import singe
 from singe.cli import finish
+from singe.cli.groups import takes_groups
 from singe.cli.options import (
     BudgetOptions,
     CommonOptions,
@@ -16,7 +17,6 @@ from singe.cli.options import (
     ExportOptions,
     ModelOptions,
     ScoreOptions,
-    takes_groups,
 )
 from singe.cli.output import Voice
 from singe.cli.score import run_score

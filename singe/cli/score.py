@@ -9,7 +9,8 @@ import typer
 from rich.table import Table
 
 import singe
-from singe.cli.options import CommonOptions, DataOptions, ModelOptions, ScoreOptions, takes_groups
+from singe.cli.groups import takes_groups
+from singe.cli.options import CommonOptions, DataOptions, ModelOptions, ScoreOptions
 from singe.cli.output import Voice
 from singe.cli.session import Session, open_session
 from singe.criteria import as_criterion
