@@ -28,10 +28,11 @@ from torch import nn
 
 import singe
 from benchmarks.record import ROOT, write
-from singe.budget import RANKINGS, limits_of
+from singe.budget import RANKINGS
 from singe.cost import CostModel, CostState
 from singe.data import example_batch
 from singe.demo import DigitsNet
+from singe.limits import limits_of
 from singe.scores import fingerprint
 from singe.units import find_groups, small
 

@@ -4,8 +4,8 @@
 
 The run prunes a small network on scikit-learn's digits in three rounds, with shuffled and augmented data
 from a DataLoader, dropout, momentum, averaged weights and a checkpoint every five steps. SIGKILL comes
-at a random moment between its start and its end, imports included; a third of the runs are killed
-a second time after they were continued.
+at a random moment between its start (imports done) and its end; a third of the runs are killed a second
+time after they were continued.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 import singe
 from benchmarks.record import ROOT, write
 
-FINISHED = "had finished"
+STARTED, FINISHED = "started", "had finished"
 
 
 class Net(nn.Module):
@@ -73,6 +73,7 @@ def work(folder: Path, out: Path, steps: int) -> None:
     """The run itself, continued where its folder says it was."""
     torch.manual_seed(0)
     model, data = Net(), Digits()
+    print(STARTED, flush=True)
     report = singe.compress(
         model,
         train=DataLoader(data, batch_size=32, shuffle=True),
@@ -95,13 +96,20 @@ def work(folder: Path, out: Path, steps: int) -> None:
 
 def start(folder: Path, out: Path, steps: int) -> subprocess.Popen:
     command = [sys.executable, "-m", "benchmarks.resume", "--work", folder, out, str(steps)]
-    return subprocess.Popen(list(map(str, command)), cwd=ROOT, env={**os.environ})
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, env={**os.environ}, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    if process.stdout.readline().strip() != STARTED:
+        raise RuntimeError(f"the run in {folder} did not start")
+    return process
 
 
 def finish(folder: Path, out: Path, steps: int) -> float:
-    """Seconds of a run that is left alone."""
+    """Seconds of a run that is left alone, once it has started."""
+    process = start(folder, out, steps)
     began = time.perf_counter()
-    if start(folder, out, steps).wait() != 0:
+    if process.wait() != 0:
         raise RuntimeError(f"the run in {folder} failed")
     return time.perf_counter() - began
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from singe.budget import MAX_PRUNING_RATIO, RANKINGS, Share, target_of
+from singe.budget import RANKINGS
 from singe.checkpoint import Folder, digest_of
 from singe.criteria import choose
 from singe.data import as_batch, check_reiterable, device_of
@@ -21,13 +21,13 @@ from singe.finetune import (
     OptimizerFactory,
     SchedulerFactory,
     Training,
-    Tuner,
     cosine,
     default_optimizer,
     smoothed,
 )
 from singe.graph import unwrapped
 from singe.latency import Timing
+from singe.limits import MAX_PRUNING_RATIO, Share, target_of
 from singe.loop import Loop, Pruning
 from singe.memory import free_memory
 from singe.objectives import Loss, Objective, as_objective
@@ -36,6 +36,7 @@ from singe.rounds import SCHEDULES, CompressReport, Round, Schedule
 from singe.scores import Scores
 from singe.seeding import Stream, derive, random_state_kept
 from singe.snapshot import Snapshot
+from singe.tuner import Tuner
 
 __all__ = ["CompressReport", "Round", "accuracy", "compress"]
 

@@ -10,7 +10,7 @@ from rich.box import SIMPLE
 from rich.console import Group
 from rich.table import Table
 
-from singe.budget import MAX_PRUNING_RATIO
+from singe.limits import MAX_PRUNING_RATIO
 
 # Okabe and Ito's palette: told apart with every common colour blindness; the markers in print, too.
 STYLES = (

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from singe.budget import Limits, Step
+from singe.budget import Step
 from singe.cost import CostModel
 from singe.graph import Group
+from singe.limits import Limits
 from singe.scores import Scores
 
 if TYPE_CHECKING:

@@ -1,25 +1,22 @@
-"""Fine-tuning what pruning left: one stage per round, whose state follows its parameters."""
+"""How what pruning left is fine-tuned: options, defaults, a user's own function, recalibration."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from singe.data import Batch, as_batch, device_of
-from singe.errors import ModelError, NonFiniteError, OptionError
-from singe.graph import BATCH_NORMS, unwrapped
-from singe.objectives import CrossEntropy, Objective, logits_of
-from singe.removal import take
-from singe.seeding import Stream, seed_all
+from singe.data import Batch
+from singe.errors import OptionError
+from singe.graph import BATCH_NORMS
+from singe.objectives import CrossEntropy, Objective
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
@@ -110,244 +107,6 @@ def default_optimizer(lr: float) -> OptimizerFactory:
 def cosine(optimizer: Optimizer, steps: int) -> LRScheduler:
     """From the optimizer's own rate to 0 within ``steps``."""
     return LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
-
-
-class Tuner:
-    """Trains one model through all stages of a run.
-
-    Every stage has a new optimizer and schedule. What the last optimizer had gathered per parameter
-    (momentum, Adam's moments) goes on in the new one, and the averaged weights go on as well: after a
-    removal :meth:`follow` keeps of each tensor what removal kept of its parameter.
-
-    Args:
-        model: trained in place.
-        training: how.
-        stream: where the batches come from.
-        seed: of the run.
-        teacher: gives the logits to distil from; None without distillation.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        training: Training,
-        stream: Stream,
-        seed: int,
-        teacher: nn.Module | None = None,
-    ) -> None:
-        self.model, self.training, self.stream = model, training, stream
-        self.teacher, self.seed = teacher, seed
-        self.total = 0  # steps of all stages
-        self.step = self.steps = 0  # of this stage
-        self.tail: list[float] = []
-        self.average: dict[str, Tensor] | None = None
-        self._optimizer: Optimizer | None = None
-        self._scheduler: LRScheduler | None = None
-        self._gathered: dict[str, dict[str, Any]] = {}  # parameter -> what its optimizer gathered
-
-    # ------------------------------------------------------------------ one stage
-
-    def start(self, steps: int) -> None:
-        """Begin a stage: a new optimizer over the parameters as they are now."""
-        self.step, self.steps, self.tail = 0, steps, []
-        self._optimizer = self._scheduler = None
-        if steps == 0:
-            return
-        named = self._trainable()
-        if not named:
-            raise ModelError("no parameter requires a gradient, so there is nothing to fine-tune")
-        self._optimizer = self.training.optimizer(list(named.values()))
-        for name, parameter in named.items():
-            if name in self._gathered:
-                self._optimizer.state[parameter] = self._gathered[name]
-        self._scheduler = self.training.scheduler(self._optimizer, steps)
-
-    def run(self, after_step: Callable[[], None] = lambda: None) -> float | None:
-        """The rest of the stage; the modules' modes are put back afterwards.
-
-        Returns:
-            Mean loss of the last tenth of the steps, or None without any step.
-
-        Raises:
-            NonFiniteError: the loss diverged.
-        """
-        if self._optimizer is None:
-            return None
-        try:
-            with in_mode(self.model, training=True):
-                while self.step < self.steps:
-                    self._one_step()
-                    after_step()
-        finally:
-            self._optimizer.zero_grad(set_to_none=True)
-        self._gathered = self._by_name()
-        return sum(self.tail) / len(self.tail)
-
-    def _one_step(self) -> None:
-        optimizer, scheduler = self._optimizer, self._scheduler
-        assert optimizer is not None
-        assert scheduler is not None
-        batch = as_batch(self.stream.next(), self.step, device_of(self.model))
-        seed_all(self.seed, "step", self.total)
-        loss = self._loss(batch)
-        if not bool(torch.isfinite(loss)):
-            raise NonFiniteError(
-                f"fine-tuning diverged: the loss of step {self.step} is {loss.item()}; lower `lr`"
-            )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if self.training.clip_grad_norm is not None:
-            parameters = [p for g in optimizer.param_groups for p in g["params"]]
-            nn.utils.clip_grad_norm_(parameters, self.training.clip_grad_norm)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad(set_to_none=True)  # a checkpoint may be taken now
-        self.step += 1
-        self.total += 1
-        if self.step > self.steps - max(1, self.steps // 10):
-            self.tail.append(float(loss.detach()))
-        if self.training.ema is not None:
-            self._follow_average(self.training.ema)
-
-    def _loss(self, batch: Batch) -> Tensor:
-        training = self.training
-        kind = device_of(self.model).type
-        mixed = torch.autocast(kind, training.autocast) if training.autocast else nullcontext()
-        with mixed:
-            outputs = batch.call(self.model)
-            if self.teacher is not None:
-                with torch.no_grad():
-                    wanted = logits_of(batch.call(self.teacher)).float()
-        loss = torch.zeros((), device=device_of(self.model))
-        if training.distill < 1.0:
-            training.objective.check(outputs, batch)
-            task = training.objective.total(outputs, batch) / batch.size
-            loss = task if self.teacher is None else (1.0 - training.distill) * task
-        if self.teacher is not None:
-            # Hinton et al. (arXiv 1503.02531): T^2 keeps the gradients' size as T changes.
-            t = training.temperature
-            student = (logits_of(outputs).float() / t).log_softmax(1)
-            soft = F.kl_div(student, (wanted / t).log_softmax(1), reduction="sum", log_target=True)
-            loss = loss + training.distill * t * t * soft / (wanted.numel() / wanted.shape[1])
-        return loss
-
-    # ------------------------------------------------------------------ averaged weights
-
-    @torch.no_grad()
-    def _follow_average(self, decay: float) -> None:
-        state = self._floating()
-        if self.average is None:
-            self.average = {name: t.detach().clone() for name, t in state.items()}
-            return
-        # A short run would mostly remember its start (as in TensorFlow's moving average).
-        decay = min(decay, (1 + self.total) / (10 + self.total))
-        for name, tensor in state.items():
-            self.average[name].lerp_(tensor.detach(), 1.0 - decay)
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The model holds the averaged weights in here, if there are any."""
-        if self.average is None:
-            yield
-            return
-        own = {name: t.detach().clone() for name, t in self._floating().items()}
-        self._write(self.average)
-        try:
-            yield
-        finally:
-            self._write(own)
-
-    def keep_average(self) -> None:
-        """The averaged weights become the model's."""
-        if self.average is not None:
-            self._write(self.average)
-
-    @torch.no_grad()
-    def _write(self, values: Mapping[str, Tensor]) -> None:
-        for name, tensor in self._floating().items():
-            tensor.copy_(values[name])
-
-    def _floating(self) -> dict[str, Tensor]:
-        bare = unwrapped(self.model)
-        named = (*bare.named_parameters(), *bare.named_buffers())
-        return {name: t for name, t in named if t.is_floating_point()}
-
-    # ------------------------------------------------------------------ removal and checkpoints
-
-    def follow(self, kept: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
-        """Cut what was gathered as removal cut the parameters.
-
-        Args:
-            kept: from :func:`singe.removal.kept_elements`, taken before the removal.
-            shapes: of all parameters before the removal. What is gathered in another shape, and is
-                more than a number (factored moments), is dropped where its parameter was cut.
-        """
-        for name, entries in self._gathered.items():
-            for key, value in list(entries.items()):
-                if not isinstance(value, Tensor) or value.numel() == 1 != shapes[name].numel():
-                    continue
-                if value.shape == shapes[name]:
-                    entries[key] = take(value, kept[name])
-                elif kept[name].shape != shapes[name]:
-                    entries.clear()
-                    break
-        self._gathered = {name: e for name, e in self._gathered.items() if e}
-        if self.average is not None:
-            self.average = {name: take(t, kept[name]) for name, t in self.average.items()}
-
-    @property
-    def follows(self) -> bool:
-        """Whether there is anything to cut."""
-        return bool(self._gathered) or self.average is not None
-
-    def state(self) -> dict[str, Any]:
-        """Everything but the model: plain containers of numbers and tensors."""
-        running = self._optimizer is not None and self.step < self.steps
-        return {
-            "total": self.total,
-            "step": self.step,
-            "steps": self.steps,
-            "tail": self.tail,
-            "average": self.average,
-            "gathered": self._by_name() if running else self._gathered,
-            "groups": self._settings() if running else None,
-            "scheduler": self._scheduler.state_dict() if running and self._scheduler else None,
-            "stream": self.stream.state(),
-        }
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Continue from :meth:`state`; the model has its parameters back by now."""
-        parameters, device = self._trainable(), device_of(self.model)
-        for name, entries in state["gathered"].items():
-            for key, value in entries.items():
-                if isinstance(value, Tensor) and value.shape == parameters[name].shape:
-                    entries[key] = value.to(device)  # step counts stay on the CPU
-        self._gathered = state["gathered"]
-        if state["average"] is not None:
-            self.average = {name: t.to(device) for name, t in state["average"].items()}
-        if state["groups"] is not None:
-            self.start(state["steps"])
-            assert self._optimizer is not None
-            assert self._scheduler is not None
-            self._scheduler.load_state_dict(state["scheduler"])
-            for group, saved in zip(self._optimizer.param_groups, state["groups"], strict=True):
-                group.update(saved)
-        self.total, self.step, self.steps = state["total"], state["step"], state["steps"]
-        self.tail = list(state["tail"])
-        self.stream.seek(state["stream"])
-
-    def _settings(self) -> list[dict[str, Any]]:
-        assert self._optimizer is not None
-        groups = self._optimizer.param_groups
-        return [{k: v for k, v in group.items() if k != "params"} for group in groups]
-
-    def _by_name(self) -> dict[str, dict[str, Any]]:
-        assert self._optimizer is not None
-        state = self._optimizer.state
-        return {n: dict(state[p]) for n, p in self._trainable().items() if p in state}
-
-    def _trainable(self) -> dict[str, nn.Parameter]:
-        return {n: p for n, p in unwrapped(self.model).named_parameters() if p.requires_grad}
 
 
 @contextmanager

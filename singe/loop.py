@@ -15,15 +15,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from singe.budget import Limits, Share, absolute, limits_of
 from singe.checkpoint import Folder
 from singe.cost import count
 from singe.data import Batch, device_of, first_batch, read_batches
 from singe.errors import ModelError, OptionError
 from singe.evaluation import Evaluate
-from singe.finetune import FinetuneFunction, Stage, Tuner, in_mode, recalibrate
+from singe.finetune import FinetuneFunction, Stage, in_mode, recalibrate
 from singe.graph import ModelGraph, unwrapped
 from singe.latency import Stopwatch, Timing
+from singe.limits import Limits, Share, absolute, limits_of
 from singe.plan import Plan, full_cost, make_plan
 from singe.removal import Removals, kept_elements, remove_units
 from singe.rounds import CompressReport, Round, Schedule, portions, target_after
@@ -31,6 +31,7 @@ from singe.scores import Scores, fingerprint
 from singe.scoring import score
 from singe.seeding import derive, seed_all
 from singe.snapshot import Snapshot
+from singe.tuner import Tuner
 from singe.units import find_groups, small
 
 ROUNDS = 5

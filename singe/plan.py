@@ -12,20 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from singe.budget import (
-    MAX_PRUNING_RATIO,
-    RANKINGS,
-    Limits,
-    Search,
-    Share,
-    absolute,
-    gather,
-    limits_of,
-    order_steps,
-    require,
-    steps_of,
-    target_of,
-)
+from singe.budget import RANKINGS, Search, gather, order_steps, require, steps_of
 from singe.cost import CostModel, count
 from singe.criteria import choose
 from singe.data import Batch, device_of, example_batch
@@ -34,6 +21,7 @@ from singe.explain import explain_groups, table
 from singe.files import replacing
 from singe.graph import ModelGraph, private_copy, unwrapped
 from singe.latency import Stopwatch, Timing
+from singe.limits import MAX_PRUNING_RATIO, Limits, Share, absolute, limits_of, target_of
 from singe.removal import remove_units
 from singe.scores import Scores
 from singe.units import find_groups, small

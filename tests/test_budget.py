@@ -22,10 +22,11 @@ from torch import nn
 
 import singe
 from singe import latency
-from singe.budget import RANKINGS, limits_of
+from singe.budget import RANKINGS
 from singe.cost import CostModel, CostState
 from singe.data import example_batch
 from singe.latency import Stopwatch, Timing, resized
+from singe.limits import limits_of
 from singe.plan import Plan
 from singe.scores import fingerprint
 from singe.units import find_groups, small

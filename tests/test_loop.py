@@ -29,12 +29,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import singe
 from singe.data import first_batch
-from singe.finetune import Training, Tuner, cosine, default_optimizer, recalibrate
+from singe.finetune import Training, cosine, default_optimizer, recalibrate
 from singe.network import Network
 from singe.objectives import CrossEntropy
 from singe.removal import kept_elements, remove_units, take
 from singe.rounds import portions, target_after
 from singe.seeding import Stream
+from singe.tuner import Tuner
 from singe.units import find_groups, set_gates
 
 SHAPE = (3, 8, 8)

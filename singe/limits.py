@@ -1,0 +1,139 @@
+"""What is asked for, in numbers: the target of a budget, and what every group may come to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from singe.errors import OptionError
+from singe.graph import ModelGraph, unwrapped
+
+# A layer cut to a few channels does not recover in fine-tuning; a single round can do it.
+MAX_PRUNING_RATIO = 0.75
+
+Share = float | Mapping[str, float]
+
+
+def target_of(**targets: float | None) -> tuple[str, float]:
+    """The one target that was given, ``(kind, value)``.
+
+    Raises:
+        OptionError: none or several, or not positive.
+    """
+    given = [(kind, value) for kind, value in targets.items() if value is not None]
+    if len(given) != 1:
+        raise OptionError(
+            f"give exactly one target of {', '.join(targets)}, got "
+            f"{', '.join(kind for kind, _ in given) or 'none'}"
+        )
+    kind, value = given[0]
+    if not value > 0:
+        raise OptionError(f"{kind} must be positive: a share (<= 1) or a number, got {value!r}")
+    return kind, float(value)
+
+
+def absolute(value: float, full: float) -> float:
+    """A share (<= 1) of ``full``, or the number itself."""
+    return value * full if value <= 1.0 else value
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What every group may come to, in units.
+
+    Attributes:
+        least: units that a group keeps at least.
+        most: units that it keeps at most.
+        round_to: channels kept in a pruned layer are a multiple of this.
+        why: what set ``least``, for the explanation.
+    """
+
+    least: dict[str, int]
+    most: dict[str, int]
+    round_to: int
+    why: dict[str, str]
+
+
+def limits_of(
+    model: nn.Module,
+    graph: ModelGraph,
+    max_pruning_ratio: float = MAX_PRUNING_RATIO,
+    min_keep: Share | None = None,
+    max_keep: Share | None = None,
+    ignore: Iterable[str | nn.Module] = (),
+    round_to: int = 1,
+) -> Limits:
+    """Limits in units from shares of the groups as they are in ``graph``.
+
+    Raises:
+        OptionError: a share out of range, a name that belongs to no group, limits that contradict.
+    """
+    if not 0.0 < max_pruning_ratio <= 1.0:
+        raise OptionError(f"max_pruning_ratio must lie in (0, 1], got {max_pruning_ratio!r}")
+    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
+        raise OptionError(f"round_to must be an integer >= 1, got {round_to!r}")
+    ignored = _groups_of(_names(model, ignore), graph, "ignore")
+    low = _shares(min_keep, graph, "min_keep")
+    high = _shares(max_keep, graph, "max_keep")
+    named = isinstance(min_keep, Mapping)
+    least, most, why = {}, {}, {}
+    for group in graph.groups:
+        name, n = group.name, group.n_units
+        guard = n - int(max_pruning_ratio * n)
+        asked = -int(-low.get(name, 0.0) * n // 1)  # rounded up
+        least[name], why[name] = max(1, guard, asked), "max_pruning_ratio"
+        if name in low and (asked > guard or named):
+            least[name], why[name] = max(1, asked), "min_keep"
+        if name in ignored:
+            least[name], why[name] = n, "ignore"
+        most[name] = n if name in ignored else min(n, max(1, int(high.get(name, 1.0) * n)))
+        if most[name] < least[name]:
+            raise OptionError(
+                f"group {name!r} of {n} units shall keep at most {most[name]} (max_keep) and at "
+                f"least {least[name]} ({why[name]}); change one of them"
+            )
+    return Limits(least, most, round_to, why)
+
+
+def _names(model: nn.Module, layers: Iterable[str | nn.Module]) -> list[str]:
+    layers = [layers] if isinstance(layers, str | nn.Module) else list(layers)
+    by_module = {module: name for name, module in unwrapped(model).named_modules()}
+    for layer in layers:
+        if isinstance(layer, nn.Module) and layer not in by_module:
+            raise OptionError(f"`ignore` holds a {type(layer).__name__} not in this model")
+    return [by_module[m] if isinstance(m, nn.Module) else m for m in layers]
+
+
+def _groups_of(names: Iterable[str], graph: ModelGraph, argument: str) -> set[str]:
+    """Groups with a layer of these names, or inside a container of these names."""
+    found: set[str] = set()
+    for name in names:
+        hit = {
+            g.name
+            for g in graph.groups
+            if any(layer == name or layer.startswith(name + ".") for layer in (g.name, *g.layers))
+        }
+        # A layer that was never scored keeps its channels anyway.
+        if not hit and argument != "ignore":
+            raise OptionError(
+                f"{argument} names {name!r}, which no scored group has; groups: "
+                f"{', '.join(g.name for g in graph.groups[:8])}"
+                + (", ..." if len(graph.groups) > 8 else "")
+            )
+        found |= hit
+    return found
+
+
+def _shares(given: Share | None, graph: ModelGraph, argument: str) -> dict[str, float]:
+    if given is None:
+        return {}
+    shares = given if isinstance(given, Mapping) else {g.name: given for g in graph.groups}
+    result: dict[str, float] = {}
+    for name, share in shares.items():
+        if not 0.0 <= float(share) <= 1.0:
+            raise OptionError(f"{argument} of {name!r} must lie in [0, 1], got {share!r}")
+        for group in _groups_of([name], graph, argument):
+            result[group] = float(share)
+    return result
