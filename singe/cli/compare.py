@@ -90,12 +90,12 @@ def compare(
             "versions": finish.versions(),
         }
         files["report"] = str(write_report(out, content))
-    shown = [_table(result, "spearman", "Rank correlation (Spearman), all units")]
+    shown = [*_table(result, "spearman", "Rank correlation (Spearman), all units")]
     if result["spearman_groups"] is not None:
-        shown.append(_table(result, "spearman_groups", "Rank correlation within groups, mean"))
-    shown.append(_table(result, "overlap", f"Overlap of the lowest {share:.0%}"))
+        shown += _table(result, "spearman_groups", "Rank correlation within groups, mean")
+    shown += _table(result, "overlap", f"Overlap of the lowest {share:.0%}")
     if "accuracy" in result:
-        shown.append(_accuracy_table(result))
+        shown += _accuracy_table(result)
     voice.result(result | {"files": files}, *shown, *(f"{k} {v}" for k, v in files.items()))
 
 
@@ -152,21 +152,21 @@ def _accuracies(
     }
 
 
-def _table(result: dict[str, Any], key: str, title: str) -> Table:
-    table = Table("", *result["names"], title=f"\n{title}", title_justify="left", box=None)
+def _table(result: dict[str, Any], key: str, title: str) -> list[Any]:
+    table = Table("", *result["names"], box=None)
     for column in table.columns[1:]:
         column.justify = "right"
     for name, row in zip(result["names"], result[key], strict=True):
         table.add_row(name, *(f"{value:.2f}" for value in row))
-    return table
+    return [f"\n{title}", table]
 
 
-def _accuracy_table(result: dict[str, Any]) -> Table:
+def _accuracy_table(result: dict[str, Any]) -> list[Any]:
     title = f"\n{result['accuracy_title']} (unpruned {result['accuracy_unpruned']:.1%})"
-    table = Table("", "accuracy", "MACs", "parameters", title=title, title_justify="left", box=None)
+    table = Table("", "accuracy", "MACs", "parameters", box=None)
     for column in table.columns[1:]:
         column.justify = "right"
     for name, value in result["accuracy"].items():
         cost = result["cost"][name]
         table.add_row(name, f"{value:.1%}", f"{cost['macs']:,.0f}", f"{cost['params']:,}")
-    return table
+    return [title, table]
