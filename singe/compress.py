@@ -28,11 +28,11 @@ from singe.finetune import (
 from singe.graph import unwrapped
 from singe.latency import Timing
 from singe.limits import MAX_PRUNING_RATIO, Share, target_of
-from singe.loop import Loop, Pruning
+from singe.loop import Loop
 from singe.memory import free_memory
 from singe.objectives import Loss, Objective, as_objective
 from singe.plan import Plan
-from singe.rounds import SCHEDULES, CompressReport, Round, Schedule
+from singe.rounds import SCHEDULES, CompressReport, Pruning, Round, Schedule
 from singe.scores import Scores
 from singe.seeding import Stream, derive, random_state_kept
 from singe.snapshot import Snapshot
@@ -215,7 +215,7 @@ def compress(
         teacher = copy.deepcopy(unwrapped(model)).eval() if distill > 0 else None
         tuner = Tuner(model, training, Stream(train, derive(seed, "train")), seed, teacher)
         loop = Loop(
-            model=model, original=snapshot, pruning=pruning, tuner=tuner, calibrate=calibrate,
+            model=model, snapshot=snapshot, pruning=pruning, tuner=tuner, calibrate=calibrate,
             train=train, measure=measure, floor=accuracy_floor, finetune=finetune,
             finetune_steps=finetune_steps, final_steps=final_steps, folder=folder,
             checkpoint_every=checkpoint_every, on_round=on_round, progress=progress, seed=seed,

@@ -13,20 +13,27 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import nn
 
 from singe.checkpoint import Folder
 from singe.cost import count
-from singe.data import Batch, device_of, first_batch, read_batches
+from singe.data import device_of, first_batch, read_batches
 from singe.errors import ModelError, OptionError
 from singe.evaluation import Evaluate
 from singe.finetune import FinetuneFunction, Stage, in_mode, recalibrate
 from singe.graph import ModelGraph, unwrapped
-from singe.latency import Stopwatch, Timing
-from singe.limits import Limits, Share, absolute, limits_of
-from singe.plan import Plan, full_cost, make_plan
+from singe.limits import Limits, absolute, limits_of
+from singe.original import Original
+from singe.plan import Plan, make_plan
 from singe.removal import Removals, kept_elements, remove_units
-from singe.rounds import CompressReport, Round, Schedule, portions, target_after
+from singe.rounds import (
+    CompressReport,
+    Pruning,
+    Round,
+    describe,
+    portions,
+    target_after,
+)
 from singe.scores import Scores, fingerprint
 from singe.scoring import score
 from singe.seeding import derive, seed_all
@@ -37,29 +44,9 @@ from singe.units import find_groups, small
 ROUNDS = 5
 
 
-@dataclass(frozen=True)
-class Pruning:
-    """What shall go, and in which order; see :func:`singe.compress`."""
-
-    kind: str
-    value: float
-    rounds: int | None
-    schedule: Schedule
-    order: str
-    visit: str
-    ranking: str
-    round_to: int
-    min_keep: Share | None
-    max_keep: Share | None
-    max_pruning_ratio: float
-    timing: Timing
-    recalibrate: bool
-    score_options: dict[str, Any]
-
-
 @dataclass
 class Loop:
-    """One run. Everything that changes is in ``state()``, so that a checkpoint is that and no more.
+    """One run. What changes while it goes on is in its checkpoints, and nothing else is.
 
     Attributes:
         kept: per group, the units of the original model that are left, in order.
@@ -70,7 +57,7 @@ class Loop:
     """
 
     model: nn.Module
-    original: Snapshot
+    snapshot: Snapshot
     pruning: Pruning
     tuner: Tuner
     calibrate: Iterable[Any]
@@ -112,22 +99,19 @@ class Loop:
         options, pruning = self.pruning.score_options, self.pruning
         seed_all(self.seed, "survey")
         example = first_batch(self.calibrate, device_of(self.model))
-        self.batch: Batch = small(example)
-        self.graph: ModelGraph = find_groups(
-            self.model, self.batch, options.get("layers"), options.get("ignore", ())
+        graph = find_groups(
+            self.model, small(example), options.get("layers"), options.get("ignore", ())
         )
+        timing = pruning.timing if pruning.kind == "latency" else None
+        self.original = Original(self.model, self.snapshot, graph, example, timing)
         self.limits: Limits = limits_of(
-            self.model, self.graph, pruning.max_pruning_ratio, pruning.min_keep, pruning.max_keep,
+            self.model, graph, pruning.max_pruning_ratio, pruning.min_keep, pruning.max_keep,
             round_to=pruning.round_to,
         )  # fmt: skip
-        self.watch = (
-            Stopwatch(self.model, example, pruning.timing) if pruning.kind == "latency" else None
-        )
-        self.full = full_cost(self.model, self.graph, self.batch, self.watch)
-        self.last = absolute(pruning.value, self.full[pruning.kind])
-        self.report = CompressReport(self.full["macs"], int(self.full["params"]), None)
-        self._fingerprint = fingerprint(self.model)
-        self.kept = {g.name: list(range(g.n_units)) for g in self.graph.groups}
+        full = self.original.full
+        self.last = absolute(pruning.value, full[pruning.kind])
+        self.report = CompressReport(full["macs"], int(full["params"]), None)
+        self.kept = self.original.everything()
 
     def _begin(self) -> None:
         self.report.metric_before = self._metric()
@@ -143,9 +127,10 @@ class Loop:
     def _plan_visits(self) -> None:
         """Settle how many units each group loses, from one scoring of the whole network."""
         scores = self._score(self.pruning.score_options, 0)
-        plan = self._make(self.graph, scores, self.last)
+        graph = self.original.graph
+        plan = self._make(graph, scores, self.last)
         self.quota = {name: len(units) for name, units in plan.items()}
-        names = [g.name for g in self.graph.groups if g.name in plan]
+        names = [g.name for g in graph.groups if g.name in plan]
         if self.pruning.visit == "damage":
             names.sort(key=lambda n: float(scores[n][plan[n]].sum()))
         self.visits = portions(names, self.pruning.rounds)
@@ -166,7 +151,7 @@ class Loop:
         if self.visits is not None:
             options = {**options, "layers": self.visits[index - 1]}
         scores = self._score(options, index)
-        graph = find_groups(self.model, self.batch, layers=list(scores))
+        graph = find_groups(self.model, self.original.batch, layers=list(scores))
         plan = self._plan(graph, scores, index)
         self._remove([(g, plan[g.name]) for g in graph.groups if g.name in plan])
         for name, units in plan.items():
@@ -196,7 +181,7 @@ class Loop:
 
     def _plan(self, graph: ModelGraph, scores: Scores, index: int) -> Plan:
         if self.visits is None:
-            full, done = self.full[self.pruning.kind], index / self.rounds
+            full, done = self.original.full[self.pruning.kind], index / self.rounds
             target = target_after(self.pruning.schedule, done, full, self.last)
             return self._make(graph, scores, target)
         # As many as were settled: no more, no less, and whatever the network costs then.
@@ -204,13 +189,20 @@ class Loop:
         limits = Limits(exact, exact, 1, dict.fromkeys(exact, "settled by the first scoring"))
         total = float(sum(g.n_units for g in graph.groups))
         return make_plan(
-            self.model, graph, scores, self.batch, "channels", total, ranking="local", limits=limits
+            self.model,
+            graph,
+            scores,
+            self.original.batch,
+            "channels",
+            total,
+            ranking="local",
+            limits=limits,
         )
 
     def _make(self, graph: ModelGraph, scores: Scores, target: float) -> Plan:
         return make_plan(
-            self.model, graph, scores, self.batch, self.pruning.kind, target,
-            ranking=self.pruning.ranking, limits=self.limits, last=self.last, watch=self.watch,
+            self.model, graph, scores, self.original.batch, self.pruning.kind, target,
+            ranking=self.pruning.ranking, limits=self.limits, last=self.last, watch=self.original.watch,
         )  # fmt: skip
 
     def _remove(self, removals: Removals) -> None:
@@ -218,9 +210,9 @@ class Loop:
             return
         if self.tuner.follows:
             shapes = {n: p.shape for n, p in unwrapped(self.model).named_parameters()}
-            kept = kept_elements(self.model, self.batch, removals)
+            kept = kept_elements(self.model, self.original.batch, removals)
             self.tuner.follow(kept, shapes)
-        remove_units(self.model, self.batch, removals)
+        remove_units(self.model, self.original.batch, removals)
 
     def _tune(self) -> None:
         if self.current is None:
@@ -232,7 +224,7 @@ class Loop:
         with self.tuner.averaged():
             metric = self._metric()
         done = Round(
-            *count(self.model, self.batch), current["units"], current["metric"], metric, loss,
+            *count(self.model, self.original.batch), current["units"], current["metric"], metric, loss,
             current["seconds"], current["tuned"] + time.perf_counter() - began, current["steps"],
             {name: len(units) for name, units in self.kept.items()},
         )  # fmt: skip
@@ -296,9 +288,12 @@ class Loop:
             f"the metric after round {index} was {done.metric_finetuned:.4f}, below "
             f"accuracy_floor={self.floor}; this is the network after round {index - 1}"
         )
-        good, self.good = self.good, None
-        self.tuner.average = None
-        self._rebuild(good)
+        if self.good is None:
+            self.original.restore()
+            self.kept, self.tuner.average = self.original.everything(), None
+        else:
+            self._return_to(self.good)
+        self.good = None
 
     def _finish(self) -> None:
         self.tuner.keep_average()
@@ -308,39 +303,20 @@ class Loop:
     # ------------------------------------------------------------------ checkpoints
 
     def _network(self) -> dict[str, Any]:
-        """The network as it is: what is left of the original, and its values."""
-        bare = unwrapped(self.model)
-        named = (*bare.named_parameters(), *bare.named_buffers())
+        """The network as it is: what is left of the original, its values and their average."""
+        average = self.tuner.average
         return {
             "kept": {name: list(units) for name, units in self.kept.items()},
-            "values": {name: t.detach().clone() for name, t in named},
-            "average": None
-            if self.tuner.average is None
-            else {name: t.clone() for name, t in self.tuner.average.items()},
+            "values": self.original.values(),
+            "average": None if average is None else {n: t.clone() for n, t in average.items()},
         }
 
-    def _rebuild(self, network: Mapping[str, Any] | None) -> None:
-        """The original, cut and filled as :meth:`_network` noted; None is the original itself."""
-        self.original.restore()
-        groups = {g.name: g for g in self.graph.groups}
-        self.kept = {name: list(range(g.n_units)) for name, g in groups.items()}
-        if network is None:
-            return
+    def _return_to(self, network: Mapping[str, Any]) -> None:
         self.kept = {name: list(units) for name, units in network["kept"].items()}
-        removals = [
-            (group, sorted(set(range(group.n_units)) - set(self.kept[name])))
-            for name, group in groups.items()
-            if len(self.kept[name]) < group.n_units
-        ]
-        if removals:
-            remove_units(self.model, self.batch, removals)
-        bare = unwrapped(self.model)
-        for name, tensor in (*bare.named_parameters(), *bare.named_buffers()):
-            _fill(tensor, network["values"][name])
-        average = network["average"]
-        device = device_of(self.model)
+        self.original.rebuild(self.kept, network["values"])
+        average, device = network["average"], device_of(self.model)
         self.tuner.average = (
-            None if average is None else {name: t.to(device) for name, t in average.items()}
+            None if average is None else {n: t.to(device) for n, t in average.items()}
         )
 
     def _save(self) -> None:
@@ -371,7 +347,7 @@ class Loop:
                 stacklevel=4,
             )
         self.report = CompressReport.from_dict(state["report"])
-        self._rebuild(state["network"])
+        self._return_to(state["network"])
         if not state["finished"]:
             self.tuner.load({**state["tuner"], "average": self.tuner.average})
         self.visits, self.quota, self.good = state["visits"], state["quota"], state["good"]
@@ -396,26 +372,19 @@ class Loop:
 
     def _note_plan(self) -> None:
         """The plan of the whole run, as far as it has come."""
-        units = {g.name: g.n_units for g in self.graph.groups}
-        removed = {
-            name: sorted(set(range(n)) - set(self.kept[name]))
-            for name, n in units.items()
-            if len(self.kept[name]) < n
-        }
+        full, report = self.original.full, self.report
         left = float(sum(map(len, self.kept.values())))
-        after = {"macs": self.report.macs_after, "params": self.report.params_after}
         meta = {
             "target": {self.pruning.kind: self.last},
             "ranking": self.pruning.ranking,
             "criterion": self.pruning.score_options.get("criterion", "singe"),
-            "fingerprint": self._fingerprint,
-            "before": {k: self.full[k] for k in ("macs", "params", "channels")},
-            "after": {**after, "channels": left},
+            "before": {k: full[k] for k in ("macs", "params", "channels")},
+            "after": {"macs": report.macs_after, "params": report.params_after, "channels": left},
         }
-        self.report.plan = Plan(removed, meta)
+        self.report.plan = self.original.plan(self.kept, meta)
 
     def _tell(self, done: Round, index: int) -> None:
-        text = f"round {index}/{self.rounds}: {_describe(done, self.report)}"
+        text = f"round {index}/{self.rounds}: {describe(done, self.report)}"
         self._console.print(text, highlight=False, soft_wrap=True)
         if self.report.stopped:
             self._console.print(f"stopped: {self.report.stopped}", highlight=False, soft_wrap=True)
@@ -427,26 +396,3 @@ class Loop:
             self._scores = Scores.load(f"{prefix}.scores.safetensors")
             self._round_plan = Plan.load(f"{prefix}.plan.json")
         self.on_round(done, self._scores, self._round_plan)
-
-
-def _fill(tensor: Tensor, value: Tensor) -> None:
-    """Values and memory layout: kernels sum in another order where the layout is another."""
-    if tensor.stride() == value.stride():
-        with torch.no_grad():
-            tensor.copy_(value)
-    else:
-        tensor.data = value.to(tensor.device).clone()
-
-
-def _describe(done: Round, report: CompressReport) -> str:
-    text = (
-        f"{done.units_removed} units, {done.macs / report.macs_before:.1%} MACs, "
-        f"{done.params / report.params_before:.1%} parameters"
-    )
-    if done.metric_finetuned is None:
-        return text
-    return f"{text}, metric {_number(done.metric_pruned)} -> {done.metric_finetuned:.4f}"
-
-
-def _number(value: float | None) -> str:
-    return "none" if value is None else f"{value:.4f}"

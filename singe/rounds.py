@@ -8,10 +8,32 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from singe.errors import OptionError
+from singe.latency import Timing
+from singe.limits import Share
 from singe.plan import Plan
 
 SCHEDULES = ("linear", "cubic", "geometric")
 Schedule = str | Callable[[float], float]
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What shall go, and in which order; see :func:`singe.compress`."""
+
+    kind: str
+    value: float
+    rounds: int | None
+    schedule: Schedule
+    order: str
+    visit: str
+    ranking: str
+    round_to: int
+    min_keep: Share | None
+    max_keep: Share | None
+    max_pruning_ratio: float
+    timing: Timing
+    recalibrate: bool
+    score_options: dict[str, Any]
 
 
 @dataclass
@@ -121,3 +143,18 @@ def portions(names: Sequence[str], rounds: int | None) -> list[list[str]]:
     count = len(names) if rounds is None else min(rounds, len(names))
     bounds = [i * len(names) // count for i in range(count + 1)] if count else [0]
     return [list(names[a:b]) for a, b in itertools.pairwise(bounds)]
+
+
+def describe(done: Round, report: CompressReport) -> str:
+    """A round in one line."""
+    text = (
+        f"{done.units_removed} units, {done.macs / report.macs_before:.1%} MACs, "
+        f"{done.params / report.params_before:.1%} parameters"
+    )
+    if done.metric_finetuned is None:
+        return text
+    return f"{text}, metric {_number(done.metric_pruned)} -> {done.metric_finetuned:.4f}"
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"

@@ -68,6 +68,9 @@ def pruned(build, inputs, channels=0.6):
 def test_a_saved_model_is_rebuilt_from_its_class(build, inputs, tmp_path):
     model, plan = pruned(build, inputs)
     written = save_pruned(model, tmp_path, plan)
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert {p.stat().st_mode for p in written.values()} == {plain.stat().st_mode}
     again = load_pruned(build().eval(), tmp_path)
     assert torch.equal(again(inputs), model(inputs))
     assert singe.Plan.load(written["plan"]) == plan

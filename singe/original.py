@@ -1,0 +1,99 @@
+"""The model a run began with: its groups and cost, and how any later state is built from it again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from singe.data import Batch
+from singe.graph import ModelGraph, unwrapped
+from singe.latency import Stopwatch, Timing
+from singe.plan import Plan, full_cost
+from singe.removal import remove_units
+from singe.scores import fingerprint
+from singe.snapshot import Snapshot
+from singe.units import small
+
+Kept = dict[str, list[int]]
+
+
+class Original:
+    """What is the same in every process that works on a run.
+
+    Args:
+        model: as it was given; the run changes it in place.
+        snapshot: of it.
+        graph: its groups.
+        example: a batch of its inputs.
+        timing: how latency is measured, where it is the target.
+
+    Attributes:
+        batch: two samples, to trace with.
+        full: what the model costs; see :func:`singe.plan.full_cost`.
+        watch: compares latencies with the original's; None where they are not the target.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        snapshot: Snapshot,
+        graph: ModelGraph,
+        example: Batch,
+        timing: Timing | None,
+    ) -> None:
+        self.model, self.graph = model, graph
+        self.batch = small(example)
+        self.watch = None if timing is None else Stopwatch(model, example, timing)
+        self.full = full_cost(model, graph, self.batch, self.watch)
+        self._snapshot = snapshot
+        self._fingerprint = fingerprint(model)
+
+    def everything(self) -> Kept:
+        """Group -> all its units."""
+        return {g.name: list(range(g.n_units)) for g in self.graph.groups}
+
+    def missing(self, kept: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+        """Group -> units of the original that are gone, where any are."""
+        gone = {
+            name: sorted(set(units) - set(kept[name])) for name, units in self.everything().items()
+        }
+        return {name: units for name, units in gone.items() if units}
+
+    def plan(self, kept: Mapping[str, Sequence[int]], meta: Mapping[str, Any]) -> Plan:
+        """What is gone as a plan for a fresh copy of the original."""
+        return Plan(self.missing(kept), {**meta, "fingerprint": self._fingerprint})
+
+    def values(self) -> dict[str, Tensor]:
+        """Copies of all parameters and buffers as they are now, in their layouts."""
+        return {name: t.detach().clone() for name, t in _tensors(self.model)}
+
+    def rebuild(self, kept: Mapping[str, Sequence[int]], values: Mapping[str, Tensor]) -> None:
+        """Make the model what it was when ``kept`` were its units and ``values`` its tensors."""
+        self.restore()
+        gone = self.missing(kept)
+        removals = [(g, gone[g.name]) for g in self.graph.groups if g.name in gone]
+        if removals:
+            remove_units(self.model, self.batch, removals)
+        for name, tensor in _tensors(self.model):
+            _fill(tensor, values[name])
+
+    def restore(self) -> None:
+        """Make the model what it was at first."""
+        self._snapshot.restore()
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    bare = unwrapped(model)
+    return [*bare.named_parameters(), *bare.named_buffers()]
+
+
+def _fill(tensor: Tensor, value: Tensor) -> None:
+    """Values and memory layout: kernels sum in another order where the layout is another."""
+    if tensor.stride() == value.stride():
+        with torch.no_grad():
+            tensor.copy_(value)
+    else:
+        tensor.data = value.to(tensor.device).clone()

@@ -1,0 +1,49 @@
+"""What the documentation and the examples show does run."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(folder: Path, *arguments: str | Path) -> str:
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=folder, capture_output=True, text=True,
+        check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_page_on_pruning(tmp_path):
+    pytest.importorskip("sklearn", reason="the data is scikit-learn's digits")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "pruning.md").read_text(), re.S)
+    assert len(blocks) == 5
+    (tmp_path / "page.py").write_text("\n".join(blocks))
+    text = run(tmp_path, "page.py")
+    assert "ranking 'cost'" in text
+    assert (tmp_path / "run" / "report.json").exists()
+
+
+def test_the_example_with_a_plain_loop(tmp_path):
+    pytest.importorskip("sklearn", reason="the data is scikit-learn's digits")
+    script = ROOT / "examples" / "training" / "plain_torch.py"
+    first = run(tmp_path, script, "--steps", "25", "--folder", "run")
+    assert "accuracy" in first
+    assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 2
+    assert run(tmp_path, script, "--steps", "25", "--folder", "run") == first
+
+
+def test_the_example_with_lightning(tmp_path):
+    pytest.importorskip("sklearn", reason="the data is scikit-learn's digits")
+    pytest.importorskip("lightning", reason="Lightning is not installed")
+    script = ROOT / "examples" / "training" / "lightning_trainer.py"
+    assert "accuracy" in run(tmp_path, script, "--steps", "10")
