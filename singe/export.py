@@ -142,9 +142,7 @@ def export_onnx(
         ExportError: the ``export`` extra is missing, the model cannot be captured, or the outputs
             differ by more than ``tolerance``.
     """
-    missing = [name for name in ONNX_MODULES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ExportError(f"ONNX needs {', '.join(missing)}: pip install 'singe[export]'")
+    check_onnx()
     batch = _two_samples(model, example_inputs)
     program = _capture(model, batch)
     with replacing(path) as partial:
@@ -157,6 +155,13 @@ def export_onnx(
                 f"{path} was not written"
             )
     return difference
+
+
+def check_onnx() -> None:
+    """Raise ExportError unless everything that ONNX needs is installed."""
+    missing = [name for name in ONNX_MODULES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(f"ONNX needs {', '.join(missing)}: pip install 'singe[export]'")
 
 
 def _layers(model: nn.Module) -> dict[str, dict[str, Any]]:

@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 
 import singe
 from singe import cli
+from singe.cli.compress import time_left
 from singe.cli.models import load_model
-from singe.cli.options import BudgetOptions, ScoreOptions
-from singe.errors import BudgetError, CheckpointError, OptionError, SingeError
+from singe.cli.options import BudgetOptions, ScoreOptions, TuningOptions
+from singe.errors import BudgetError, CheckpointError, ExportError, OptionError, SingeError
 from singe.export import load_pruned
 
 FACTORY = """
@@ -244,6 +245,49 @@ def test_an_unreachable_budget_is_status_2_and_one_line(tmp_path, monkeypatch, c
     assert not out.exists()
     with pytest.raises(BudgetError):
         run(*words)
+
+
+def test_a_missing_exporter_is_found_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("singe.export.ONNX_MODULES", ("no_such_exporter",))
+    with pytest.raises(ExportError, match=r"no_such_exporter.*singe\[export\]"):
+        run("prune", *MODEL, *DATA, "--macs", 0.5, "--export", "onnx", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_cannot_be_exported_is_still_saved_and_reported(tmp_path, monkeypatch):
+    def fail(*_):
+        raise ExportError("cannot capture")
+
+    monkeypatch.setattr("singe.cli.finish.export_pt2", fail)
+    with pytest.raises(ExportError, match="cannot capture"):
+        run("prune", *MODEL, "--criterion", "magnitude", "--macs", 0.5, "--image-size", 8,
+            "--out", tmp_path / "out")  # fmt: skip
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert {"model.safetensors", "plan.json", "report.html"} <= names
+
+
+def test_the_time_left_is_told_after_each_round_but_the_last():
+    class Listener:
+        said: tuple[str, ...] = ()
+
+        def step(self, line):
+            self.said += (line,)
+
+    listener = Listener()
+    tell = time_left(TuningOptions(rounds=3), listener)
+    for _ in range(3):
+        tell(None, None, None)
+    assert [line.split(" left, ")[1] for line in listener.said] == [
+        "2 of 3 rounds", "1 of 3 rounds",
+    ]  # fmt: skip
+
+
+def test_quiet_says_nothing_but_the_result(tmp_path, monkeypatch, capsys):
+    words = ("score", *MODEL, *DATA, "--quiet", "--out", tmp_path / "s.st")
+    assert run_main(monkeypatch, *words) == 0
+    captured = capsys.readouterr()
+    assert "Scores:" in captured.out
+    assert captured.err == ""
 
 
 # ---------------------------------------------------------------------- options from a file

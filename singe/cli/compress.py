@@ -104,7 +104,7 @@ def compress(
         session.model, **shared, **chosen, **limits, **options, recalibrate=tuning.recalibrate,
         checkpoint=checkpoint, on_round=time_left(tuning, voice),
     )  # fmt: skip
-    files = finish.write_model(session, done.plan, output.out, formats, voice)
+    files = finish.write_model(session, done.plan, output.out)
     latency = finish.time_both(original, session.model, session.example, timing)
     content = _content(done, latency) | {
         "title": f"{model.model}, compressed",
@@ -128,6 +128,7 @@ def compress(
     )
     if output.report:
         files["report"] = str(write_report(output.out, content))
+    files |= finish.write_exports(session, output.out, formats, voice)
     keys = ("before", "after", "rounds", "latency", "stopped")
     summary = {k: content[k] for k in keys} | {"files": files, "seconds": seconds}
     voice.result(summary, describe(summary))
@@ -147,7 +148,7 @@ def time_left(tuning: TuningOptions, voice: Voice) -> Callable[..., None]:
         now = time.perf_counter()
         pace, last, left = now - last, now, left - 1
         if left > 0:
-            voice.step(f"about {left * pace / 60:.1f} minutes left in {left} rounds")
+            voice.step(f"about {left * pace / 60:.1f} minutes left, {left} of {rounds} rounds")
 
     return tell
 

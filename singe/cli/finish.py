@@ -27,11 +27,16 @@ PICTURE_SAMPLES = 64  # the integrand of a few units is drawn from so many
 BASELINES = ("taylor", "magnitude")  # one pass and none: a comparison that costs next to nothing
 
 
-def write_model(
-    session: Session, plan: Plan, folder: Path, formats: Iterable[str], voice: Voice
+def write_model(session: Session, plan: Plan, folder: Path) -> dict[str, str]:
+    """Safetensors and plan; kind -> path."""
+    return {kind: str(path) for kind, path in save_pruned(session.model, folder, plan).items()}
+
+
+def write_exports(
+    session: Session, folder: Path, formats: Iterable[str], voice: Voice
 ) -> dict[str, str]:
-    """Safetensors and plan, and the other formats asked for; kind -> path."""
-    written = {kind: str(path) for kind, path in save_pruned(session.model, folder, plan).items()}
+    """The other formats asked for. After everything else: not every model can be captured."""
+    written = {}
     for kind in formats:
         voice.step(f"exporting {kind}")
         path = folder / f"model.{kind}"

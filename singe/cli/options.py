@@ -18,6 +18,7 @@ from singe.cli.data import IMAGENET_MEAN, IMAGENET_STD, Reading
 from singe.cli.models import PRETRAINED, SOURCES
 from singe.criteria import CRITERIA, NORMS, PATHS
 from singe.errors import OptionError
+from singe.export import check_onnx
 from singe.scoring import score
 
 
@@ -250,6 +251,8 @@ class ExportOptions:
             raise OptionError(
                 f"--export {', '.join(unknown)} is not offered; choose pt2, onnx, none"
             )
+        if "onnx" in found:
+            check_onnx()  # now, not after an hour of training
         return found
 
 

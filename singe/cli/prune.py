@@ -72,7 +72,7 @@ def prune(
     done = singe.prune(session.model, made, session.example)
     after = _accuracy(session) if measured else None
     latency = finish.time_both(original, session.model, session.example, timing)
-    files = finish.write_model(session, made, output.out, formats, voice)
+    files = finish.write_model(session, made, output.out)
     content: dict[str, Any] = {
         "title": f"{model.model}, pruned",
         "lead": f"One shot, no training. {done}.",
@@ -90,6 +90,7 @@ def prune(
         }
     if output.report:
         files["report"] = str(write_report(output.out, content))
+    files |= finish.write_exports(session, output.out, formats, voice)
     summary: dict[str, Any] = {k: content[k] for k in ("before", "after", "latency")}
     summary["files"] = files
     voice.result(summary, describe(summary))
