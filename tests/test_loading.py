@@ -80,6 +80,7 @@ def test_a_pruned_model_goes_on(factory, tmp_path):
     assert torch.equal(again(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_weights_that_would_run_code_are_refused(factory, tmp_path):
     class Evil:
         def __reduce__(self):

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -74,6 +73,8 @@ def decode(path: Path, size: int, mode: str) -> Tensor:
     Raises:
         DataError: no image, or a damaged one.
     """
+    from PIL import Image  # the commands without images do without it
+
     try:
         with Image.open(path) as file:
             image = file.convert(mode)
@@ -83,7 +84,7 @@ def decode(path: Path, size: int, mode: str) -> Tensor:
             if (wide, high) != image.size:
                 image = image.resize((wide, high), Image.Resampling.BILINEAR)
             image = image.crop((left, top, left + size, top + size))
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise DataError(
             f"cannot read the image {path}: {error}; remove it from the data"
         ) from error
