@@ -36,6 +36,9 @@ carry:  ## fill .carry/ with what a GPU machine without a network lacks: wheels,
 bench: $(INSTALLED)  ## measure speed on this machine (examples need SINGE_DATA or ../shared)
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.scoring
+	$(BIN)/python -m benchmarks.budgets
+	$(BIN)/python -m benchmarks.latency
+	$(BIN)/python -m benchmarks.resume
 
 install: $(INSTALLED)  ## create .venv with pinned versions and the compiled core
 

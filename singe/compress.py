@@ -143,7 +143,8 @@ def compress(
             ``checkpoint_every`` steps; see ``docs/pruning.md``.
         checkpoint_every: steps.
         resume: continue from the newest checkpoint there, if there is one. ``model`` is the original.
-        on_round: called after every round with what it did, its scores and its plan.
+        on_round: called after every round, a rolled back one included, with what it did, its scores
+            and its plan.
         progress: print a line per round, and show progress when standard error is a terminal.
         seed: of everything random, scoring with ``criterion="random"`` included.
         score_options: ``criterion``, ``path``, ``quadrature``, ``p``, ``norm``, ``layers``, ``ignore``,
