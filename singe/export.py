@@ -262,10 +262,10 @@ def _compare(file: Path, model: nn.Module, batch: Batch) -> float:
     import onnxruntime
 
     # From bytes: onnxruntime takes the temporary name's ending for a format of its own.
-    session = onnxruntime.InferenceSession(file.read_bytes(), providers=["CPUExecutionProvider"])
+    runner = onnxruntime.InferenceSession(file.read_bytes(), providers=["CPUExecutionProvider"])
     inputs = [t for t in tree_leaves((batch.args, batch.kwargs)) if isinstance(t, Tensor)]
-    names = [i.name for i in session.get_inputs()]
-    got = session.run(None, {n: t.cpu().numpy() for n, t in zip(names, inputs, strict=True)})
+    names = [i.name for i in runner.get_inputs()]
+    got = runner.run(None, {n: t.cpu().numpy() for n, t in zip(names, inputs, strict=True)})
     expected = [t for t in tree_leaves(batch.call(model)) if isinstance(t, Tensor)]
     worst = 0.0
     for mine, theirs in zip(expected, got, strict=True):

@@ -146,10 +146,10 @@ def test_onnx_equals_the_model_for_any_batch_size(tmp_path):
     model, _ = pruned(lambda: torchvision_models().resnet18(num_classes=5), X)
     path = tmp_path / "model.onnx"
     assert export_onnx(model, X[:1], path) <= 1e-4
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (name,) = [i.name for i in session.get_inputs()]
+    runner = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (name,) = [i.name for i in runner.get_inputs()]
     for size in (1, 3):
-        (got,) = session.run(None, {name: X[:size].numpy()})
+        (got,) = runner.run(None, {name: X[:size].numpy()})
         torch.testing.assert_close(torch.from_numpy(got), model(X[:size]), rtol=1e-4, atol=1e-4)
 
 

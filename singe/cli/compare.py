@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ from rich.table import Table
 import singe
 from singe.cli import finish
 from singe.cli.groups import takes_groups
+from singe.cli.inputs import Inputs, given, load_inputs
 from singe.cli.options import (
     BudgetOptions,
     CommonOptions,
@@ -20,7 +22,6 @@ from singe.cli.options import (
 )
 from singe.cli.output import Voice
 from singe.cli.prune import make_plan
-from singe.cli.session import Session, given, open_session
 from singe.comparison import compare as agreement
 from singe.compress import accuracy
 from singe.errors import OptionError
@@ -67,19 +68,19 @@ def compare(
     named = {path.stem: Scores.load(path) for path in scores or []}
     if len(named) < len(scores or []):
         raise OptionError("the score files need different names: they are the labels")
-    session = None
+    inputs = None
     if model.model is not None:
-        session = open_session(model, data, common.seed, voice)
+        inputs = load_inputs(model, data, common.seed, voice)
         for found in named.values():
-            found.check(session.model)
+            found.check(inputs.model)
         wanted = criteria if criteria is not None else "" if named else DEFAULT_CRITERIA
-        named |= _score_all(session, wanted, scoring, common, voice)
+        named |= _score_all(inputs, wanted, scoring, common, voice)
     elif criteria is not None or budget.target():
         raise OptionError("--criteria and budgets need --model")
     result = agreement(named, share)
     if budget.target():
-        assert session is not None
-        result |= _accuracies(session, named, budget, finetune_steps, lr, common, voice)
+        assert inputs is not None
+        result |= _accuracies(inputs, named, budget, finetune_steps, lr, common, voice)
     files = {}
     if out is not None:
         content = {
@@ -100,22 +101,22 @@ def compare(
 
 
 def _score_all(
-    session: Session, wanted: str, scoring: SharedScoreOptions, common: CommonOptions, voice: Voice
+    inputs: Inputs, wanted: str, scoring: SharedScoreOptions, common: CommonOptions, voice: Voice
 ) -> dict[str, Scores]:
     found: dict[str, Scores] = {}
-    batches: Any = [session.example] if session.data is None else session.data.calibrate
+    batches: Any = [inputs.example] if inputs.data is None else inputs.data.calibrate
     for text in filter(None, (part.strip() for part in wanted.split(","))):
         criterion, _, path = text.partition(":")
         options = scoring.arguments() | {"criterion": criterion} | ({"path": path} if path else {})
         voice.step(f"scoring by {text}")
         found[text] = singe.score(
-            session.model, batches, progress=voice.progress, seed=common.seed, **options
+            inputs.model, batches, progress=voice.progress, seed=common.seed, **options
         )
     return found
 
 
 def _accuracies(
-    session: Session,
+    inputs: Inputs,
     named: dict[str, Scores],
     budget: BudgetOptions,
     steps: int,
@@ -124,13 +125,13 @@ def _accuracies(
     voice: Voice,
 ) -> dict[str, Any]:
     """Every scoring prunes a copy of its own to the same budget; after the same fine-tuning, if any."""
-    data = session.require_data("accuracy at equal budgets")
+    data = inputs.require_data("accuracy at equal budgets")
     if data.evaluate is None:
         raise OptionError("accuracy at equal budgets needs held-out data")
     found, costs = {}, {}
     for name, scores in named.items():
         voice.step(f"pruning by {name}")
-        twin = Session(finish.twin(session.model), data, session.example)
+        twin = Inputs(copy.deepcopy(inputs.model), data, inputs.example)
         plan = make_plan(twin, scores, budget, Timing(batch_size=budget.timing_batch))
         done = singe.prune(twin.model, plan, twin.example)
         if steps:
@@ -148,7 +149,7 @@ def _accuracies(
         "accuracy": found,
         "cost": costs,
         "accuracy_title": f"accuracy at {kind} {value:g}, {after}",
-        "accuracy_unpruned": accuracy(session.model, data.evaluate),
+        "accuracy_unpruned": accuracy(inputs.model, data.evaluate),
     }
 
 

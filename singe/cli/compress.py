@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 import singe
 from singe.cli import finish
 from singe.cli.groups import takes_groups
+from singe.cli.inputs import Inputs, given, load_inputs
 from singe.cli.options import (
     BudgetOptions,
     CommonOptions,
@@ -27,7 +29,6 @@ from singe.cli.options import (
 from singe.cli.output import Voice
 from singe.cli.prune import describe, make_plan
 from singe.cli.score import run_score
-from singe.cli.session import Session, given, open_session
 from singe.compress import CompressReport, Round
 from singe.criteria import choose
 from singe.data import as_batch, device_of
@@ -64,14 +65,14 @@ def compress(
     """
     voice = Voice(common)
     formats = output.formats()
-    session = open_session(model, data, common.seed, voice)
+    inputs = load_inputs(model, data, common.seed, voice)
     options = scoring.arguments()
     timing = Timing(batch_size=budget.timing_batch)
-    found = session.require_data("compress")
+    found = inputs.require_data("compress")
     if found.train is None:
         raise OptionError("compress needs training data: the loader gave no `train` part")
     if output.dry_run:
-        _show_plan(session, options, budget, tuning, timing, common, voice)
+        _show_plan(inputs, options, budget, tuning, timing, common, voice)
         return
     output.out.mkdir(parents=True, exist_ok=True)
     if not tuning.resume and any(output.out.glob("*/checkpoint-*.safetensors")):
@@ -91,21 +92,21 @@ def compress(
     if tuning.warmup_steps:
         voice.step(f"training for {tuning.warmup_steps} steps before pruning")
         singe.compress(
-            session.model, **shared, channels=1.0, rounds=1, finetune_steps=tuning.warmup_steps,
+            inputs.model, **shared, channels=1.0, rounds=1, finetune_steps=tuning.warmup_steps,
             criterion="random", checkpoint=output.out / WARMUP,
         )  # fmt: skip
-    original = finish.twin(session.model)
+    original = copy.deepcopy(inputs.model)
     chosen = {n: getattr(tuning, n) for n in PASSED if getattr(tuning, n) is not None}
     limits = budget.arguments()
     if budget.latency is not None:
         limits["timing"] = timing
     checkpoint = output.out / CHECKPOINT
     done = singe.compress(
-        session.model, **shared, **chosen, **limits, **options, recalibrate=tuning.recalibrate,
+        inputs.model, **shared, **chosen, **limits, **options, recalibrate=tuning.recalibrate,
         checkpoint=checkpoint, on_round=time_left(tuning, voice),
     )  # fmt: skip
-    files = finish.write_model(session, done.plan, output.out)
-    latency = finish.time_both(original, session.model, session.example, timing)
+    files = finish.write_model(inputs, done.plan, output.out)
+    latency = finish.time_both(original, inputs.model, inputs.example, timing)
     content = _content(done, latency) | {
         "title": f"{model.model}, compressed",
         "settings": given(model, data, scoring, budget, tuning, common),
@@ -118,7 +119,7 @@ def compress(
         content |= {
             "groups": finish.scored_groups(scores, done.plan),
             "score_name": finish.label(scores),
-            **finish.explain(original, session, scores, done.plan, options, common.seed, voice),
+            **finish.explain(original, inputs, scores, done.plan, options, common.seed, voice),
         }
     seconds = time.perf_counter() - start
     content["lead"] = (
@@ -128,7 +129,7 @@ def compress(
     )
     if output.report:
         files["report"] = str(write_report(output.out, content))
-    files |= finish.write_exports(session, output.out, formats, voice)
+    files |= finish.write_exports(inputs, output.out, formats, voice)
     keys = ("before", "after", "rounds", "latency", "stopped")
     summary = {k: content[k] for k in keys} | {"files": files, "seconds": seconds}
     voice.result(summary, describe(summary))
@@ -189,7 +190,7 @@ def _content(done: CompressReport, latency: dict[str, Any]) -> dict[str, Any]:
 
 
 def _show_plan(
-    session: Session,
+    inputs: Inputs,
     options: dict[str, Any],
     budget: BudgetOptions,
     tuning: TuningOptions,
@@ -198,12 +199,12 @@ def _show_plan(
     voice: Voice,
 ) -> None:
     """The whole budget in one shot: what would go by the first scores, and how long a run takes."""
-    scores = run_score(session, options, common.seed, voice)
-    plan = make_plan(session, scores, budget, timing)
+    scores = run_score(inputs, options, common.seed, voice)
+    plan = make_plan(inputs, scores, budget, timing)
     rounds = tuning.rounds or (len(scores) if tuning.order == "layerwise" else DEFAULT_ROUNDS)
     per_round = DEFAULT_STEPS if tuning.finetune_steps is None else tuning.finetune_steps
     steps = tuning.warmup_steps + rounds * per_round + (tuning.final_steps or 0)
-    seconds = steps * seconds_per_step(session) + rounds * sum(scores.meta["seconds"].values())
+    seconds = steps * seconds_per_step(inputs) + rounds * sum(scores.meta["seconds"].values())
     cost = {"rounds": rounds, "training_steps": steps, "estimated_seconds": seconds}
     voice.result(
         {"plan": dict(plan), "meta": plan.meta, "cost": cost},
@@ -214,12 +215,12 @@ def _show_plan(
     )
 
 
-def seconds_per_step(session: Session) -> float:
+def seconds_per_step(inputs: Inputs) -> float:
     """The faster of two training steps on a copy, the loss being the mean of the outputs."""
-    assert session.data is not None
-    raw = next(iter(session.data.train or session.data.calibrate))
-    batch = as_batch(raw, 0, device_of(session.model))
-    copy = private_copy(session.model, trainable=True).train()
+    assert inputs.data is not None
+    raw = next(iter(inputs.data.train or inputs.data.calibrate))
+    batch = as_batch(raw, 0, device_of(inputs.model))
+    copy = private_copy(inputs.model, trainable=True).train()
     taken = []
     for _ in range(2):
         start = time.perf_counter()

@@ -226,11 +226,12 @@ def _from_user(value: Any, calibration: int) -> Data:
         if batches is not None:
             check_reiterable(batches, f"the loader's {name} part")
     if parts["calibrate"] is None:
-        parts["calibrate"] = _first_samples(parts["train"], calibration)
+        parts["calibrate"] = first_batches(parts["train"], calibration)
     return Data(parts["train"], parts["calibrate"], parts["evaluate"])
 
 
-def _first_samples(batches: Iterable[Any], count: int) -> list[Any]:
+def first_batches(batches: Iterable[Any], count: int) -> list[Any]:
+    """Whole batches until they hold ``count`` samples."""
     kept: list[Any] = []
     seen = 0
     for index, raw in enumerate(batches):

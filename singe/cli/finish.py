@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import platform
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,11 +11,12 @@ import torch
 from torch import nn
 
 import singe
+from singe.cli.data import first_batches
+from singe.cli.inputs import Inputs
 from singe.cli.output import Voice
-from singe.cli.session import Session
 from singe.comparison import compare
 from singe.criteria import as_criterion
-from singe.data import as_batch, device_of, example_batch
+from singe.data import device_of, example_batch
 from singe.export import export_onnx, export_pt2, save_pruned
 from singe.integrand import along_the_path, telling_units
 from singe.latency import Stopwatch, Timing
@@ -27,13 +27,13 @@ PICTURE_SAMPLES = 64  # the integrand of a few units is drawn from so many
 BASELINES = ("taylor", "magnitude")  # one pass and none: a comparison that costs next to nothing
 
 
-def write_model(session: Session, plan: Plan, folder: Path) -> dict[str, str]:
+def write_model(inputs: Inputs, plan: Plan, folder: Path) -> dict[str, str]:
     """Safetensors and plan; kind -> path."""
-    return {kind: str(path) for kind, path in save_pruned(session.model, folder, plan).items()}
+    return {kind: str(path) for kind, path in save_pruned(inputs.model, folder, plan).items()}
 
 
 def write_exports(
-    session: Session, folder: Path, formats: Iterable[str], voice: Voice
+    inputs: Inputs, folder: Path, formats: Iterable[str], voice: Voice
 ) -> dict[str, str]:
     """The other formats asked for. After everything else: not every model can be captured."""
     written = {}
@@ -41,9 +41,9 @@ def write_exports(
         voice.step(f"exporting {kind}")
         path = folder / f"model.{kind}"
         if kind == "onnx":
-            export_onnx(session.model, session.example, path)
+            export_onnx(inputs.model, inputs.example, path)
         else:
-            export_pt2(session.model, session.example, path)
+            export_pt2(inputs.model, inputs.example, path)
         written[kind] = str(path)
     return written
 
@@ -72,7 +72,7 @@ def scored_groups(scores: Scores, plan: Plan) -> dict[str, dict[str, list[Any]]]
 
 def explain(
     original: nn.Module,
-    session: Session,
+    inputs: Inputs,
     scores: Scores,
     plan: Plan,
     options: dict[str, Any],
@@ -83,10 +83,10 @@ def explain(
 
     Args:
         original: before pruning.
-        session: its data are scored on; None of both parts without data.
+        inputs: its data are scored on; None of both parts without data.
         options: that ``scores`` were made with.
     """
-    if session.data is None or not plan:
+    if inputs.data is None or not plan:
         return {}
     quiet = {k: v for k, v in options.items() if k not in ("criterion", "path")}
     voice.step("comparing criteria")
@@ -94,14 +94,14 @@ def explain(
     for criterion in BASELINES:
         if criterion != scores.meta["criterion"] and _suits(criterion, options):
             named[criterion] = singe.score(
-                original, session.data.calibrate, criterion=criterion, progress=voice.progress,
+                original, inputs.data.calibrate, criterion=criterion, progress=voice.progress,
                 seed=seed, **quiet,
             )  # fmt: skip
     found: dict[str, Any] = {}
     if len(named) > 1:
         found["criteria"] = compare(named, min(0.95, max(0.05, plan.n_units / _units(scores))))
     voice.step("following a few channels along the path")
-    batches = first_samples(session.data.calibrate, PICTURE_SAMPLES)
+    batches = first_batches(inputs.data.calibrate, PICTURE_SAMPLES)
     found["integrand"] = along_the_path(
         original, batches, telling_units(scores, plan), plan, **options
     )
@@ -125,18 +125,6 @@ def label(scores: Scores) -> str:
     return f"{name}, {scores.meta['path']} path" if with_path else name
 
 
-def first_samples(batches: Iterable[Any], count: int) -> list[Any]:
-    """Whole batches until they hold ``count`` samples."""
-    kept: list[Any] = []
-    seen = 0
-    for index, raw in enumerate(batches):
-        kept.append(raw)
-        seen += as_batch(raw, index, torch.device("cpu")).size
-        if seen >= count:
-            break
-    return kept
-
-
 def versions() -> dict[str, str]:
     return {
         "singe": singe.__version__,
@@ -149,8 +137,3 @@ def versions() -> dict[str, str]:
 def _threads() -> str:
     count = torch.get_num_threads()
     return f"{count} thread{'s' if count > 1 else ''}"
-
-
-def twin(model: nn.Module) -> nn.Module:
-    """A copy to compare with after the model has been pruned."""
-    return copy.deepcopy(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 import singe
 from singe.cli import finish
 from singe.cli.groups import takes_groups
+from singe.cli.inputs import Inputs, given, load_inputs
 from singe.cli.options import (
     BudgetOptions,
     CommonOptions,
@@ -20,7 +22,6 @@ from singe.cli.options import (
 )
 from singe.cli.output import Voice
 from singe.cli.score import run_score
-from singe.cli.session import Session, given, open_session
 from singe.compress import accuracy
 from singe.errors import OptionError
 from singe.latency import Timing
@@ -52,27 +53,27 @@ def prune(
     formats = output.formats()
     if plan is not None and (budget.target() or scores is not None):
         raise OptionError("--plan says what goes: leave out --scores and the budget")
-    session = open_session(model, data, common.seed, voice)
+    inputs = load_inputs(model, data, common.seed, voice)
     options = scoring.arguments()
-    found = Scores.load(scores, session.model) if scores is not None else None
+    found = Scores.load(scores, inputs.model) if scores is not None else None
     timing = Timing(batch_size=budget.timing_batch)
     if plan is not None:
         made = Plan.load(plan)
     else:
-        found = found or run_score(session, options, common.seed, voice)
-        made = make_plan(session, found, budget, timing)
+        found = found or run_score(inputs, options, common.seed, voice)
+        made = make_plan(inputs, found, budget, timing)
     if output.dry_run:
         told = {"plan": dict(made), "meta": made.meta}
         voice.result(told, made.explain() if made.meta else f"{made!r}")
         return
     output.out.mkdir(parents=True, exist_ok=True)
-    original = finish.twin(session.model)
-    measured = session.data is not None and session.data.evaluate is not None
-    before = _accuracy(session) if measured else None
-    done = singe.prune(session.model, made, session.example)
-    after = _accuracy(session) if measured else None
-    latency = finish.time_both(original, session.model, session.example, timing)
-    files = finish.write_model(session, made, output.out)
+    original = copy.deepcopy(inputs.model)
+    measured = inputs.data is not None and inputs.data.evaluate is not None
+    before = _accuracy(inputs) if measured else None
+    done = singe.prune(inputs.model, made, inputs.example)
+    after = _accuracy(inputs) if measured else None
+    latency = finish.time_both(original, inputs.model, inputs.example, timing)
+    files = finish.write_model(inputs, made, output.out)
     content: dict[str, Any] = {
         "title": f"{model.model}, pruned",
         "lead": f"One shot, no training. {done}.",
@@ -86,28 +87,28 @@ def prune(
         content |= {
             "groups": finish.scored_groups(found, made),
             "score_name": finish.label(found),
-            **finish.explain(original, session, found, made, options, common.seed, voice),
+            **finish.explain(original, inputs, found, made, options, common.seed, voice),
         }
     if output.report:
         files["report"] = str(write_report(output.out, content))
-    files |= finish.write_exports(session, output.out, formats, voice)
+    files |= finish.write_exports(inputs, output.out, formats, voice)
     summary: dict[str, Any] = {k: content[k] for k in ("before", "after", "latency")}
     summary["files"] = files
     voice.result(summary, describe(summary))
 
 
-def make_plan(session: Session, scores: Scores, budget: BudgetOptions, timing: Timing) -> Plan:
+def make_plan(inputs: Inputs, scores: Scores, budget: BudgetOptions, timing: Timing) -> Plan:
     """:func:`singe.plan` with the options of the command line."""
     options = budget.arguments()
     if budget.latency is not None:
         options["timing"] = timing
-    return singe.plan(session.model, scores, session.example, **options)
+    return singe.plan(inputs.model, scores, inputs.example, **options)
 
 
-def _accuracy(session: Session) -> float:
-    assert session.data is not None
-    assert session.data.evaluate is not None
-    return accuracy(session.model, session.data.evaluate)
+def _accuracy(inputs: Inputs) -> float:
+    assert inputs.data is not None
+    assert inputs.data.evaluate is not None
+    return accuracy(inputs.model, inputs.data.evaluate)
 
 
 def describe(summary: dict[str, Any]) -> str:

@@ -10,9 +10,9 @@ from rich.table import Table
 
 import singe
 from singe.cli.groups import takes_groups
+from singe.cli.inputs import Inputs, load_inputs
 from singe.cli.options import CommonOptions, DataOptions, ModelOptions, ScoreOptions
 from singe.cli.output import Voice
-from singe.cli.session import Session, open_session
 from singe.criteria import as_criterion
 from singe.scores import Scores
 
@@ -29,9 +29,9 @@ def score(
 ) -> None:
     """Score every prunable channel of a model: higher = keep."""
     voice = Voice(common)
-    session = open_session(model, data, common.seed, voice)
+    inputs = load_inputs(model, data, common.seed, voice)
     out.parent.mkdir(parents=True, exist_ok=True)  # fails before the work, not after it
-    scores = run_score(session, scoring.arguments(), common.seed, voice)
+    scores = run_score(inputs, scoring.arguments(), common.seed, voice)
     scores.save(out)
     groups = summary(scores)
     rejected = scores.meta["rejected"]
@@ -46,12 +46,12 @@ def score(
     )
 
 
-def run_score(session: Session, options: dict[str, Any], seed: int, voice: Voice) -> Scores:
-    """Score with the session's data, or without where the criterion needs none."""
-    batches: Any = [session.example]
+def run_score(inputs: Inputs, options: dict[str, Any], seed: int, voice: Voice) -> Scores:
+    """Score with the inputs's data, or without where the criterion needs none."""
+    batches: Any = [inputs.example]
     if as_criterion(options.get("criterion", "singe")).needs_data:
-        batches = session.require_data("this criterion").calibrate
-    return singe.score(session.model, batches, progress=voice.progress, seed=seed, **options)
+        batches = inputs.require_data("this criterion").calibrate
+    return singe.score(inputs.model, batches, progress=voice.progress, seed=seed, **options)
 
 
 def summary(scores: Scores) -> dict[str, dict[str, float]]:

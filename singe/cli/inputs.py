@@ -19,11 +19,13 @@ LIBRARIES = ("torchvision", "timm")  # they build a head for the data's classes
 
 
 @dataclass
-class Session:
-    """Attributes:
-    model: on its device, in evaluation mode.
-    data: None where no ``--data`` was given.
-    example: a few inputs on the same device, as ``example_inputs`` of the library.
+class Inputs:
+    """What a command works on.
+
+    Attributes:
+        model: on its device, in evaluation mode.
+        data: None where no ``--data`` was given.
+        example: a few inputs on the same device, as ``example_inputs`` of the library.
     """
 
     model: nn.Module
@@ -36,7 +38,7 @@ class Session:
         return self.data
 
 
-def open_session(model: ModelOptions, data: DataOptions, seed: int, voice: Voice) -> Session:
+def load_inputs(model: ModelOptions, data: DataOptions, seed: int, voice: Voice) -> Inputs:
     """Load what the options name.
 
     Args:
@@ -55,7 +57,7 @@ def open_session(model: ModelOptions, data: DataOptions, seed: int, voice: Voice
     network = load_model(model.model, model.weights, classes, voice.notice).to(device)
     found = None if source is None else source.read(network, data.reading(seed))
     example = _zeros(data) if found is None else _inputs(found)
-    return Session(network, found, to_device(example, device))
+    return Inputs(network, found, to_device(example, device))
 
 
 def find_device(name: str | None) -> torch.device:
