@@ -220,10 +220,10 @@ def seconds_per_step(inputs: Inputs) -> float:
     assert inputs.data is not None
     raw = next(iter(inputs.data.train or inputs.data.calibrate))
     batch = as_batch(raw, 0, device_of(inputs.model))
-    copy = private_copy(inputs.model, trainable=True).train()
+    twin = private_copy(inputs.model, trainable=True).train()
     taken = []
     for _ in range(2):
         start = time.perf_counter()
-        logits_of(batch.call(copy)).mean().backward()
+        logits_of(batch.call(twin)).mean().backward()
         taken.append(time.perf_counter() - start)
     return min(taken)

@@ -12,7 +12,7 @@ from singe.cli.data import Data, Source
 from singe.cli.models import load_model
 from singe.cli.options import DataOptions, ModelOptions, numbers
 from singe.cli.output import Voice
-from singe.data import as_batch, first_samples, to_device
+from singe.data import as_batch, find_device, first_samples, to_device
 from singe.errors import DataError, OptionError
 
 LIBRARIES = ("torchvision", "timm")  # they build a head for the data's classes
@@ -58,24 +58,6 @@ def load_inputs(model: ModelOptions, data: DataOptions, seed: int, voice: Voice)
     found = None if source is None else source.read(network, data.reading(seed))
     example = _zeros(data) if found is None else _inputs(found)
     return Inputs(network, found, to_device(example, device))
-
-
-def find_device(name: str | None) -> torch.device:
-    """The device of that name; CUDA where torch finds it, by default.
-
-    Raises:
-        OptionError: unknown, or not usable here.
-    """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise OptionError(
-            f"device {name!r} cannot be used: {str(error).splitlines()[0]}"
-        ) from error
-    return device
 
 
 def given(*groups: Any) -> dict[str, Any]:
