@@ -73,7 +73,7 @@ $(TORCH_INSTALLED): constraints.txt
 
 # torchvision (test models) without dependencies: nothing of it may replace the torch above.
 $(INSTALLED): $(TORCH_INSTALLED) pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
-	$(BIN)/python -m pip install -e '.[demo,test]'
+	$(BIN)/python -m pip install -e '.[demo,export,test]'
 	$(BIN)/python -m pip install --no-deps torchvision==0.28.0 pillow
 	touch $@
 

@@ -8,6 +8,7 @@ from singe.errors import (
     BudgetError,
     CheckpointError,
     DataError,
+    ExportError,
     KernelError,
     ModelError,
     NonFiniteError,
@@ -15,6 +16,7 @@ from singe.errors import (
     ScoresError,
     SingeError,
 )
+from singe.export import load_pruned, save_pruned
 from singe.finetune import Stage
 from singe.latency import Timing
 from singe.plan import Plan, plan
@@ -33,6 +35,7 @@ __all__ = [
     "CheckpointError",
     "CompressReport",
     "DataError",
+    "ExportError",
     "KernelError",
     "ModelError",
     "NonFiniteError",
@@ -46,8 +49,10 @@ __all__ = [
     "Stage",
     "Timing",
     "compress",
+    "load_pruned",
     "plan",
     "prune",
     "quadrature",
+    "save_pruned",
     "score",
 ]

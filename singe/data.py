@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.data import DataLoader
 
-from singe.errors import DataError, NonFiniteError
+from singe.errors import DataError, NonFiniteError, OptionError
 
 LABEL_KEYS = ("labels", "label", "targets", "target")
 
@@ -46,6 +46,24 @@ def device_of(model: nn.Module) -> torch.device:
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of that name; CUDA where torch finds it, by default.
+
+    Raises:
+        OptionError: unknown, or not usable here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError(
+            f"device {name!r} cannot be used: {str(error).splitlines()[0]}"
+        ) from error
+    return device
 
 
 def to_device(value: Any, device: torch.device) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import singe
 from singe.compress import accuracy
+from singe.data import find_device
 from singe.errors import OptionError, SingeError
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -194,7 +195,7 @@ def run_demo(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _run(settings or Settings(), _device(device), notify)
+        return _run(settings or Settings(), find_device(device), notify)
     finally:
         torch.set_num_threads(threads)
 
@@ -244,16 +245,3 @@ def _run(settings: Settings, where: torch.device, notify: Callable[[str], None])
 def count_steps(settings: Settings) -> int:
     """How often :func:`run_demo` calls ``notify``."""
     return settings.seeds * (1 + len(CRITERIA))
-
-
-def _device(device: str | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        where = torch.device(device)
-        torch.empty(0, device=where)
-    except (RuntimeError, AssertionError) as error:
-        raise OptionError(
-            f"device {device!r} cannot be used: {str(error).splitlines()[0]}"
-        ) from error
-    return where

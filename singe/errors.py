@@ -37,3 +37,7 @@ class CheckpointError(SingeError, RuntimeError):
 
 class KernelError(SingeError, RuntimeError):
     """A kernel was asked for a device, dtype, shape or build that it does not have."""
+
+
+class ExportError(SingeError, RuntimeError):
+    """A model cannot be exported, or its exported form computes something else."""

@@ -18,12 +18,20 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
     try:
         yield partial
+        partial.chmod(_ordinary_mode())  # safetensors lets nobody else read what it writes
         _to_disk(partial)
         os.replace(partial, final)
         with suppress(OSError):  # not every file system syncs folders
             _to_disk(final.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _ordinary_mode() -> int:
+    """What ``open`` would give a new file; the mask can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def _to_disk(path: Path) -> None:

@@ -119,6 +119,14 @@ def test_info_without_triton_and_core():
     assert "not usable: singe._core was not built" in " ".join(out.split())
 
 
+def test_info_without_what_draws_and_decodes():
+    code, out, err = singe("info", code="import sys; sys.modules |= "
+                           "dict.fromkeys(['PIL', 'matplotlib', 'onnx', 'sklearn'])\n"
+                           "from singe.cli import main; main()")  # fmt: skip
+    assert code == 0, err
+    assert "torch CUDA" in out
+
+
 def test_info_reports_impossible_wishes():
     code, out, err = singe(
         "info", "--json", code=BLOCKED, SINGE_INTEGRAL="native", SINGE_KERNELS="triton"

@@ -304,7 +304,7 @@ def test_compress(options, message):
 
 def test_every_error_is_a_singe_error():
     errors = [getattr(singe, name) for name in singe.__all__ if name.endswith("Error")]
-    assert len(errors) == 9
+    assert len(errors) == 10
     assert all(issubclass(error, singe.SingeError) for error in errors)
     assert issubclass(singe.OptionError, ValueError)
     assert issubclass(singe.NonFiniteError, ArithmeticError)

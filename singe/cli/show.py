@@ -1,50 +1,25 @@
-"""The command line: ``singe demo`` and ``singe info``."""
+"""``singe demo`` and ``singe info``."""
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from singe import __version__
-from singe.errors import SingeError
+from singe.cli.output import print_json
 
-app = typer.Typer(
-    help="Channel pruning by integrated gradient variation.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"singe {__version__}")
-        raise typer.Exit()
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
-    pass
-
-
-@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where singe-demo.png goes.")] = Path("."),
     seeds: Annotated[int, typer.Option(min=1, help="Networks to train and prune.")] = 3,
     macs: Annotated[float, typer.Option(help="Share of the MACs to keep.", max=1.0)] = 0.5,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, ...  [default: cuda if there is one]")
+        str | None, typer.Option(help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -69,36 +44,19 @@ def demo(
         )
     picture = demo_report.write_picture(result, out)
     if as_json:
-        _print_json(result | {"picture": str(picture)})
+        print_json(result | {"picture": str(picture)})
         return
     console = Console()
     console.print(demo_report.summary_table(result), highlight=False)
     console.print(f"Picture: {picture}", highlight=False, soft_wrap=True)
 
 
-@app.command()
 def info(as_json: Json = False) -> None:
     """Show what is compiled and usable here, and why something is not."""
     from singe.info import collect, render
 
     found = collect()
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         Console().print(render(found), highlight=False)
-
-
-def _print_json(content: dict[str, Any]) -> None:
-    typer.echo(json.dumps(content, indent=2))
-
-
-def main() -> None:
-    """Run the command line; an error the user can repair is one line and exit status 2."""
-    try:
-        app(prog_name="singe")
-    except (SingeError, OSError) as error:
-        console = Console(stderr=True, soft_wrap=True, highlight=False)
-        console.print("error: " + " ".join(str(error).split()), style="red", markup=False)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -1,0 +1,60 @@
+"""The command line: ``singe score | prune | compress | compare | info | demo``.
+
+Exit status: 0 done; 1 a bug (with a traceback); 2 wrong use or input, with one line that says what;
+3 ``compress`` stopped at the accuracy floor and kept the last good round; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from singe import __version__
+from singe.cli.compare import compare
+from singe.cli.compress import compress
+from singe.cli.prune import prune
+from singe.cli.score import score
+from singe.cli.show import demo, info
+from singe.errors import SingeError
+
+app = typer.Typer(
+    help="Channel pruning by integrated gradient variation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for _command in (score, prune, compress, compare, info, demo):
+    app.command()(_command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"singe {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; an error the user can repair is one line and exit status 2."""
+    # torch tells every user of torch.vmap about its own plans for adaptive pooling.
+    warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet")
+    try:
+        app(prog_name="singe")
+    except (SingeError, OSError) as error:
+        console = Console(stderr=True, soft_wrap=True, highlight=False)
+        console.print("error: " + " ".join(str(error).split()), style="red", markup=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

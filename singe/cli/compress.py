@@ -1,0 +1,229 @@
+"""``singe compress``: prune and fine-tune in rounds, down to a budget; export and report."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import typer
+from torch import nn
+from torch.optim import Optimizer
+
+import singe
+from singe.cli import finish
+from singe.cli.groups import takes_groups
+from singe.cli.inputs import Inputs, given, load_inputs
+from singe.cli.options import (
+    BudgetOptions,
+    CommonOptions,
+    DataOptions,
+    ExportOptions,
+    ModelOptions,
+    ScoreOptions,
+    TuningOptions,
+)
+from singe.cli.output import Voice
+from singe.cli.prune import describe, make_plan
+from singe.cli.score import run_score
+from singe.compress import CompressReport, Round
+from singe.criteria import choose
+from singe.data import as_batch, device_of
+from singe.errors import OptionError
+from singe.graph import private_copy
+from singe.latency import Timing
+from singe.objectives import logits_of
+from singe.report import write_report
+from singe.scores import Scores
+
+EXIT_FLOOR = 3
+DEFAULT_ROUNDS, DEFAULT_STEPS = 5, 200  # of singe.compress, to tell the cost of a run beforehand
+CHECKPOINT, WARMUP = "checkpoint", "warmup"
+# Options that singe.compress takes under the same name.
+PASSED = (
+    "rounds", "finetune_steps", "final_steps", "schedule", "order", "visit", "clip_grad_norm",
+    "label_smoothing", "distill", "temperature", "ema", "accuracy_floor", "checkpoint_every",
+)  # fmt: skip
+
+
+@takes_groups
+def compress(
+    model: ModelOptions,
+    data: DataOptions,
+    scoring: ScoreOptions,
+    budget: BudgetOptions,
+    tuning: TuningOptions,
+    output: ExportOptions,
+    common: CommonOptions,
+) -> None:
+    """Prune and fine-tune in rounds, down to a budget; then export and report.
+
+    Everything goes to --out, a checkpoint after every round included: --resume goes on from there.
+    """
+    voice = Voice(common)
+    formats = output.formats()
+    inputs = load_inputs(model, data, common.seed, voice)
+    options = scoring.arguments()
+    timing = Timing(batch_size=budget.timing_batch)
+    found = inputs.require_data("compress")
+    if found.train is None:
+        raise OptionError("compress needs training data: the loader gave no `train` part")
+    if output.dry_run:
+        _show_plan(inputs, options, budget, tuning, timing, common, voice)
+        return
+    output.out.mkdir(parents=True, exist_ok=True)
+    if not tuning.resume and any(output.out.glob("*/checkpoint-*.safetensors")):
+        raise OptionError(f"{output.out} holds a run: --resume continues it, or give another --out")
+    start = time.perf_counter()
+    shared: dict[str, Any] = {
+        "train": found.train,
+        "calibrate": found.calibrate,
+        "evaluate": found.evaluate,
+        "optimizer": ChosenOptimizer(tuning.optimizer, tuning.lr, tuning.weight_decay),
+        "lr": tuning.lr,
+        "autocast": torch.bfloat16 if tuning.amp else None,
+        "seed": common.seed,
+        "resume": tuning.resume,
+        "progress": voice.progress,
+    }
+    if tuning.warmup_steps:
+        voice.step(f"training for {tuning.warmup_steps} steps before pruning")
+        singe.compress(
+            inputs.model, **shared, channels=1.0, rounds=1, finetune_steps=tuning.warmup_steps,
+            criterion="random", checkpoint=output.out / WARMUP,
+        )  # fmt: skip
+    original = copy.deepcopy(inputs.model)
+    chosen = {n: getattr(tuning, n) for n in PASSED if getattr(tuning, n) is not None}
+    limits = budget.arguments()
+    if budget.latency is not None:
+        limits["timing"] = timing
+    checkpoint = output.out / CHECKPOINT
+    done = singe.compress(
+        inputs.model, **shared, **chosen, **limits, **options, recalibrate=tuning.recalibrate,
+        checkpoint=checkpoint, on_round=time_left(tuning, voice),
+    )  # fmt: skip
+    files = finish.write_model(inputs, done.plan, output.out)
+    latency = finish.time_both(original, inputs.model, inputs.example, timing)
+    content = _content(done, latency) | {
+        "title": f"{model.model}, compressed",
+        "settings": given(model, data, scoring, budget, tuning, common),
+        "versions": finish.versions(),
+        "accuracy_floor": tuning.accuracy_floor,
+    }
+    first = checkpoint / "round-01.scores.safetensors"
+    if output.report and first.exists():
+        scores = Scores.load(first, original)
+        content |= {
+            "groups": finish.scored_groups(scores, done.plan),
+            "score_name": finish.label(scores),
+            **finish.explain(original, inputs, scores, done.plan, options, common.seed, voice),
+        }
+    seconds = time.perf_counter() - start
+    content["lead"] = (
+        f"{len(done.rounds)} rounds of score, prune and fine-tune; samples: "
+        + ", ".join(f"{k} {v}" for k, v in found.describe().items())
+        + f"; {seconds / 60:.1f} minutes."
+    )
+    if output.report:
+        files["report"] = str(write_report(output.out, content))
+    files |= finish.write_exports(inputs, output.out, formats, voice)
+    keys = ("before", "after", "rounds", "latency", "stopped")
+    summary = {k: content[k] for k in keys} | {"files": files, "seconds": seconds}
+    voice.result(summary, describe(summary))
+    if done.stopped:
+        voice.notice(f"stopped early: {done.stopped}")
+        raise typer.Exit(EXIT_FLOOR)
+
+
+def time_left(tuning: TuningOptions, voice: Voice) -> Callable[..., None]:
+    """For ``on_round``: says how long the rounds that are left will take, at the last one's pace."""
+    rounds = tuning.rounds or (DEFAULT_ROUNDS if tuning.order != "layerwise" else None)
+    last = time.perf_counter()
+    left = rounds or 0
+
+    def tell(done: Round, *_: Any) -> None:
+        nonlocal last, left
+        now = time.perf_counter()
+        pace, last, left = now - last, now, left - 1
+        if left > 0:
+            voice.step(f"about {left * pace / 60:.1f} minutes left, {left} of {rounds} rounds")
+
+    return tell
+
+
+@dataclass(frozen=True)
+class ChosenOptimizer:
+    """SGD with Nesterov momentum 0.9, or AdamW; a checkpoint knows it by what it prints as."""
+
+    name: str
+    lr: float
+    weight_decay: float
+
+    def __post_init__(self) -> None:
+        choose("--optimizer", self.name, ("sgd", "adamw"))
+
+    def __call__(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
+        if self.name == "adamw":
+            return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
+        return torch.optim.SGD(
+            parameters, lr=self.lr, momentum=0.9, nesterov=True, weight_decay=self.weight_decay
+        )
+
+
+def _content(done: CompressReport, latency: dict[str, Any]) -> dict[str, Any]:
+    told = done.to_dict()
+    return {
+        "before": {
+            "macs": done.macs_before, "params": done.params_before, "metric": done.metric_before,
+        },
+        "after": {
+            "macs": done.macs_after, "params": done.params_after, "metric": done.metric_after,
+        },
+        "rounds": told["rounds"],
+        "latency": latency,
+        "stopped": done.stopped,
+        "notes": [f"Stopped early: {done.stopped}."] if done.stopped else [],
+    }  # fmt: skip
+
+
+def _show_plan(
+    inputs: Inputs,
+    options: dict[str, Any],
+    budget: BudgetOptions,
+    tuning: TuningOptions,
+    timing: Timing,
+    common: CommonOptions,
+    voice: Voice,
+) -> None:
+    """The whole budget in one shot: what would go by the first scores, and how long a run takes."""
+    scores = run_score(inputs, options, common.seed, voice)
+    plan = make_plan(inputs, scores, budget, timing)
+    rounds = tuning.rounds or (len(scores) if tuning.order == "layerwise" else DEFAULT_ROUNDS)
+    per_round = DEFAULT_STEPS if tuning.finetune_steps is None else tuning.finetune_steps
+    steps = tuning.warmup_steps + rounds * per_round + (tuning.final_steps or 0)
+    seconds = steps * seconds_per_step(inputs) + rounds * sum(scores.meta["seconds"].values())
+    cost = {"rounds": rounds, "training_steps": steps, "estimated_seconds": seconds}
+    voice.result(
+        {"plan": dict(plan), "meta": plan.meta, "cost": cost},
+        plan.explain(),
+        f"\nThe run scores again in each of {rounds} rounds, so it may choose otherwise. It trains "
+        f"for {steps} steps: about {seconds / 60:.1f} minutes here, loading data and measuring "
+        "accuracy not counted. Nothing was changed.",
+    )
+
+
+def seconds_per_step(inputs: Inputs) -> float:
+    """The faster of two training steps on a copy, the loss being the mean of the outputs."""
+    assert inputs.data is not None
+    raw = next(iter(inputs.data.train or inputs.data.calibrate))
+    batch = as_batch(raw, 0, device_of(inputs.model))
+    twin = private_copy(inputs.model, trainable=True).train()
+    taken = []
+    for _ in range(2):
+        start = time.perf_counter()
+        logits_of(batch.call(twin)).mean().backward()
+        taken.append(time.perf_counter() - start)
+    return min(taken)

@@ -1,0 +1,70 @@
+"""``--config file.toml``: any option from a file; what the command line says wins."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from singe.errors import OptionError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
+    """Make the file's values the defaults of this command.
+
+    Keys are option names, with ``-`` or ``_``. At the top level stands what all commands share;
+    options that only other commands have are passed over there. A table named after a command holds
+    its own.
+
+    Raises:
+        OptionError: no TOML, or an option that no command (in a table: this command) has.
+    """
+    if path is None or ctx.resilient_parsing:
+        return path
+    try:
+        content = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise OptionError(f"cannot read the configuration {path}: {error}") from error
+    root: Any = ctx.find_root().command
+    commands = {name: _names(command) for name, command in root.commands.items()}
+    own = commands[ctx.command.name or ""]
+    everybody = {name: key for names in commands.values() for name, key in names.items()}
+    shared = {k: v for k, v in content.items() if k not in commands}
+    values = _resolve(shared, everybody, path, "")
+    table = content.get(ctx.command.name or "", {})
+    if not isinstance(table, dict):
+        raise OptionError(f"{path}: {ctx.command.name} must be a table, [{ctx.command.name}]")
+    values |= _resolve(table, own, path, f"[{ctx.command.name}] ")
+    ctx.default_map = {**(ctx.default_map or {}), **values}
+    return path
+
+
+def _names(command: Any) -> dict[str, str]:
+    """Every name of an option, without dashes at the front -> the parameter it sets."""
+    found = {}
+    for parameter in command.params:
+        for name in (parameter.name, *parameter.opts):
+            found[name.lstrip("-").replace("_", "-")] = parameter.name
+    return found
+
+
+def _resolve(
+    table: dict[str, Any], known: dict[str, str], path: Path, where: str
+) -> dict[str, Any]:
+    values = {}
+    for key, value in table.items():
+        name = key.replace("_", "-")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise OptionError(f"{path}: {where}there is no option {key!r}{hint}")
+        values[known[name]] = value
+    return values

@@ -1,0 +1,139 @@
+"""What ``prune`` and ``compress`` leave behind: the model's files, and the content of the report."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import singe
+from singe.cli.data import first_batches
+from singe.cli.inputs import Inputs
+from singe.cli.output import Voice
+from singe.comparison import compare
+from singe.criteria import as_criterion
+from singe.data import device_of, example_batch
+from singe.export import export_onnx, export_pt2, save_pruned
+from singe.integrand import along_the_path, telling_units
+from singe.latency import Stopwatch, Timing
+from singe.plan import Plan
+from singe.scores import Scores
+
+PICTURE_SAMPLES = 64  # the integrand of a few units is drawn from so many
+BASELINES = ("taylor", "magnitude")  # one pass and none: a comparison that costs next to nothing
+
+
+def write_model(inputs: Inputs, plan: Plan, folder: Path) -> dict[str, str]:
+    """Safetensors and plan; kind -> path."""
+    return {kind: str(path) for kind, path in save_pruned(inputs.model, folder, plan).items()}
+
+
+def write_exports(
+    inputs: Inputs, folder: Path, formats: Iterable[str], voice: Voice
+) -> dict[str, str]:
+    """The other formats asked for. After everything else: not every model can be captured."""
+    written = {}
+    for kind in formats:
+        voice.step(f"exporting {kind}")
+        path = folder / f"model.{kind}"
+        if kind == "onnx":
+            export_onnx(inputs.model, inputs.example, path)
+        else:
+            export_pt2(inputs.model, inputs.example, path)
+        written[kind] = str(path)
+    return written
+
+
+def time_both(original: nn.Module, pruned: nn.Module, example: Any, timing: Timing) -> dict:
+    """Median forward of both networks, as a report wants it."""
+    device = device_of(pruned)
+    found = Stopwatch(original, example_batch(example, device), timing).compare(pruned)
+    threads = f", {_threads()}" if device.type == "cpu" else ""
+    return {
+        "before": found.reference_ms,
+        "after": found.ms,
+        "batch_size": timing.batch_size,
+        "runs": timing.runs,
+        "device": f"{device}{threads}",
+    }
+
+
+def scored_groups(scores: Scores, plan: Plan) -> dict[str, dict[str, list[Any]]]:
+    """Per group all scores, and which units the plan removes."""
+    return {
+        name: {"scores": values.tolist(), "removed": list(plan.get(name, []))}
+        for name, values in scores.items()
+    }
+
+
+def explain(
+    original: nn.Module,
+    inputs: Inputs,
+    scores: Scores,
+    plan: Plan,
+    options: dict[str, Any],
+    seed: int,
+    voice: Voice,
+) -> dict[str, Any]:
+    """The parts of a report that need the original network: criteria compared, the integrand.
+
+    Args:
+        original: before pruning.
+        inputs: its data are scored on; None of both parts without data.
+        options: that ``scores`` were made with.
+    """
+    if inputs.data is None or not plan:
+        return {}
+    quiet = {k: v for k, v in options.items() if k not in ("criterion", "path")}
+    voice.step("comparing criteria")
+    named = {label(scores): scores}
+    for criterion in BASELINES:
+        if criterion != scores.meta["criterion"] and _suits(criterion, options):
+            named[criterion] = singe.score(
+                original, inputs.data.calibrate, criterion=criterion, progress=voice.progress,
+                seed=seed, **quiet,
+            )  # fmt: skip
+    found: dict[str, Any] = {}
+    if len(named) > 1:
+        found["criteria"] = compare(named, min(0.95, max(0.05, plan.n_units / _units(scores))))
+    voice.step("following a few channels along the path")
+    batches = first_batches(inputs.data.calibrate, PICTURE_SAMPLES)
+    found["integrand"] = along_the_path(
+        original, batches, telling_units(scores, plan), plan, **options
+    )
+    return found
+
+
+def _suits(criterion: str, options: dict[str, Any]) -> bool:
+    """kl is flat at the network itself, where Taylor looks."""
+    return not (as_criterion(criterion).endpoint and options.get("objective") == "kl")
+
+
+def _units(scores: Scores) -> int:
+    return sum(len(values) for values in scores.values())
+
+
+def label(scores: Scores) -> str:
+    """``singe, layer path``; criteria without a path by their name."""
+    name = scores.meta["criterion"]
+    known = as_criterion(name)
+    with_path = known.needs_data and not known.endpoint and known.integrand != "loss"
+    return f"{name}, {scores.meta['path']} path" if with_path else name
+
+
+def versions() -> dict[str, str]:
+    return {
+        "singe": singe.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {_threads()}",
+    }
+
+
+def _threads() -> str:
+    count = torch.get_num_threads()
+    return f"{count} thread{'s' if count > 1 else ''}"

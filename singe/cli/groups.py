@@ -1,0 +1,43 @@
+"""Commands whose parameters are groups of options: dataclasses, unfolded for typer."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, get_type_hints
+
+
+def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """``command(model: ModelOptions, ...)`` for typer, with every field as an option of its own."""
+    hints = get_type_hints(command, include_extras=True)
+    groups = {n: h for n, h in hints.items() if inspect.isclass(h) and is_dataclass(h)}
+    own = [p for n, p in inspect.signature(command, eval_str=True).parameters.items()
+           if n not in groups]  # fmt: skip
+    found = [*own]
+    for group in groups.values():
+        types = get_type_hints(group, include_extras=True)
+        found += [
+            inspect.Parameter(
+                f.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if f.default is MISSING else f.default,
+                annotation=types[f.name],
+            )
+            for f in fields(group)
+        ]
+    found = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in found]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        folded = {
+            name: group(**{f.name: given.pop(f.name) for f in fields(group)})
+            for name, group in groups.items()
+        }
+        command(**given, **folded)
+
+    run.__signature__ = inspect.Signature(found)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in found}
+    del run.__wrapped__  # typer would look at the command itself
+    return run

@@ -1,0 +1,89 @@
+"""What every command starts with: the model, its data, and inputs to trace it with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from singe.cli.data import Data, Source
+from singe.cli.models import load_model
+from singe.cli.options import DataOptions, ModelOptions, numbers
+from singe.cli.output import Voice
+from singe.data import as_batch, find_device, first_samples, to_device
+from singe.errors import DataError, OptionError
+
+LIBRARIES = ("torchvision", "timm")  # they build a head for the data's classes
+
+
+@dataclass
+class Inputs:
+    """What a command works on.
+
+    Attributes:
+        model: on its device, in evaluation mode.
+        data: None where no ``--data`` was given.
+        example: a few inputs on the same device, as ``example_inputs`` of the library.
+    """
+
+    model: nn.Module
+    data: Data | None
+    example: Any
+
+    def require_data(self, why: str) -> Data:
+        if self.data is None:
+            raise OptionError(f"{why} needs data: give --data")
+        return self.data
+
+
+def load_inputs(model: ModelOptions, data: DataOptions, seed: int, voice: Voice) -> Inputs:
+    """Load what the options name.
+
+    Args:
+        model, data: the options.
+        seed: also for the weights of a model that is given none.
+        voice: says what the user should know.
+    """
+    device = find_device(model.device)
+    voice.step("reading the data" if data.data else "no data given")
+    source = None if data.data is None else Source(data.data)
+    classes = model.num_classes
+    if classes is None and source is not None and model.model.split(":")[0] in LIBRARIES:
+        classes = source.classes
+    torch.manual_seed(seed)
+    voice.step(f"loading {model.model}")
+    network = load_model(model.model, model.weights, classes, voice.notice).to(device)
+    found = None if source is None else source.read(network, data.reading(seed))
+    example = _zeros(data) if found is None else _inputs(found)
+    return Inputs(network, found, to_device(example, device))
+
+
+def given(*groups: Any) -> dict[str, Any]:
+    """All options that were set, for the report's settings."""
+    found = {}
+    for group in groups:
+        for field in fields(group):
+            value = getattr(group, field.name)
+            if value is not None and value != []:
+                found[field.name] = value if isinstance(value, int | float | str) else str(value)
+    return found
+
+
+def _inputs(data: Data) -> Any:
+    """The first inputs of the first batch, without labels."""
+    raw = next(iter(data.calibrate), None)
+    if raw is None:
+        raise DataError("the data is empty: it gave no batch")
+    batch = first_samples(as_batch(raw, 0, torch.device("cpu")), 2)
+    return batch.kwargs or batch.args
+
+
+def _zeros(data: DataOptions) -> Tensor:
+    text = data.input_shape or f"3,{data.image_size},{data.image_size}"
+    shape = [int(n) for n in numbers("--input-shape", text)]
+    if not shape or min(shape) < 1:
+        raise OptionError(f"--input-shape {text!r} must be positive numbers")
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, *shape, generator=generator)

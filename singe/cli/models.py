@@ -1,0 +1,265 @@
+"""Models by name: ``torchvision:NAME``, ``timm:NAME``, ``hf:FOLDER``, ``path/to/file.py:factory``."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from singe.errors import ModelError, OptionError
+from singe.export import FORMAT, WEIGHTS, load_pruned
+
+PRETRAINED = "pretrained"
+SOURCES = "torchvision:NAME, timm:NAME, hf:FOLDER or path/to/file.py:factory"
+State = dict[str, Tensor]
+
+_operators: list[torch.library.Library] = []  # a Library undoes itself when it is collected
+
+
+def load_model(
+    spec: str,
+    weights: str | None = None,
+    num_classes: int | None = None,
+    notify: Callable[[str], None] = lambda line: None,
+) -> nn.Module:
+    """The model that ``spec`` names, in evaluation mode on the CPU.
+
+    Args:
+        spec: where it comes from. Of ``file.py:factory`` the code is run.
+        weights: a ``.safetensors`` file, a ``.pt`` state dict (read with ``weights_only=True``), a
+            folder or file of :func:`singe.save_pruned`, or ``"pretrained"`` for the library's own
+            (which it downloads).
+        num_classes: outputs of torchvision and timm models; default as the weights have them, or
+            the library's default. Weights with another number of outputs give all but the last layer.
+        notify: called with a sentence about anything the user should know.
+
+    Raises:
+        ModelError: unknown, not importable, or weights that do not fit.
+        OptionError: a spec or an option that is not offered.
+    """
+    source, _, name = spec.partition(":")
+    if source in ("torchvision", "timm"):
+        model = _from_library(source, name, weights, num_classes, notify)
+    elif num_classes is not None:
+        raise OptionError("--num-classes is for torchvision and timm models; the factory decides")
+    elif source == "hf":
+        model = _from_folder(Path(name))
+        model = _with_weights(model, weights)
+    elif spec.rpartition(":")[0].endswith(".py"):
+        model = call_from_file(spec)
+        if not isinstance(model, nn.Module):
+            raise ModelError(f"{spec} returned a {type(model).__name__}, not a torch.nn.Module")
+        model = _with_weights(model, weights)
+    else:
+        raise OptionError(f"the model {spec!r} must be {SOURCES}")
+    return model.eval()
+
+
+def call_from_file(spec: str) -> Any:
+    """``path/to/file.py:name``: run the file, call ``name()`` without arguments.
+
+    Raises:
+        ModelError: no such file or name, or an error in the file's own code.
+    """
+    path, _, name = spec.rpartition(":")
+    file = Path(path).resolve()
+    if not file.is_file():
+        raise ModelError(f"there is no file {path}")
+    found = importlib.util.spec_from_file_location(f"_singe_user_{file.stem}", file)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules[found.name] = module  # dataclasses and torch.export look themselves up there
+    sys.path.insert(0, str(file.parent))  # its neighbours, as when it is run as a script
+    try:
+        found.loader.exec_module(module)
+        if not callable(getattr(module, name, None)):
+            names = ", ".join(n for n, v in vars(module).items() if callable(v) and n[0] != "_")
+            raise ModelError(f"{path} has no function {name!r}; it has: {names or 'none'}")
+        return getattr(module, name)()
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{spec} failed: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(file.parent))
+
+
+def import_torchvision() -> ModuleType:
+    """``torchvision``, also where its compiled operators do not load beside this torch.
+
+    Its Python side then fails on ``nms`` and ``qnms``, which no classifier needs: they are declared.
+
+    Raises:
+        ModelError: it is not installed, or fails otherwise.
+    """
+    try:
+        return _import("torchvision")
+    except RuntimeError:
+        for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    _operators.append(library)
+    for name in ("nms", "qnms"):
+        with contextlib.suppress(RuntimeError):  # declared already
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return _import("torchvision")
+
+
+def _import(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ModelError(f"{name} does not import ({error}): pip install {name}") from error
+
+
+def _from_library(
+    source: str,
+    name: str,
+    weights: str | None,
+    num_classes: int | None,
+    notify: Callable[[str], None],
+) -> nn.Module:
+    vision = import_torchvision()  # timm imports it too
+    library = vision.models if source == "torchvision" else _import("timm")
+    if name not in library.list_models():
+        import difflib
+
+        near = difflib.get_close_matches(name, library.list_models(), n=3)
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise ModelError(f"{source} has no model {name!r}{hint}")
+
+    def build(classes: int | None) -> nn.Module:
+        options = {} if classes is None else {"num_classes": classes}
+        if source == "torchvision":
+            return library.get_model(name, weights=None, **options)
+        return library.create_model(name, pretrained=False, **options)
+
+    if weights is None:
+        return build(num_classes)
+    if weights != PRETRAINED:
+        if _is_pruned(Path(weights)):
+            return load_pruned(build(num_classes), weights)
+        state = read_state(Path(weights))
+    elif source == "torchvision":
+        state = library.get_model_weights(name).DEFAULT.get_state_dict(progress=False)
+    else:
+        state = library.create_model(name, pretrained=True).state_dict()
+    model = build(num_classes)
+    head = _other_head(model, state)
+    if head is not None and num_classes is None:
+        model = build(len(state[f"{head}.weight"]))
+        head = _other_head(model, state)
+    if head is not None:
+        notify(
+            f"{head} is new and untrained: the weights have {len(state[f'{head}.weight'])} "
+            f"classes, not {num_classes}; --warmup-steps trains it before pruning"
+        )
+        state = {k: v for k, v in state.items() if not k.startswith(f"{head}.")}
+    return _load(model, state, weights, but=head)
+
+
+def _from_folder(folder: Path) -> nn.Module:
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} is no local folder of a transformers model (no config.json)")
+    import_torchvision()
+    library = _import("transformers")
+    library.utils.logging.disable_progress_bar()
+    try:
+        return library.AutoModelForImageClassification.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"transformers cannot load {folder}: {error}") from error
+
+
+def _with_weights(model: nn.Module, weights: str | None) -> nn.Module:
+    if weights is None:
+        return model
+    if weights == PRETRAINED:
+        raise OptionError(f"--weights {PRETRAINED} is for torchvision and timm models; give a file")
+    if _is_pruned(Path(weights)):
+        return load_pruned(model, weights)
+    return _load(model, read_state(Path(weights)), weights)
+
+
+def read_state(path: Path) -> State:
+    """A state dict from safetensors or from torch's format; wrappers around it are taken off.
+
+    Raises:
+        ModelError: unreadable, or holding something else.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        raise ModelError(f"cannot read weights from {path}: {_line(error)}") from error
+    except Exception as error:  # pickle.UnpicklingError, and what a damaged archive raises
+        raise ModelError(
+            f"{path} holds more than tensors, which would run code when read ({_line(error)}); "
+            "save model.state_dict() instead"
+        ) from error
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise ModelError(f"{path} is no state dict (names and tensors)")
+    if content and all(name.startswith("module.") for name in content):  # from DataParallel
+        content = {name[len("module.") :]: value for name, value in content.items()}
+    return content
+
+
+def _is_pruned(path: Path) -> bool:
+    file = path / WEIGHTS if path.is_dir() else path
+    if file.suffix != ".safetensors":
+        return False
+    try:
+        with safe_open(str(file), framework="pt") as content:
+            return FORMAT in (content.metadata() or {}).get("singe", "")
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"cannot read weights from {file}: {error}") from error
+
+
+def _other_head(model: nn.Module, state: State) -> str | None:
+    """The one linear layer whose number of outputs differs; None if nothing or more differs."""
+    own = model.state_dict()
+    layers = {
+        k.rpartition(".")[0] for k, v in state.items() if k in own and own[k].shape != v.shape
+    }
+    if len(layers) != 1:
+        return None
+    (name,) = layers
+    weight, other = state.get(f"{name}.weight"), own[f"{name}.weight"]
+    same = weight is not None and weight.shape[1:] == other.shape[1:]
+    return name if same and isinstance(model.get_submodule(name), nn.Linear) else None
+
+
+def _load(model: nn.Module, state: State, path: str, but: str | None = None) -> nn.Module:
+    try:
+        missing, unknown = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise ModelError(
+            f"{path} does not fit this {type(model).__name__}: {_line(error)}"
+        ) from None
+    missing = [name for name in missing if but is None or not name.startswith(f"{but}.")]
+    if missing or unknown:
+        raise ModelError(
+            f"{path} does not fit this {type(model).__name__}: "
+            f"missing {missing[:3] or 'nothing'}, unknown {unknown[:3] or 'nothing'}"
+        )
+    return model
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,47 @@
+"""What the commands print: results on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from singe.cli.options import CommonOptions
+
+
+class Voice:
+    """Speaks as the user asked: tables or JSON, notices or none, progress on a terminal only."""
+
+    def __init__(self, common: CommonOptions) -> None:
+        self._json, self._quiet = common.as_json, common.quiet
+        self._errors = Console(stderr=True, soft_wrap=True, highlight=False)
+
+    @property
+    def progress(self) -> bool:
+        """Whether progress is shown."""
+        return not self._quiet and self._errors.is_terminal
+
+    def notice(self, line: str) -> None:
+        """A sentence the user should know, on standard error."""
+        if not self._quiet:
+            self._errors.print(line, markup=False)
+
+    def step(self, line: str) -> None:
+        """What is being done now; on a terminal only."""
+        if self.progress:
+            self._errors.print(line, style="dim", markup=False)
+
+    def result(self, content: dict[str, Any], *shown: Any) -> None:
+        """``content`` as JSON, or what was made of it for people."""
+        if self._json:
+            print_json(content)
+            return
+        console = Console()
+        for part in shown:
+            console.print(part, highlight=False, markup=False, soft_wrap=isinstance(part, str))
+
+
+def print_json(content: dict[str, Any]) -> None:
+    typer.echo(json.dumps(content, indent=2))

@@ -1,0 +1,128 @@
+"""``singe prune``: one shot, no training."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import singe
+from singe.cli import finish
+from singe.cli.groups import takes_groups
+from singe.cli.inputs import Inputs, given, load_inputs
+from singe.cli.options import (
+    BudgetOptions,
+    CommonOptions,
+    DataOptions,
+    ExportOptions,
+    ModelOptions,
+    ScoreOptions,
+)
+from singe.cli.output import Voice
+from singe.cli.score import run_score
+from singe.compress import accuracy
+from singe.errors import OptionError
+from singe.latency import Timing
+from singe.plan import Plan
+from singe.report import si, write_report
+from singe.scores import Scores
+
+
+@takes_groups
+def prune(
+    model: ModelOptions,
+    data: DataOptions,
+    scoring: ScoreOptions,
+    budget: BudgetOptions,
+    output: ExportOptions,
+    common: CommonOptions,
+    scores: Annotated[
+        Path | None, typer.Option(help="Scores from singe score.", rich_help_panel="Budget")
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="Carry out this plan.", rich_help_panel="Budget")
+    ] = None,
+) -> None:
+    """Remove the channels with the lowest scores, physically, down to a budget.
+
+    The scores come from --scores, or are computed on --data. No training: see compress.
+    """
+    voice = Voice(common)
+    formats = output.formats()
+    if plan is not None and (budget.target() or scores is not None):
+        raise OptionError("--plan says what goes: leave out --scores and the budget")
+    inputs = load_inputs(model, data, common.seed, voice)
+    options = scoring.arguments()
+    found = Scores.load(scores, inputs.model) if scores is not None else None
+    timing = Timing(batch_size=budget.timing_batch)
+    if plan is not None:
+        made = Plan.load(plan)
+    else:
+        found = found or run_score(inputs, options, common.seed, voice)
+        made = make_plan(inputs, found, budget, timing)
+    if output.dry_run:
+        told = {"plan": dict(made), "meta": made.meta}
+        voice.result(told, made.explain() if made.meta else f"{made!r}")
+        return
+    output.out.mkdir(parents=True, exist_ok=True)
+    original = copy.deepcopy(inputs.model)
+    measured = inputs.data is not None and inputs.data.evaluate is not None
+    before = _accuracy(inputs) if measured else None
+    done = singe.prune(inputs.model, made, inputs.example)
+    after = _accuracy(inputs) if measured else None
+    latency = finish.time_both(original, inputs.model, inputs.example, timing)
+    files = finish.write_model(inputs, made, output.out)
+    content: dict[str, Any] = {
+        "title": f"{model.model}, pruned",
+        "lead": f"One shot, no training. {done}.",
+        "before": {"macs": done.macs_before, "params": done.params_before, "metric": before},
+        "after": {"macs": done.macs_after, "params": done.params_after, "metric": after},
+        "latency": latency,
+        "settings": given(model, data, scoring, budget, common),
+        "versions": finish.versions(),
+    }
+    if found is not None:
+        content |= {
+            "groups": finish.scored_groups(found, made),
+            "score_name": finish.label(found),
+            **finish.explain(original, inputs, found, made, options, common.seed, voice),
+        }
+    if output.report:
+        files["report"] = str(write_report(output.out, content))
+    files |= finish.write_exports(inputs, output.out, formats, voice)
+    summary: dict[str, Any] = {k: content[k] for k in ("before", "after", "latency")}
+    summary["files"] = files
+    voice.result(summary, describe(summary))
+
+
+def make_plan(inputs: Inputs, scores: Scores, budget: BudgetOptions, timing: Timing) -> Plan:
+    """:func:`singe.plan` with the options of the command line."""
+    options = budget.arguments()
+    if budget.latency is not None:
+        options["timing"] = timing
+    return singe.plan(inputs.model, scores, inputs.example, **options)
+
+
+def _accuracy(inputs: Inputs) -> float:
+    assert inputs.data is not None
+    assert inputs.data.evaluate is not None
+    return accuracy(inputs.model, inputs.data.evaluate)
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """A few lines: cost and accuracy before and after, and where everything is."""
+    before, after, latency = summary["before"], summary["after"], summary["latency"]
+    lines = [
+        f"{name:<11} {si(before[key])} -> {si(after[key])} ({after[key] / before[key]:.1%})"
+        for key, name in (("macs", "MACs"), ("params", "parameters"))
+    ]
+    if before["metric"] is not None and after["metric"] is not None:
+        lines.append(f"{'accuracy':<11} {before['metric']:.1%} -> {after['metric']:.1%}")
+    lines.append(
+        f"{'latency':<11} {latency['before']:.3g} -> {latency['after']:.3g} ms "
+        f"(batch {latency['batch_size']}, {latency['device']})"
+    )
+    lines += [f"{kind:<11} {path}" for kind, path in summary["files"].items()]
+    return "\n".join(lines)

@@ -1,0 +1,77 @@
+"""``singe score``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+import singe
+from singe.cli.groups import takes_groups
+from singe.cli.inputs import Inputs, load_inputs
+from singe.cli.options import CommonOptions, DataOptions, ModelOptions, ScoreOptions
+from singe.cli.output import Voice
+from singe.criteria import as_criterion
+from singe.scores import Scores
+
+
+@takes_groups
+def score(
+    model: ModelOptions,
+    data: DataOptions,
+    scoring: ScoreOptions,
+    common: CommonOptions,
+    out: Annotated[Path, typer.Option(help="File to write.", rich_help_panel="Output")] = Path(
+        "scores.safetensors"
+    ),
+) -> None:
+    """Score every prunable channel of a model: higher = keep."""
+    voice = Voice(common)
+    inputs = load_inputs(model, data, common.seed, voice)
+    out.parent.mkdir(parents=True, exist_ok=True)  # fails before the work, not after it
+    scores = run_score(inputs, scoring.arguments(), common.seed, voice)
+    scores.save(out)
+    groups = summary(scores)
+    rejected = scores.meta["rejected"]
+    content = {"scores": str(out), "groups": groups, "meta": scores.meta}
+    seconds = sum(scores.meta["seconds"].values())
+    voice.result(
+        content,
+        _table(groups),
+        f"{scores.meta['criterion']}, {scores.meta['path']} path, {scores.meta['samples']} samples, "
+        f"{seconds:.1f} s. Scores: {out}"
+        + (f". Left out: {len(rejected)} (--json says why)" if rejected else ""),
+    )
+
+
+def run_score(inputs: Inputs, options: dict[str, Any], seed: int, voice: Voice) -> Scores:
+    """Score with the inputs's data, or without where the criterion needs none."""
+    batches: Any = [inputs.example]
+    if as_criterion(options.get("criterion", "singe")).needs_data:
+        batches = inputs.require_data("this criterion").calibrate
+    return singe.score(inputs.model, batches, progress=voice.progress, seed=seed, **options)
+
+
+def summary(scores: Scores) -> dict[str, dict[str, float]]:
+    """Per group its units and the spread of their scores."""
+    return {
+        name: {
+            "units": len(values),
+            "lowest": float(values.min()),
+            "median": float(values.median()),
+            "highest": float(values.max()),
+        }
+        for name, values in scores.items()
+    }
+
+
+def _table(groups: dict[str, dict[str, float]]) -> Table:
+    table = Table("group", "units", "lowest", "median", "highest", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, row in groups.items():
+        spread = (f"{row[k]:.3g}" for k in ("lowest", "median", "highest"))
+        table.add_row(name, str(row["units"]), *spread)
+    return table

@@ -1,0 +1,283 @@
+"""A pruned model as files: safetensors with its plan, ``torch.export`` and ONNX."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from singe.data import Batch, device_of, example_batch, first_samples
+from singe.errors import ExportError, ModelError
+from singe.files import replacing
+from singe.graph import NORMS, ROWS, private_copy, unwrapped
+from singe.plan import Plan
+from singe.snapshot import Snapshot
+
+FORMAT = "singe-pruned-1"
+WEIGHTS, PLAN = "model.safetensors", "plan.json"
+ONNX_MODULES = ("onnx", "onnxscript", "onnxruntime")
+ONNX_TOLERANCE = 1e-4
+
+
+def save_pruned(
+    model: nn.Module, folder: str | PathLike[str], plan: Plan | None = None
+) -> dict[str, Path]:
+    """Write ``model.safetensors`` and, with a plan, ``plan.json`` into ``folder`` (made if missing).
+
+    The weights' header holds the size of every layer, so :func:`load_pruned` needs no plan; the plan
+    is there to read and to replay with :func:`singe.prune`.
+
+    Args:
+        model: pruned or not; tied weights are written once.
+        folder: existing files of these names are replaced, each at once or not at all.
+        plan: what was removed.
+
+    Returns:
+        What was written: ``{"weights": path, "plan": path}``.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    inner = unwrapped(model)
+    header = {"format": FORMAT, "model": type(inner).__name__, "layers": _layers(inner)}
+    written = {"weights": folder / WEIGHTS}
+    with replacing(written["weights"]) as partial:
+        save_model(inner, str(partial), metadata={"singe": json.dumps(header)})
+    if plan is not None:
+        written["plan"] = folder / PLAN
+        plan.save(written["plan"])
+    return written
+
+
+def load_pruned(model: nn.Module, path: str | PathLike[str]) -> nn.Module:
+    """Give a freshly built, unpruned ``model`` the sizes and weights that :func:`save_pruned` wrote.
+
+    Nothing is traced and no data is needed. Layers that change size get new parameters: make
+    optimizers afterwards.
+
+    Args:
+        model: of the class and arguments the saved one was built with; changed in place, on its
+            device; ``requires_grad`` flags and modes are kept.
+        path: the folder, or the safetensors file itself.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ModelError: another architecture, or no such file; the model is unchanged then.
+    """
+    file = Path(path)
+    file = file / WEIGHTS if file.is_dir() else file
+    header = _read_header(file)
+    inner = unwrapped(model)
+    with Snapshot(model) as snapshot:
+        try:
+            _resize(inner, header["layers"])
+            load_model(inner, str(file), device=str(device_of(inner)))
+        except (RuntimeError, KeyError, SafetensorError) as error:
+            raise ModelError(
+                f"{file} holds a pruned {header.get('model')} that does not fit this "
+                f"{type(inner).__name__}; build it with the arguments of the original "
+                f"({' '.join(str(error).split())[:300]})"
+            ) from error
+        snapshot.discard()
+    return model
+
+
+def export_pt2(model: nn.Module, example_inputs: Any, path: str | PathLike[str]) -> Path:
+    """Write a ``torch.export`` program; ``torch.export.load`` needs neither this package nor the class.
+
+    The batch size stays free where the model allows it. The example inputs are left out of the file:
+    they are the only part that torch would pickle.
+
+    Args:
+        model: exported in evaluation mode; not changed.
+        example_inputs: a tensor, a tuple of arguments or a dict, as for :func:`singe.prune`.
+        path: usually ``*.pt2``.
+
+    Raises:
+        ExportError: ``torch.export`` cannot capture this model.
+    """
+    program = _capture(model, _two_samples(model, example_inputs))
+    program.example_inputs = None
+    with replacing(path) as partial:
+        renamed = partial.with_suffix(".pt2")  # torch warns about any other
+        try:
+            with _quiet():
+                torch.export.save(program, renamed)
+            renamed.replace(partial)
+        finally:
+            renamed.unlink(missing_ok=True)
+    return Path(path)
+
+
+def export_onnx(
+    model: nn.Module,
+    example_inputs: Any,
+    path: str | PathLike[str],
+    tolerance: float = ONNX_TOLERANCE,
+) -> float:
+    """Write an ONNX file and run it: onnxruntime's outputs must equal the model's.
+
+    Args:
+        model: exported in evaluation mode; not changed.
+        example_inputs: a tensor, a tuple of arguments or a dict; also what is compared on.
+        path: written only if the check passes.
+        tolerance: largest difference allowed, relative to the largest output (at least 1).
+
+    Returns:
+        The largest difference found, in the same measure.
+
+    Raises:
+        ExportError: the ``export`` extra is missing, the model cannot be captured, or the outputs
+            differ by more than ``tolerance``.
+    """
+    check_onnx()
+    batch = _two_samples(model, example_inputs)
+    program = _capture(model, batch)
+    with replacing(path) as partial:
+        with _quiet():
+            torch.onnx.export(program, f=partial, external_data=False, verbose=False)
+        difference = _compare(partial, private_copy(model).eval(), batch)
+        if not difference <= tolerance:
+            raise ExportError(
+                f"onnxruntime's outputs are off by {difference:.3g} (allowed: {tolerance:g}); "
+                f"{path} was not written"
+            )
+    return difference
+
+
+def check_onnx() -> None:
+    """Raise ExportError unless everything that ONNX needs is installed."""
+    missing = [name for name in ONNX_MODULES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(f"ONNX needs {', '.join(missing)}: pip install 'singe[export]'")
+
+
+def _layers(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Per layer its sizes: integer attributes such as ``out_channels``, and shapes of its tensors."""
+    found = {}
+    for name, module in model.named_modules():
+        tensors = dict(_tensors(module))
+        if tensors or isinstance(module, (*ROWS, *NORMS)):
+            sizes = {k: v for k, v in vars(module).items() if not k.startswith("_") and _is_size(v)}
+            shapes = {k: list(t.shape) for k, t in tensors.items()}
+            found[name] = {"type": type(module).__name__, "sizes": sizes, "shapes": shapes}
+    return found
+
+
+def _is_size(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_size, value))
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None:
+            yield name, tensor
+
+
+def _read_header(file: Path) -> dict[str, Any]:
+    try:
+        with safe_open(str(file), framework="pt") as content:
+            header = json.loads((content.metadata() or {}).get("singe", "null"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ModelError(f"cannot read a pruned model from {file}: {error}") from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise ModelError(f"{file} is no model that save_pruned wrote ({FORMAT})")
+    return header
+
+
+def _resize(model: nn.Module, layers: dict[str, dict[str, Any]]) -> None:
+    modules = dict(model.named_modules())
+    replaced: dict[int, Tensor] = {}  # tied parameters stay tied
+    for name, layer in layers.items():
+        module = modules[name]
+        if type(module).__name__ != layer["type"]:
+            raise KeyError(f"{name} is a {type(module).__name__}, not a {layer['type']}")
+        for key, value in layer["sizes"].items():
+            setattr(module, key, tuple(value) if isinstance(value, list) else value)
+        for key, tensor in list(_tensors(module)):
+            shape = layer["shapes"].get(key)
+            if shape is None or list(tensor.shape) == shape:
+                continue
+            new = replaced.get(id(tensor))
+            if new is None:
+                new = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+                if isinstance(tensor, nn.Parameter):
+                    new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+                replaced[id(tensor)] = new
+            setattr(module, key, new)
+
+
+def _two_samples(model: nn.Module, example_inputs: Any) -> Batch:
+    """Two samples: from one alone the capture would take the batch size for a constant."""
+    batch = first_samples(example_batch(example_inputs, device_of(model)), 2)
+    if batch.size == 2:
+        return batch
+
+    def twice(t: Tensor) -> Tensor:
+        return torch.cat([t, t]) if t.dim() else t
+
+    return Batch(
+        tree_map_only(Tensor, twice, batch.args), tree_map_only(Tensor, twice, batch.kwargs),
+        batch.labels, batch.raw, 2, batch.index,
+    )  # fmt: skip
+
+
+def _capture(model: nn.Module, batch: Batch) -> torch.export.ExportedProgram:
+    def free(t: Tensor) -> dict[int, Any] | None:
+        return {0: torch.export.Dim.AUTO} if t.dim() else None
+
+    shapes: Any = tree_map_only(Tensor, free, (batch.args, batch.kwargs))
+    twin = private_copy(model).eval()
+    twin.requires_grad_(False)
+    try:
+        with _quiet(), torch.no_grad():
+            # Without keyword inputs torch wants the positional shapes alone.
+            return torch.export.export(
+                twin, batch.args, batch.kwargs,
+                dynamic_shapes=shapes[1] if batch.kwargs else shapes[0],
+            )  # fmt: skip
+    except Exception as error:  # whatever the model's own code does under the capture
+        raise ExportError(
+            f"torch.export cannot capture this {type(unwrapped(model)).__name__}: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from error
+
+
+@torch.no_grad()
+def _compare(file: Path, model: nn.Module, batch: Batch) -> float:
+    import onnxruntime
+
+    # From bytes: onnxruntime takes the temporary name's ending for a format of its own.
+    runner = onnxruntime.InferenceSession(file.read_bytes(), providers=["CPUExecutionProvider"])
+    inputs = [t for t in tree_leaves((batch.args, batch.kwargs)) if isinstance(t, Tensor)]
+    names = [i.name for i in runner.get_inputs()]
+    got = runner.run(None, {n: t.cpu().numpy() for n, t in zip(names, inputs, strict=True)})
+    expected = [t for t in tree_leaves(batch.call(model)) if isinstance(t, Tensor)]
+    worst = 0.0
+    for mine, theirs in zip(expected, got, strict=True):
+        wide = mine.detach().cpu().double()
+        gap = (wide - torch.from_numpy(theirs).double()).abs().max()
+        worst = max(worst, float(gap / wide.abs().max().clamp(min=1.0)))
+    return worst
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch's exporters warn about their own deprecated internals."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

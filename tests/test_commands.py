@@ -1,0 +1,347 @@
+"""``singe score | prune | compress | compare`` on a tiny model and data: files, JSON, exit status."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    one_thread,  # noqa: F401 - autouse
+)
+from typer.testing import CliRunner
+
+import singe
+from singe import cli
+from singe.cli.compress import time_left
+from singe.cli.models import load_model
+from singe.cli.options import BudgetOptions, ScoreOptions, TuningOptions
+from singe.errors import BudgetError, CheckpointError, ExportError, OptionError, SingeError
+from singe.export import load_pruned
+
+FACTORY = """
+import torch
+from torch import nn
+
+def make():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4),
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with ``net.py`` and ``data.npz``: four classes of brightness, easy to learn."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "net.py").write_text(FACTORY)
+    draw = np.random.default_rng(0)
+    y = draw.integers(0, 4, 120)
+    x = draw.integers(0, 60, (120, 8, 8, 3)) + 50 * y[:, None, None, None]
+    np.savez(folder / "data.npz", x=x.astype(np.uint8), y=y)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def inside(place, monkeypatch):
+    monkeypatch.chdir(place)
+
+
+def run(*words: object) -> str:
+    """Standard output of a command that must succeed."""
+    done = CliRunner().invoke(cli.app, [str(w) for w in words])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def run_main(monkeypatch, *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["singe", *map(str, words)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return int(stop.value.code or 0)
+
+
+MODEL = ("net.py:make", "--device", "cpu")
+DATA = ("--data", "data.npz", "--batch-size", 16)
+QUICK = ("--finetune-steps", 8, "--rounds", 2, "--lr", 0.05, "--no-augment")
+
+
+@pytest.fixture(scope="module")
+def compressed(place):
+    """One run of ``singe compress``: its folder and what it printed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        out = place / "run"
+        words = ("compress", *MODEL, *DATA, *QUICK, "--macs", 0.5, "--warmup-steps", 30,
+                 "--checkpoint-every", 3, "--out", out, "--json")  # fmt: skip
+        return out, json.loads(run(*words))
+
+
+def test_score_writes_scores(tmp_path):
+    told = json.loads(run("score", *MODEL, *DATA, "--out", tmp_path / "s.safetensors", "--json"))
+    scores = singe.Scores.load(told["scores"], load_model("net.py:make"))
+    assert {g: len(v) for g, v in scores.items()} == {"0": 8, "3": 12}
+    assert told["groups"]["3"]["highest"] == pytest.approx(float(scores["3"].max()))
+    assert told["meta"]["samples"] == 96  # a fifth is held out
+    shown = run("score", *MODEL, *DATA, "--path", "network", "--p", 2, "--out", tmp_path / "t.st")
+    assert "singe, network path, 96 samples" in shown
+    assert singe.Scores.load(tmp_path / "t.st").meta["p"] == 2
+
+
+def test_scores_without_data(tmp_path):
+    words = ("score", *MODEL, "--input-shape", "3,6,6", "--out", tmp_path / "s.st")
+    assert "magnitude" in run(*words, "--criterion", "magnitude")
+    with pytest.raises(OptionError, match="--data"):
+        run(*words)
+
+
+def test_prune_from_scores_leaves_a_model_that_loads(tmp_path):
+    run("score", *MODEL, *DATA, "--out", tmp_path / "s.st")
+    out = tmp_path / "out"
+    told = json.loads(
+        run("prune", *MODEL, *DATA, "--scores", tmp_path / "s.st", "--macs", 0.6, "--out", out,
+            "--json")
+    )  # fmt: skip
+    assert told["after"]["macs"] <= 0.6 * told["before"]["macs"]
+    assert set(told["files"]) == {"weights", "plan", "pt2", "report"}
+    model = load_pruned(load_model("net.py:make"), out)
+    x = torch.randn(3, 3, 8, 8)
+    assert torch.allclose(torch.export.load(told["files"]["pt2"]).module()(x), model(x), atol=1e-5)
+    assert "Why these channels went" in (out / "report.html").read_text()
+    # The plan replays on a fresh model; the report says the same.
+    plan = singe.Plan.load(out / "plan.json")
+    assert singe.prune(load_model("net.py:make"), plan, x).macs_after == told["after"]["macs"]
+    groups = json.loads((out / "report.json").read_text())["groups"]
+    assert {g: v["removed"] for g, v in groups.items() if v["removed"]} == dict(plan)
+    again = json.loads(
+        run("prune", *MODEL, *DATA, "--plan", out / "plan.json", "--out", tmp_path / "again",
+            "--export", "none", "--no-report", "--json")
+    )  # fmt: skip
+    assert again["after"] == told["after"]
+    assert set(again["files"]) == {"weights", "plan"}
+
+
+@pytest.mark.parametrize("command", ["prune", "compress"])
+def test_a_dry_run_writes_nothing(tmp_path, command):
+    out = tmp_path / "out"
+    words = (command, *MODEL, *DATA, "--macs", 0.5, "--dry-run", "--out", out)
+    told = json.loads(run(*words, "--json"))
+    assert told["meta"]["after"]["macs"] <= 0.5 * told["meta"]["before"]["macs"]
+    assert not out.exists()
+    if command == "compress":
+        assert inspect.signature(singe.compress).parameters["finetune_steps"].default == 200
+        assert told["cost"]["training_steps"] == 5 * 200
+        assert told["cost"]["estimated_seconds"] > 0
+    assert "units go" in run(*words)
+
+
+def test_compress_from_data_to_report(compressed):
+    out, told = compressed
+    assert told["after"]["macs"] <= 0.5 * told["before"]["macs"]
+    assert told["before"]["metric"] > 0.6  # the warm-up taught it
+    assert len(told["rounds"]) == 2
+    assert told["stopped"] is None
+    for path in told["files"].values():
+        assert (out / path).exists()
+    model = load_pruned(load_model("net.py:make"), out)
+    assert sum(p.numel() for p in model.parameters()) == told["after"]["params"]
+    page = (out / "report.html").read_text()
+    for title in ("Accuracy against MACs", "What is left", "Scores, and where", "Why these",
+                  "Criteria compared", "Latency", "Settings", "Versions"):  # fmt: skip
+        assert title in page
+    content = json.loads((out / "report.json").read_text())
+    assert content["criteria"]["names"] == ["singe, layer path", "taylor", "magnitude"]
+    assert content["settings"]["warmup_steps"] == 30
+
+
+def test_a_finished_run_is_not_overwritten_and_resumes_to_the_same(compressed):
+    out, told = compressed
+    words = ("compress", *MODEL, *DATA, *QUICK, "--macs", 0.5, "--warmup-steps", 30,
+             "--checkpoint-every", 3, "--out", out, "--export", "none", "--no-report")  # fmt: skip
+    with pytest.raises(OptionError, match="--resume continues it"):
+        run(*words)
+    with pytest.raises(CheckpointError):
+        run(*words, "--resume", "--optimizer", "adamw")
+    before = (out / "model.safetensors").read_bytes()
+    again = json.loads(run(*words, "--resume", "--json"))
+    assert again["after"] == told["after"]
+    assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_compress_stops_at_the_floor(tmp_path, monkeypatch, capsys):
+    words = ("compress", *MODEL, *DATA, "--macs", 0.2, "--accuracy-floor", 0.7, "--lr", 0.05,
+             "--no-augment", "--warmup-steps", 60, "--rounds", 1, "--finetune-steps", 0,
+             "--no-recalibrate", "--max-pruning-ratio", 0.9, "--criterion", "random",
+             "--out", tmp_path / "out", "--export", "none", "--no-report", "--json")  # fmt: skip
+    assert run_main(monkeypatch, *words) == 3
+    captured = capsys.readouterr()
+    told = json.loads(captured.out)
+    assert "below accuracy_floor=0.7" in told["stopped"]
+    assert "stopped early" in captured.err
+    assert told["after"]["macs"] == told["before"]["macs"]  # not one round was good
+    load_pruned(load_model("net.py:make"), tmp_path / "out")
+
+
+def test_compare_files_and_criteria(tmp_path):
+    for name in ("taylor", "magnitude"):
+        run("score", *MODEL, *DATA, "--criterion", name, "--out", tmp_path / f"{name}.st")
+    files = (tmp_path / "taylor.st", tmp_path / "magnitude.st")
+    told = json.loads(run("compare", *files, "--json"))
+    assert told["names"] == ["taylor", "magnitude"]
+    assert "accuracy" not in told
+    more = ("compare", *files, "--model", *MODEL, *DATA, "--criteria", "singe:network, random")
+    told = json.loads(
+        run(*more, "--macs", 0.6, "--finetune-steps", 2, "--out", tmp_path / "out", "--json")
+    )
+    assert list(told["accuracy"]) == ["taylor", "magnitude", "singe:network", "random"]
+    assert np.shape(told["spearman"]) == (4, 4)
+    full = told["cost"]["taylor"]["macs"]
+    assert all(0.5 * full < cost["macs"] < 2 * full for cost in told["cost"].values())
+    assert "after 2 steps" in (tmp_path / "out" / "report.json").read_text()
+    shown = run(*more)
+    assert "Rank correlation" in shown
+    assert "Overlap of the lowest 30%" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("compare",), "at least two"),
+        (("compare", "--macs", 0.5), "need --model"),
+        (("prune", *MODEL, *DATA), "exactly one"),
+        (("prune", *MODEL, *DATA, "--macs", 0.5, "--params", 0.5), "exactly one"),
+        (("prune", *MODEL, *DATA, "--macs", 0.5, "--plan", "p.json"), "--plan says"),
+        (("prune", *MODEL, *DATA, "--macs", 0.5, "--export", "tflite"), "tflite is not offered"),
+        (("score", *MODEL, *DATA, "--criterion", "tailor"), "tailor"),
+        (("score", *MODEL, *DATA, "--mean", "a,b"), "--mean"),
+        (("score", *MODEL, "--device", "abacus"), "abacus"),
+        (("compress", *MODEL, "--macs", 0.5), "compress needs data"),
+        (("compress", *MODEL, *DATA, "--macs", 0.5, "--optimizer", "lion"), "lion"),
+        (("prune", *MODEL, *DATA, "--macs", 0.5, "--min-keep", "a=b"), "--min-keep"),
+    ],
+)
+def test_wrong_use(words, message, tmp_path):
+    with pytest.raises(SingeError, match=message):
+        run(*words, *(() if words[0] == "compare" else ("--out", tmp_path / "out")))
+
+
+def test_an_unreachable_budget_is_status_2_and_one_line(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    words = ("prune", *MODEL, *DATA, "--macs", 0.001, "--out", out)
+    assert run_main(monkeypatch, *words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert "smallest reachable" in captured.err
+    assert captured.err.count("\n") == 1
+    assert not out.exists()
+    with pytest.raises(BudgetError):
+        run(*words)
+
+
+def test_a_missing_exporter_is_found_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("singe.export.ONNX_MODULES", ("no_such_exporter",))
+    with pytest.raises(ExportError, match=r"no_such_exporter.*singe\[export\]"):
+        run("prune", *MODEL, *DATA, "--macs", 0.5, "--export", "onnx", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_cannot_be_exported_is_still_saved_and_reported(tmp_path, monkeypatch):
+    def fail(*_):
+        raise ExportError("cannot capture")
+
+    monkeypatch.setattr("singe.cli.finish.export_pt2", fail)
+    with pytest.raises(ExportError, match="cannot capture"):
+        run("prune", *MODEL, "--criterion", "magnitude", "--macs", 0.5, "--image-size", 8,
+            "--out", tmp_path / "out")  # fmt: skip
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert {"model.safetensors", "plan.json", "report.html"} <= names
+
+
+def test_the_time_left_is_told_after_each_round_but_the_last():
+    class Listener:
+        said: tuple[str, ...] = ()
+
+        def step(self, line):
+            self.said += (line,)
+
+    listener = Listener()
+    tell = time_left(TuningOptions(rounds=3), listener)
+    for _ in range(3):
+        tell(None, None, None)
+    assert [line.split(" left, ")[1] for line in listener.said] == [
+        "2 of 3 rounds", "1 of 3 rounds",
+    ]  # fmt: skip
+
+
+def test_quiet_says_nothing_but_the_result(tmp_path, monkeypatch, capsys):
+    words = ("score", *MODEL, *DATA, "--quiet", "--out", tmp_path / "s.st")
+    assert run_main(monkeypatch, *words) == 0
+    captured = capsys.readouterr()
+    assert "Scores:" in captured.out
+    assert captured.err == ""
+
+
+# ---------------------------------------------------------------------- options from a file
+
+
+def test_a_file_holds_options_and_the_command_line_wins(tmp_path):
+    config = tmp_path / "c.toml"
+    config.write_text(
+        'data = "data.npz"\nmodel = "net.py:make"\ndevice = "cpu"\nbatch_size = 16\nmacs = 0.9\n'
+        'rounds = 7\nlayer = ["3"]\n[score]\ncriterion = "magnitude"\njson = true\n'
+        f'out = "{tmp_path / "s.st"}"\n[prune]\nexport = "none"\nreport = false\n'
+    )
+    told = json.loads(run("score", "--config", config))
+    assert told["meta"]["criterion"] == "magnitude"
+    assert list(told["groups"]) == ["3"]
+    told = json.loads(run("score", "--config", config, "--criterion", "random"))
+    assert told["meta"]["criterion"] == "random"
+    told = json.loads(
+        run("prune", "--config", config, "--macs", 0.8, "--out", tmp_path / "out", "--json")
+    )
+    assert told["after"]["macs"] <= 0.8 * told["before"]["macs"]
+    assert set(told["files"]) == {"weights", "plan"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("critereon = 'random'", "no option 'critereon'; did you mean criterion"),
+        ("[score]\nrounds = 3", r"\[score\] there is no option 'rounds'"),
+        ("score = 3", "must be a table"),
+        ("= 3", "cannot read the configuration"),
+    ],
+)
+def test_a_wrong_file(tmp_path, text, message):
+    (tmp_path / "c.toml").write_text(text)
+    with pytest.raises(OptionError, match=message):
+        run("score", *MODEL, "--config", tmp_path / "c.toml")
+
+
+def test_options_become_arguments():
+    scoring = ScoreOptions(quadrature="8", p="sum", layers=["a"], max_memory=2)
+    assert scoring.arguments() == {
+        "quadrature": 8, "p": "sum", "layers": ["a"], "max_memory": 2 * 2**20,
+    }  # fmt: skip
+    assert ScoreOptions(quadrature="trapezoid", p="2").arguments() == {
+        "quadrature": "trapezoid", "p": 2,
+    }  # fmt: skip
+    budget = BudgetOptions(macs=0.5, min_keep=["0.2"], max_keep=["layer1=0.5", "fc=1"], round_to=8)
+    assert budget.arguments() == {
+        "macs": 0.5, "min_keep": 0.2, "max_keep": {"layer1": 0.5, "fc": 1.0}, "round_to": 8,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["score", "prune", "compress", "compare", "info", "demo"])
+def test_every_command_has_help_and_json(command):
+    shown = run(command, "--help")
+    assert "--json" in shown

@@ -1,0 +1,196 @@
+"""What is exported computes what the pruned model computes, and loads without pickle."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import zipfile
+
+import pytest
+import torch
+from helpers import (
+    one_thread,  # noqa: F401 - autouse
+    torchvision_models,
+)
+from torch import nn
+
+import singe
+from singe.errors import ExportError, ModelError
+from singe.export import export_onnx, export_pt2, load_pruned, save_pruned
+
+X = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+class Tied(nn.Module):
+    """Two layers that share one weight, a LayerNorm without parameters, and a buffer."""
+
+    def __init__(self, hidden: int = 12) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, hidden)
+        self.norm = nn.LayerNorm(hidden, elementwise_affine=False)
+        self.middle = nn.Linear(hidden, hidden)
+        self.out = nn.Linear(hidden, 6)
+        self.again = nn.Linear(hidden, 6, bias=False)
+        self.again.weight = self.out.weight
+        self.register_buffer("scale", torch.tensor(2.0))
+
+    def forward(self, x):
+        hidden = self.middle(self.norm(self.first(x)).relu()).relu()
+        return self.out(hidden) + self.scale * self.again(hidden)
+
+
+def convnet() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 12, 3, groups=2), nn.GroupNorm(3, 12), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4),
+    )  # fmt: skip
+
+
+def pruned(build, inputs, channels=0.6):
+    torch.manual_seed(0)
+    model = build().eval()
+    scores = singe.score(model, [inputs], criterion="random", progress=False)
+    plan = singe.plan(model, scores, inputs, channels=channels)
+    singe.prune(model, plan, inputs)
+    return model, plan
+
+
+@pytest.mark.parametrize(
+    ("build", "inputs"),
+    [
+        (convnet, X),
+        (Tied, X[:, 0, 0, :6]),
+        (lambda: torchvision_models().mobilenet_v2(num_classes=5), X),
+    ],
+    ids=["convnet", "tied", "mobilenet_v2"],
+)
+def test_a_saved_model_is_rebuilt_from_its_class(build, inputs, tmp_path):
+    model, plan = pruned(build, inputs)
+    written = save_pruned(model, tmp_path, plan)
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert {p.stat().st_mode for p in written.values()} == {plain.stat().st_mode}
+    again = load_pruned(build().eval(), tmp_path)
+    assert torch.equal(again(inputs), model(inputs))
+    assert singe.Plan.load(written["plan"]) == plan
+    for name, module in model.named_modules():  # torch's own printing shows every size
+        assert repr(module) == repr(again.get_submodule(name))
+    # Replaying the plan on the original gives the same sizes.
+    replayed = build().eval()
+    replayed_plan = singe.Plan(dict(plan))
+    singe.prune(replayed, replayed_plan, inputs)
+    shapes = {n: t.shape for n, t in model.state_dict().items()}
+    assert {n: t.shape for n, t in replayed.state_dict().items()} == shapes
+
+
+def test_tied_weights_stay_tied_and_frozen_ones_frozen(tmp_path):
+    model, plan = pruned(Tied, X[:, 0, 0, :6])
+    save_pruned(model, tmp_path, plan)
+    fresh = Tied()
+    fresh.first.requires_grad_(False)
+    load_pruned(fresh, tmp_path / "model.safetensors")
+    assert fresh.again.weight is fresh.out.weight
+    assert not fresh.first.weight.requires_grad
+    assert fresh.out.weight.requires_grad
+    fresh(X[:, 0, 0, :6]).sum().backward()
+    assert fresh.out.weight.grad is not None
+
+
+def test_another_architecture_is_refused_and_left_alone(tmp_path):
+    model, plan = pruned(convnet, X)
+    save_pruned(model, tmp_path, plan)
+    for other in (Tied(), nn.Sequential(nn.Linear(3, 3)), convnet().append(nn.Linear(4, 4))):
+        before = copy.deepcopy(other.state_dict())
+        with pytest.raises(ModelError, match="does not fit"):
+            load_pruned(other, tmp_path)
+        after = other.state_dict()
+        assert list(before) == list(after)
+        assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors", None])
+def test_a_file_that_is_no_pruned_model(content, tmp_path):
+    path = tmp_path / "model.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ModelError, match="cannot read a pruned model"):
+        load_pruned(convnet(), path)
+
+
+def test_scores_are_no_model(tmp_path):
+    model = convnet().eval()
+    scores = singe.score(model, [X], criterion="magnitude", progress=False)
+    scores.save(tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match="no model that save_pruned wrote"):
+        load_pruned(model, tmp_path)
+
+
+def test_pt2_runs_alone_for_any_batch_size(tmp_path):
+    model, _ = pruned(convnet, X)
+    model.train()
+    path = export_pt2(model, X[:1], tmp_path / "model.pt2")
+    assert model.training
+    program = torch.export.load(path).module()
+    for size in (1, 2, 3):
+        torch.testing.assert_close(program(X[:size]), model.eval()(X[:size]))
+    pickles = [n for n in zipfile.ZipFile(path).namelist() if "sample_inputs" in n]
+    sizes = {n: zipfile.ZipFile(path).getinfo(n).file_size for n in pickles}
+    assert all(size == 0 for size in sizes.values()), sizes
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pt2"]
+
+
+def test_onnx_equals_the_model_for_any_batch_size(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, _ = pruned(lambda: torchvision_models().resnet18(num_classes=5), X)
+    path = tmp_path / "model.onnx"
+    assert export_onnx(model, X[:1], path) <= 1e-4
+    runner = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (name,) = [i.name for i in runner.get_inputs()]
+    for size in (1, 3):
+        (got,) = runner.run(None, {name: X[:size].numpy()})
+        torch.testing.assert_close(torch.from_numpy(got), model(X[:size]), rtol=1e-4, atol=1e-4)
+
+
+def test_a_different_onnx_is_not_written(tmp_path):
+    pytest.importorskip("onnxscript")
+    with pytest.raises(ExportError, match="off by"):
+        export_onnx(convnet().eval(), X, tmp_path / "model.onnx", tolerance=-1.0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_keyword_inputs(tmp_path):
+    class Keywords(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = convnet()
+
+        def forward(self, pixel_values):
+            return {"logits": self.body(pixel_values)}
+
+    model = Keywords().eval()
+    program = torch.export.load(
+        export_pt2(model, {"pixel_values": X}, tmp_path / "model.pt2")
+    ).module()
+    torch.testing.assert_close(program(pixel_values=X)["logits"], model(X)["logits"])
+
+
+def test_a_model_that_cannot_be_captured(tmp_path):
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer(x) if x.sum() > 0 else x
+
+    with pytest.raises(ExportError, match=r"cannot capture this Branches"):
+        export_pt2(Branches(), torch.ones(2, 4), tmp_path / "model.pt2")
+
+
+def test_onnx_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ExportError, match=r"pip install 'singe\[export\]'"):
+        export_onnx(convnet(), X, tmp_path / "model.onnx")

@@ -1,0 +1,163 @@
+"""A report: one file that needs nothing else, drawn for light and dark pages from plain data."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from singe.report import SECTIONS, plots, si, write_report
+from singe.report.theme import DARK, LIGHT
+
+ROUND = {
+    "macs": 80.0, "params": 40, "units_removed": 3, "metric_pruned": 0.5, "metric_finetuned": 0.8,
+    "finetune_loss": 0.31, "seconds_pruning": 2.0, "seconds_finetuning": 58.0,
+}  # fmt: skip
+CONTENT = {
+    "title": "A <model> & more",
+    "lead": "what was done",
+    "notes": ["Stopped early: 1 < 2."],
+    "before": {"macs": 100.0, "params": 50, "metric": 0.9},
+    "after": {"macs": 60.0, "params": 30, "metric": 0.85},
+    "rounds": [ROUND, {**ROUND, "macs": 60.0, "params": 30}],
+    "accuracy_floor": 0.4,
+    "groups": {
+        "layer1.0.conv1": {"scores": [0.1, 0.0, 0.5, 0.7], "removed": [0, 1]},
+        "layer2": {"scores": [0.2, 0.3], "removed": []},
+    },
+    "score_name": "singe, layer path",
+    "criteria": {
+        "names": ["singe", "taylor"], "share": 0.3, "spearman": [[1.0, -0.2], [-0.2, 1.0]],
+        "overlap": [[1.0, 0.4], [0.4, 1.0]], "accuracy": {"singe": 0.7, "taylor": 0.6},
+        "accuracy_title": "accuracy at macs 0.5",
+    },
+    "latency": {"before": 2.0, "after": 1.0, "batch_size": 1, "device": "cpu", "runs": 15},
+    "integrand": {
+        "path": "layer", "criterion": "singe", "ylabel": "gradient variation",
+        "units": [
+            {"group": g, "unit": u, "removed": u < 2, "nodes": [0.1, 0.5, 1.0],
+             "values": [0.1 + u, 0.2, 0.3]}
+            for g in ("layer1.0.conv1", "layer2", "layer3") for u in range(4)
+        ],
+    },
+    "settings": {"macs": 0.5},
+    "versions": {"torch": "2.13"},
+}  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Tags that are open, addresses, and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta", "img", "source", "br"):
+            self.open.append(tag)
+        self.addresses += [v for k, v in attrs if k in ("src", "srcset", "href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The whole report, drawn once."""
+    return write_report(tmp_path_factory.mktemp("report") / "new" / "folder", CONTENT)
+
+
+def test_everything_is_in_one_file(written):
+    path = written
+    page = Page(path.read_text())
+    assert not page.open
+    assert len(page.addresses) == 2 * len(SECTIONS)  # light and dark of each
+    assert all(a.startswith("data:image/png;base64,") for a in page.addresses)
+    for words in ("A <model> & more", "Stopped early: 1 < 2.", "60 (60.0%)", "90.0% before",
+                  "2 ms before, 2.00 x faster", "torch"):  # fmt: skip
+        assert words in page.text
+    names = {p.name for p in (path.parent / "pictures").iterdir()}
+    assert names == {f"{s[0]}{e}.png" for s in SECTIONS for e in ("", "-dark")}
+    assert json.loads((path.parent / "report.json").read_text()) == CONTENT
+
+
+def test_the_dark_pictures_are_the_dark_ones(written):
+    assert written.read_text().count('media="(prefers-color-scheme: dark)"') == len(SECTIONS)
+    for name, *_ in SECTIONS:
+        for ending, theme in (("", LIGHT), ("-dark", DARK)):
+            with Image.open(written.parent / "pictures" / f"{name}{ending}.png") as picture:
+                pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+            page = tuple(int(theme.page[i : i + 2], 16) for i in (1, 3, 5))
+            ink = tuple(int(theme.ink[i : i + 2], 16) for i in (1, 3, 5))
+            assert (pixels[0] == page).all()
+            assert (pixels == page).all(1).mean() > 0.15
+            assert (pixels == ink).all(1).any(), (name, theme.name)  # text in the theme's ink
+
+
+@pytest.mark.parametrize("theme", [LIGHT, DARK], ids=lambda t: t.name)
+def test_colours_can_be_read_on_their_page(theme):
+    """Contrast as WCAG 2 defines it: 4.5 for text, 3 for graphics."""
+
+    def luminance(colour):
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+    def contrast(a, b):
+        low, high = sorted((luminance(a), luminance(b)))
+        return (high + 0.05) / (low + 0.05)
+
+    assert contrast(theme.ink, theme.page) >= 4.5
+    for colour in (theme.kept, theme.removed, theme.accent, theme.faint):
+        assert contrast(colour, theme.page) >= 3, colour
+
+
+@pytest.mark.parametrize(
+    ("parts", "title"),
+    [(("settings",), "Settings"), (("criteria",), "Criteria compared"), (("latency",), "Latency"),
+     (("integrand",), "Why these channels went")],
+)  # fmt: skip
+def test_only_what_is_there_is_shown(tmp_path, parts, title):
+    content = {k: CONTENT[k] for k in ("title", *parts)}
+    page = write_report(tmp_path, content).read_text()
+    assert re.findall("<h2>(.*?)</h2>", page) == [title]
+
+
+def test_without_any_metric_the_rounds_are_a_table(tmp_path):
+    content = copy.deepcopy({k: CONTENT[k] for k in ("title", "before", "after", "rounds")})
+    content["before"]["metric"] = content["after"]["metric"] = None
+    for done in content["rounds"]:
+        done |= {"metric_pruned": None, "metric_finetuned": None, "finetune_loss": None}
+    page = Page(write_report(tmp_path, content).read_text())
+    assert "units removed" in page.text
+    assert not (tmp_path / "pictures" / "accuracy.png").exists()
+
+
+def test_odd_numbers_are_drawn():
+    """Negative scores, groups that lose nothing or have one unit, many groups."""
+    groups = {f"block{i}.conv": {"scores": [float(-i), 2.0 * i], "removed": [0]} for i in range(50)}
+    groups["one"] = {"scores": [0.0], "removed": []}
+    with LIGHT.applied():
+        figure = plots.scores({"groups": groups, "score_name": "signed"}, LIGHT)
+        (axes,) = figure.axes
+        assert len(axes.get_yticks()) == 51
+        assert axes.get_xscale() == "linear"
+        assert sum(len(c.get_offsets()) for c in axes.collections[:2]) == 101
+        assert figure.get_figheight() > 12
+
+
+def test_numbers_are_short():
+    assert [si(v) for v in (0.5, 12, 1234, 148_670_000, 4.1e9, 2e12)] == [
+        "0.5", "12", "1.23 k", "149 M", "4.1 G", "2 T",
+    ]  # fmt: skip
