@@ -96,6 +96,20 @@ def test_score_writes_scores(tmp_path):
     assert singe.Scores.load(tmp_path / "t.st").meta["p"] == 2
 
 
+def test_score_takes_the_options_for_long_runs(tmp_path):
+    words = ("score", *MODEL, *DATA, "--path", "neuron", "--out", tmp_path / "s.st", "--json")
+    file = tmp_path / "run.safetensors"
+    told = json.loads(
+        run(*words, "--autocast", "bfloat16", "--tolerance", 0.2, "--pruning-ratio", 0.3,
+            "--checkpoint", file)
+    )  # fmt: skip
+    assert told["meta"]["autocast"] == "torch.bfloat16"
+    assert told["meta"]["tolerance"] == 0.2
+    assert not file.exists(), "the run is complete"
+    with pytest.raises(OptionError, match="autocast='int8' is not offered"):
+        run(*words, "--autocast", "int8")
+
+
 def test_scores_without_data(tmp_path):
     words = ("score", *MODEL, "--input-shape", "3,6,6", "--out", tmp_path / "s.st")
     assert "magnitude" in run(*words, "--criterion", "magnitude")

@@ -11,12 +11,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from singe.cli.config import read_config
 from singe.cli.data import IMAGENET_MEAN, IMAGENET_STD, Reading
 from singe.cli.models import PRETRAINED, SOURCES
-from singe.criteria import CRITERIA, NORMS, PATHS
+from singe.criteria import CRITERIA, NORMS, PATHS, choose
 from singe.errors import OptionError
 from singe.export import check_onnx
 from singe.scoring import score
@@ -138,6 +139,35 @@ class ScoreOptions(SharedScoreOptions):
     path: Annotated[
         str | None, _option(_SCORING, ", ".join(PATHS) + "." + _default(score, "path"))
     ] = None
+
+
+@dataclass
+class LongRunOptions:
+    """Of :func:`singe.score`: precision, early decision, and a file to go on from."""
+
+    autocast: Annotated[
+        str | None, _option(_SCORING, "bfloat16 or float16: convolutions and linear layers in it.")
+    ] = None
+    tolerance: Annotated[
+        float | None,
+        _option(
+            _SCORING, "Stop evaluating units whose side of --pruning-ratio is settled; 0 to 1."
+        ),
+    ] = None
+    pruning_ratio: Annotated[
+        float | None, _option(_SCORING, "With --tolerance: the share of units that is to go.")
+    ] = None
+    checkpoint: Annotated[
+        Path | None, _option(_SCORING, "File that follows the run; a killed run goes on from it.")
+    ] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """What was chosen, as arguments of :func:`singe.score`."""
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.autocast is not None:
+            choose("autocast", self.autocast, ("bfloat16", "float16"))
+            given["autocast"] = getattr(torch, self.autocast)
+        return {k: v for k, v in given.items() if v is not None}
 
 
 @dataclass

@@ -11,7 +11,13 @@ from rich.table import Table
 import singe
 from singe.cli.groups import takes_groups
 from singe.cli.inputs import Inputs, load_inputs
-from singe.cli.options import CommonOptions, DataOptions, ModelOptions, ScoreOptions
+from singe.cli.options import (
+    CommonOptions,
+    DataOptions,
+    LongRunOptions,
+    ModelOptions,
+    ScoreOptions,
+)
 from singe.cli.output import Voice
 from singe.criteria import as_criterion
 from singe.scores import Scores
@@ -22,6 +28,7 @@ def score(
     model: ModelOptions,
     data: DataOptions,
     scoring: ScoreOptions,
+    long_run: LongRunOptions,
     common: CommonOptions,
     out: Annotated[Path, typer.Option(help="File to write.", rich_help_panel="Output")] = Path(
         "scores.safetensors"
@@ -31,7 +38,7 @@ def score(
     voice = Voice(common)
     inputs = load_inputs(model, data, common.seed, voice)
     out.parent.mkdir(parents=True, exist_ok=True)  # fails before the work, not after it
-    scores = run_score(inputs, scoring.arguments(), common.seed, voice)
+    scores = run_score(inputs, scoring.arguments() | long_run.arguments(), common.seed, voice)
     scores.save(out)
     groups = summary(scores)
     rejected = scores.meta["rejected"]
