@@ -128,6 +128,11 @@ def fold(row: Any, norm: Any) -> None:
     norm.forward = _identity
 
 
+def _pool_by_mean(pool: Any) -> None:
+    """Torch takes the mean, too, but then restrides the result, which vmap does one by one."""
+    pool.forward = lambda input: input.mean((-2, -1), keepdim=True)
+
+
 def _identity(input: Tensor) -> Tensor:
     return input
 
@@ -154,6 +159,8 @@ class Network:
         for submodule in self.module.modules():
             if getattr(submodule, "inplace", None) is True:
                 setattr(submodule, "inplace", False)  # noqa: B010 - in-place ops would overwrite what is shared by variants
+            if isinstance(submodule, nn.AdaptiveAvgPool2d) and submodule.output_size in (1, (1, 1)):
+                _pool_by_mean(submodule)
         for row, norm in folds.items():
             fold(self.module.get_submodule(row), self.module.get_submodule(norm))
         self.folded_norms = {self.module.get_submodule(norm) for norm in folds.values()}
