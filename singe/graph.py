@@ -5,13 +5,19 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch_pruning.dependency.shape_infer import (
+    infer_in_channels_recursively,
+    infer_out_channels_recursively,
+)
 
 from singe.data import Batch
 from singe.errors import ModelError
@@ -19,6 +25,8 @@ from singe.errors import ModelError
 ROWS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 NORMS = (*BATCH_NORMS, nn.LayerNorm, nn.GroupNorm)
+ROOTS = (nn.modules.conv._ConvNd, nn.Linear)
+FUSED = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
 
 
 @dataclass(frozen=True)
@@ -120,7 +128,58 @@ def private_copy(model: nn.Module, trainable: bool = False) -> nn.Module:
             f"{type(model).__name__} cannot be copied with copy.deepcopy ({error}); a model must be "
             "deep-copyable to be scored without being touched"
         ) from error
+    for module in twin.modules():
+        if isinstance(module, FUSED) and not isinstance(module.forward, partial):
+            module.forward = partial(_without_fast_path, module.forward)
     return twin.eval()
+
+
+def _without_fast_path(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """torch's fused inference kernels for attention have no derivative and no vmap rule."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+class _DependencyGraph(tp.DependencyGraph):
+    """Torch-Pruning's graph, whose views and slices move channels only where they do.
+
+    With current torch it takes every view whose neighbours have different widths for a flattening of
+    channels, and every slice of the second dimension for one of channels: window partitions, channel
+    shuffles and the patch merging of a Swin transformer too. Their indices then multiply from block to
+    block until memory ends.
+    """
+
+    def _build_dependency(self, module2node: dict[Any, Any]) -> None:
+        moves = {tp.ops.OPTYPE.RESHAPE: self._flattens, tp.ops.OPTYPE.SLICE: self._cuts_channels}
+        for node in module2node.values():
+            if node.type in moves and not moves[node.type](node):
+                node.type = tp.ops.OPTYPE.ELEMENTWISE
+        super()._build_dependency(module2node)
+
+    def _flattens(self, node: Any) -> bool:
+        """[B, C, *X] -> [B, C X], or back."""
+        sizes = getattr(node.grad_fn, "_saved_self_sym_sizes", None)
+        if sizes is None:
+            return True
+        features = math.prod(int(size) for size in sizes[1:])
+        if len(sizes) == 2:
+            neighbours, infer = node.inputs, infer_out_channels_recursively
+        else:
+            neighbours, infer = node.outputs, infer_in_channels_recursively
+        return any(infer(self, other, [0]) == features for other in neighbours)
+
+    def _cuts_channels(self, node: Any) -> bool:
+        sizes = getattr(node.grad_fn, "_saved_self_sym_sizes", None)
+        dim = getattr(node.grad_fn, "_saved_dim", None)
+        if sizes is None or dim is None:
+            return True
+        dim = dim - 2**64 if dim >= 2**63 else dim  # torch hands negative ones out as unsigned
+        width = int(sizes[dim])
+        return any(infer_out_channels_recursively(self, n, [0]) == width for n in node.inputs)
 
 
 def build_dependency_graph(model: nn.Module, batch: Batch) -> tp.DependencyGraph:
@@ -129,7 +188,7 @@ def build_dependency_graph(model: nn.Module, batch: Batch) -> tp.DependencyGraph
     Raises:
         ModelError: the forward pass or the trace failed.
     """
-    graph = tp.DependencyGraph()
+    graph = _DependencyGraph()
     try:
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")
@@ -171,8 +230,11 @@ def read_graph(
     groups: list[Group] = []
     rejected: dict[str, str] = {}
     rejected_layers: dict[str, str] = {}
-    for tp_group in dg.get_all_groups():
-        root = names[tp_group[0].dep.target.module]
+    for root_module, tp_group in _coupled(dg):
+        root = names[root_module]
+        if isinstance(tp_group, str):
+            rejected[root], rejected_layers[root] = tp_group, root
+            continue
         group = _describe(dg, tp_group, names, folded, tied)
         layers = {
             names[item.dep.target.module]
@@ -192,6 +254,32 @@ def read_graph(
     order = {name: i for i, name in enumerate(names.values())}
     groups.sort(key=lambda g: order[g.name])
     return ModelGraph(tuple(groups), folds, rejected, rejected_layers)
+
+
+def _coupled(dg: tp.DependencyGraph) -> Iterator[tuple[nn.Module, Any]]:
+    """(root layer, its Torch-Pruning group) for every set of coupled layers, each layer once.
+
+    Where Torch-Pruning cannot follow the channels, the reason takes the place of the group.
+    """
+    seen: set[nn.Module] = set()
+    for module in list(dg.module2node):
+        if not isinstance(module, ROOTS) or module in seen:
+            continue
+        pruner = dg.get_pruner_of_module(module)
+        try:
+            width = pruner.get_out_channels(module)
+            group = dg.get_pruning_group(module, pruner.prune_out_channels, list(range(width)))
+        except Exception as error:
+            seen.add(module)
+            yield module, f"Torch-Pruning cannot follow its channels ({error})"
+            continue
+        seen.update(
+            item.dep.target.module
+            for item in group
+            if dg.is_out_channel_pruning_fn(item.dep.handler)
+            and isinstance(item.dep.target.module, nn.Module)
+        )
+        yield module, group
 
 
 def _find_folds(dg: tp.DependencyGraph, names: dict[nn.Module, str]) -> dict[str, str]:
@@ -265,7 +353,9 @@ def _describe(
     for item in tp_group:
         node, module = item.dep.target, item.dep.target.module
         if isinstance(module, nn.Parameter):
-            return "its channels are tied to a bare nn.Parameter"
+            if not _only_multiplies(node):
+                return "its channels are tied to a bare nn.Parameter"
+            continue  # a layer scale: times zero
         is_out = dg.is_out_channel_pruning_fn(item.dep.handler)
         if is_out and not node.outputs:
             return "its channels reach the model's output"
@@ -300,6 +390,14 @@ def _describe(
         return "no layer reads its channels, so they reach the model's output"
     root_channels = torch.arange(n_channels).view(blocks, n_units).T.contiguous()
     return Group(names[root], n_units, root_channels, tuple(members), tuple(consumers), suspicious)
+
+
+def _only_multiplies(node: Any) -> bool:
+    """Whether a bare parameter is nothing but a factor of what it meets (a layer scale)."""
+    return bool(node.outputs) and all(
+        node.grad_fn is not None and "MulBackward" in (after.grad_fn.name() if after.grad_fn else "")
+        for after in node.outputs
+    )
 
 
 def _channels_by_unit(idxs: list[int], root_idxs: list[int], n_units: int) -> Tensor | None:
