@@ -21,9 +21,9 @@ from torch_pruning.dependency.shape_infer import (
 
 from singe.data import Batch
 from singe.errors import ModelError
+from singe.gates import BATCH_NORMS, dialect, pruners, registered
 
 ROWS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 NORMS = (*BATCH_NORMS, nn.LayerNorm, nn.GroupNorm)
 ROOTS = (nn.modules.conv._ConvNd, nn.Linear)
 FUSED = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
@@ -36,8 +36,9 @@ class Member:
     Attributes:
         name: the module's name in the model.
         kind: ``"rows"`` (a conv or linear whose output channels the units are), ``"norm"`` (a
-            normalisation that is not folded into a row), ``"input"`` (a consumer that needs a gate
-            because something between maps 0 to another value).
+            normalisation that is not folded into a row), ``"custom"`` (a registered layer),
+            ``"input"`` (a consumer that needs a gate because something between maps 0 to another
+            value).
         channels: int64 [U, m]; the m channels of the module that belong to each unit.
     """
 
@@ -199,6 +200,7 @@ def build_dependency_graph(model: nn.Module, batch: Batch) -> tp.DependencyGraph
                 output_transform=lambda out: [
                     t for t in tree_leaves(out) if isinstance(t, Tensor) and t.grad_fn is not None
                 ],
+                customized_pruners=pruners(),
                 verbose=False,
             )
     except Exception as error:
@@ -295,6 +297,7 @@ def _find_folds(dg: tp.DependencyGraph, names: dict[nn.Module, str]) -> dict[str
             isinstance(after.module, BATCH_NORMS)
             and set(after.inputs) == {node}
             and after.module.running_mean is not None
+            and dialect(after.module) is not None
         ):
             folds[names[module]] = names[after.module]
     return folds
@@ -362,10 +365,20 @@ def _describe(
         if module not in names or isinstance(module, nn.PReLU):
             continue  # an element-wise, concat, split or reshape operation
         name = names[module]
+        if registered(module) is not None:
+            channels = _channels_by_unit(item.idxs, item.root_idxs, n_units)
+            if channels is None:
+                return f"{name} does not hold as many channels of every unit"
+            members.append(Member(name, "custom", channels))
+            continue
         if not isinstance(module, (*ROWS, *NORMS)):
             return f"{name} is a {type(module).__name__}, which has no gate yet"
         if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
             return f"{name} normalises over several dimensions"
+        if isinstance(module, ROWS) and not _is_plain(module):
+            return f"{name} is a {type(module).__name__}, which does more than its base class"
+        if isinstance(module, NORMS) and dialect(module) is None:
+            return f"{name} is a {type(module).__name__}, which does more than its base class"
         if isinstance(module, ROWS) and "weight" not in module._parameters:
             return f"{name} computes its weight; remove its weight_norm or parametrization first"
         if name in tied:
@@ -390,6 +403,15 @@ def _describe(
         return "no layer reads its channels, so they reach the model's output"
     root_channels = torch.arange(n_channels).view(blocks, n_units).T.contiguous()
     return Group(names[root], n_units, root_channels, tuple(members), tuple(consumers), suspicious)
+
+
+def _is_plain(row: nn.Module) -> bool:
+    """Whether a conv or linear computes what torch's does: its weight gradient is taken for granted."""
+    return any(
+        type(row).forward is base.forward and getattr(base, "_conv_forward", None) is
+        getattr(type(row), "_conv_forward", None)
+        for base in ROWS
+    )
 
 
 def _only_multiplies(node: Any) -> bool:

@@ -148,17 +148,14 @@ def test_a_part_of_a_group_gets_its_own_scores():
     assert torch.equal(part, full[[3, 1]])
 
 
-def test_the_consumer_as_root_maps_flattened_columns_back():
-    """conv -> flatten -> linear: as with attention heads, the root is the reading layer."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 4)).double()
-    inputs = make_batches((3, 6, 6), (2,))[0][0]
-    values = torch.tensor([3.0, 1.0, 2.0, 5.0])
-    importance = adapter.importance(scores_of(model, {"0": values}))
+def test_the_reading_layer_as_root():
+    """With attention Torch-Pruning roots a group at what reads the heads."""
+    model, inputs, batches = case("mlp")
+    scores = singe.score(model, batches, progress=False)
+    importance = adapter.importance(scores)
     graph = tp.DependencyGraph().build_dependency(model, inputs)
-    columns = list(range(0, 64, 16))
-    group = graph.get_pruning_group(model[3], tp.prune_linear_in_channels, columns)
-    assert torch.equal(importance(group)[:3].float(), values[:3])
+    group = graph.get_pruning_group(model[2], tp.prune_linear_in_channels, [5, 0, 7])
+    assert torch.equal(importance(group), importance.table["0"][[5, 0, 7]])
 
 
 def test_isomorphic_and_per_layer_ratios():
