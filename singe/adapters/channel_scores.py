@@ -22,7 +22,7 @@ from singe.graph import unwrapped
 from singe.scores import Scores
 
 
-def channel_scores(scores: Scores, model: nn.Module) -> dict[str, Tensor]:
+def channel_scores(scores: Scores, model: nn.Module, check: bool = True) -> dict[str, Tensor]:
     """Layer -> float32 [C_out]: the score of the unit that each output channel belongs to.
 
     Every layer of a group is there, coupled layers with the same numbers. Where several channels can
@@ -30,15 +30,19 @@ def channel_scores(scores: Scores, model: nn.Module) -> dict[str, Tensor]:
 
     Args:
         model: the model that was scored: it knows how many channels its layers have.
+        check: False for a model whose parameters were renamed since, by masks or parametrizations.
 
     Raises:
         ScoresError: scores of another model.
     """
-    scores.check(model)
+    if check:
+        scores.check(model)
     modules = dict(unwrapped(model).named_modules())
     found = {}
     for group, values in scores.items():
         for name in dict.fromkeys((group, *scores.groups[group])):
+            if name not in modules:
+                raise ScoresError(f"this {type(model).__name__} has no layer {name!r}: another model?")
             channels = _outputs(modules[name])
             # Unit u is channels u, u + U, ...; a layer behind a concat holds other channels as well.
             if channels % len(values) == 0 and (name == group or channels == _outputs(modules[group])):

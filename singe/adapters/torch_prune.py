@@ -23,7 +23,7 @@ from torch.nn.utils import prune
 from singe.adapters.channel_scores import channel_scores, of_layer
 from singe.adapters.ranking import ranking
 from singe.data import device_of, example_batch
-from singe.errors import BudgetError, ModelError, OptionError
+from singe.errors import BudgetError, ModelError, OptionError, ScoresError
 from singe.graph import BATCH_NORMS, Group, ModelGraph, unwrapped
 from singe.plan import check_ratio, floors_of
 from singe.scores import Scores
@@ -35,16 +35,18 @@ def importance_scores(scores: Scores, model: nn.Module, layer: str | nn.Module) 
 
     The library takes a norm per channel, of absolute values. The numbers are therefore ranks (1 for the
     lowest), the same all over a channel, so that signed scores keep their order and ``n=inf`` gives
-    them back as they are.
+    them back as they are. Other layers may be masked already.
 
     Raises:
         ScoresError: scores of another model.
         ModelError: the layer has none.
     """
-    values = of_layer(channel_scores(scores, model), model, layer)
+    values = of_layer(channel_scores(scores, model, check=False), model, layer)
     module = unwrapped(model).get_submodule(layer) if isinstance(layer, str) else layer
     weight = module.weight
     assert isinstance(weight, Tensor)
+    if len(weight) != len(values):
+        raise ScoresError(f"{layer!r} has {len(weight)} channels, the scores are for {len(values)}")
     ranks = values.argsort(stable=True).argsort().to(weight) + 1
     return ranks.view(-1, *[1] * (weight.dim() - 1)).expand_as(weight)
 
