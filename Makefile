@@ -4,22 +4,29 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH_INSTALLED := $(VENV)/.torch
+ADAPTERS_INSTALLED := $(VENV)-adapters/.installed
 
 # Unlike `-c`, these also hold in the isolated environment that builds the package.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint gpu carry bench install clean
+.PHONY: help demo test test-adapters models lint gpu carry bench install clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(INSTALLED)  ## prune a small network with every criterion: table and picture in out/
 	$(BIN)/singe demo --out out
 
 test: $(INSTALLED)  ## the whole suite, ruff and mypy included; ARGS="-k name" chooses
 	$(BIN)/python -m pytest $(ARGS)
+
+test-adapters: $(ADAPTERS_INSTALLED)  ## adapters beside the libraries that no test dependency brings
+	$(VENV)-adapters/bin/python -m pytest tests/test_adapters_libraries.py $(ARGS)
+
+models: $(ADAPTERS_INSTALLED)  ## check the invariants on every architecture of docs/models.md (an hour)
+	$(VENV)-adapters/bin/python -m benchmarks.models $(ARGS)
 
 lint: $(INSTALLED)  ## ruff and mypy alone
 	$(BIN)/ruff check .
@@ -40,7 +47,7 @@ bench: $(INSTALLED)  ## measure speed on this machine (examples need SINGE_DATA 
 install: $(INSTALLED)  ## create .venv with pinned versions and the compiled core
 
 clean:  ## remove .venv, builds and caches
-	rm -rf $(VENV) build dist out *.egg-info singe/*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-adapters build dist out *.egg-info singe/*.so .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and alone: it is the one download that takes minutes.
@@ -53,4 +60,13 @@ $(TORCH_INSTALLED): constraints.txt
 $(INSTALLED): $(TORCH_INSTALLED) pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 	$(BIN)/python -m pip install -e '.[demo,test]'
 	$(BIN)/python -m pip install --no-deps torchvision==0.28.0 pillow
+	touch $@
+
+# On top of the first environment, whose packages it sees and never changes. Without dependencies, as these
+# libraries ask for others than the pinned ones; what they import is listed in constraints-adapters.txt.
+$(ADAPTERS_INSTALLED): $(INSTALLED) constraints-adapters.txt
+	$(PYTHON) -m venv $(VENV)-adapters
+	echo "$(CURDIR)/$(VENV)/lib/$$(ls $(VENV)/lib)/site-packages" > \
+		$$(echo $(VENV)-adapters/lib/*/site-packages)/base.pth
+	$(VENV)-adapters/bin/python -m pip install --no-deps -r constraints-adapters.txt
 	touch $@

@@ -111,7 +111,9 @@ def _matched_loss(detector: Any, targets: list[Any], outputs: Any, anchors: list
 def _timm(name: str, size: int = 64, **options: Any) -> Architecture:
     def build() -> tuple[nn.Module, Any]:
         timm = importlib.import_module("timm")
-        return timm.create_model(name, pretrained=False, num_classes=CLASSES, **options), images(size)
+        return timm.create_model(name, pretrained=False, num_classes=CLASSES, **options), images(
+            size
+        )
 
     return Architecture(f"timm/{name}", build)
 

@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from singe import quadrature
+from singe import adapters, quadrature
 from singe.compress import CompressReport, compress
 from singe.errors import (
     BudgetError,
@@ -14,6 +14,7 @@ from singe.errors import (
     ScoresError,
     SingeError,
 )
+from singe.gates import register_layer
 from singe.plan import Plan, plan
 from singe.pruning import PruneReport, prune
 from singe.quadrature import Quadrature
@@ -39,9 +40,11 @@ __all__ = [
     "Scores",
     "ScoresError",
     "SingeError",
+    "adapters",
     "compress",
     "plan",
     "prune",
     "quadrature",
+    "register_layer",
     "score",
 ]

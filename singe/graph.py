@@ -131,7 +131,7 @@ def private_copy(model: nn.Module, trainable: bool = False) -> nn.Module:
         ) from error
     for module in twin.modules():
         if isinstance(module, FUSED) and not isinstance(module.forward, partial):
-            module.forward = partial(_without_fast_path, module.forward)
+            setattr(module, "forward", partial(_without_fast_path, module.forward))  # noqa: B010
     return twin.eval()
 
 
@@ -155,11 +155,32 @@ class _DependencyGraph(tp.DependencyGraph):
     """
 
     def _build_dependency(self, module2node: dict[Any, Any]) -> None:
-        moves = {tp.ops.OPTYPE.RESHAPE: self._flattens, tp.ops.OPTYPE.SLICE: self._cuts_channels}
-        for node in module2node.values():
-            if node.type in moves and not moves[node.type](node):
-                node.type = tp.ops.OPTYPE.ELEMENTWISE
+        kinds = tp.ops.OPTYPE
+        moves = {
+            kinds.CONCAT: self._joins_channels,  # looks at the slices before it
+            kinds.RESHAPE: self._flattens,
+            kinds.SLICE: self._cuts_channels,
+        }
+        for kind, moves_channels in moves.items():
+            for node in module2node.values():
+                if node.type == kind and not moves_channels(node):
+                    node.type = kinds.ELEMENTWISE
         super()._build_dependency(module2node)
+
+    def _joins_channels(self, node: Any) -> bool:
+        """Not with constants alone (an empty cache), nor what was cut along another dimension."""
+        if len(node.inputs) < 2:
+            return False
+        dim = _signed(getattr(node.grad_fn, "_saved_dim", 1))
+        for before in node.inputs:
+            while before.type == tp.ops.OPTYPE.ELEMENTWISE and len(before.inputs) == 1:
+                before = before.inputs[0]  # a rotary embedding negates one half
+            sizes = getattr(before.grad_fn, "_saved_self_sym_sizes", None)
+            if before.type != tp.ops.OPTYPE.SLICE or sizes is None or self._cuts_channels(before):
+                continue
+            if (_signed(before.grad_fn._saved_dim) - dim) % len(sizes) == 0:
+                return False
+        return True
 
     def _flattens(self, node: Any) -> bool:
         """[B, C, *X] -> [B, C X], or back."""
@@ -178,9 +199,13 @@ class _DependencyGraph(tp.DependencyGraph):
         dim = getattr(node.grad_fn, "_saved_dim", None)
         if sizes is None or dim is None:
             return True
-        dim = dim - 2**64 if dim >= 2**63 else dim  # torch hands negative ones out as unsigned
-        width = int(sizes[dim])
+        width = int(sizes[_signed(dim)])
         return any(infer_out_channels_recursively(self, n, [0]) == width for n in node.inputs)
+
+
+def _signed(dim: int) -> int:
+    """torch hands negative dimensions out as unsigned numbers."""
+    return dim - 2**64 if dim >= 2**63 else dim
 
 
 def build_dependency_graph(model: nn.Module, batch: Batch) -> tp.DependencyGraph:
@@ -253,6 +278,13 @@ def read_graph(
         else:
             groups.append(group)
 
+    for module, name in names.items():
+        if isinstance(module, nn.RNNBase):
+            rejected[name] = (
+                f"it is a {type(module).__name__}: its channels feed back into each other over time, "
+                "and no gate here closes that; score and prune the layers around it"
+            )
+            rejected_layers[name] = name
     order = {name: i for i, name in enumerate(names.values())}
     groups.sort(key=lambda g: order[g.name])
     return ModelGraph(tuple(groups), folds, rejected, rejected_layers)
@@ -408,8 +440,8 @@ def _describe(
 def _is_plain(row: nn.Module) -> bool:
     """Whether a conv or linear computes what torch's does: its weight gradient is taken for granted."""
     return any(
-        type(row).forward is base.forward and getattr(base, "_conv_forward", None) is
-        getattr(type(row), "_conv_forward", None)
+        type(row).forward is base.forward
+        and getattr(base, "_conv_forward", None) is getattr(type(row), "_conv_forward", None)
         for base in ROWS
     )
 
@@ -417,7 +449,8 @@ def _is_plain(row: nn.Module) -> bool:
 def _only_multiplies(node: Any) -> bool:
     """Whether a bare parameter is nothing but a factor of what it meets (a layer scale)."""
     return bool(node.outputs) and all(
-        node.grad_fn is not None and "MulBackward" in (after.grad_fn.name() if after.grad_fn else "")
+        node.grad_fn is not None
+        and "MulBackward" in (after.grad_fn.name() if after.grad_fn else "")
         for after in node.outputs
     )
 

@@ -38,7 +38,7 @@ def resnet20_scores():
 
 
 def test_ln_structured_removes_the_lowest_of_a_layer():
-    model, inputs, batches = case("vgg")
+    model, _, batches = case("vgg")
     scores = singe.score(model, batches, criterion="signed", path="neuron", progress=False)
     assert float(min(v.min() for v in scores.values())) < 0, "signed scores, which |.| would mix up"
     for name, values in scores.items():
@@ -163,7 +163,7 @@ def test_the_structured_sparsifier_on_a_torchvision_network():
 
 def test_the_structured_sparsifier_on_the_fused_resnet20():
     """It knows no BatchNorm: fused into the convolutions, the blocks' inner layers can go."""
-    model, inputs, _ = resnet20_scores()
+    model, _, _ = resnet20_scores()
     for block in [m for m in model.modules() if hasattr(m, "bn2")]:
         block.conv1, block.bn1 = fuse_conv_bn_eval(block.conv1, block.bn1), nn.Identity()
         block.conv2, block.bn2 = fuse_conv_bn_eval(block.conv2, block.bn2), nn.Identity()
@@ -183,7 +183,7 @@ def test_the_structured_sparsifier_on_the_fused_resnet20():
 
 
 def test_channel_relevances_and_their_delta():
-    model, inputs, batches = case("tokens")
+    model, _, batches = case("tokens")
     x, y = batches[0]
     relevance = captum.ChannelIntegratedGradients(model, model.up)
     values, delta = relevance.attribute(x, target=y, n_steps=32, return_convergence_delta=True)
@@ -197,7 +197,7 @@ def test_channel_relevances_and_their_delta():
 
 @pytest.mark.parametrize("method", captum.METHODS)
 def test_captums_methods(method):
-    model, inputs, batches = case("mlp")
+    model, inputs, _ = case("mlp")
     relevance = captum.ChannelIntegratedGradients(model, ["0", "2"], path="layer")
     values, delta = relevance.attribute(
         inputs, target=2, n_steps=40, method=method, return_convergence_delta=True

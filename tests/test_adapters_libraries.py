@@ -6,6 +6,7 @@ Through each library's own pruner, on a small network, the trained ResNet-20 and
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -38,20 +39,25 @@ def scored(model, size=32):
 
 @pytest.mark.parametrize("build", [trained_resnet20, resnet18])
 def test_fasterai(build):
+    torchvision_models()  # fastai imports torchvision, whose operators may not load
     library = pytest.importorskip("fasterai.prune.all", reason=HINT)
     model, inputs, scores = scored(build())
     head = [m for m in model.modules() if isinstance(m, nn.Linear)]
     pruner = library.Pruner(
-        model, 0.5, "global", adapters.fasterai.criterion, ignored_layers=head, example_inputs=inputs
+        model,
+        0.5,
+        "global",
+        adapters.fasterai.criterion,
+        ignored_layers=head,
+        example_inputs=inputs,
     )
     with pytest.raises(singe.OptionError, match="before"):
         pruner.prune_model()
     before = {name: model.get_submodule(name).weight.clone() for name in scores}
     pruner.pruner.reset()
     importance = adapters.fasterai.use(pruner, scores)
-    with pytest.warns(UserWarning, match="leaves the group") if importance.scores.meta[
-        "rejected"
-    ].keys() - {"linear", "fc"} else torch.no_grad():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Torch-Pruning leaves the group")
         pruner.prune_model()
     flat = torch.cat(list(importance.table.values()))
     threshold = flat.sort().values[len(flat) - len(flat) // 2]
@@ -65,8 +71,7 @@ def test_modelopt_fastnas():
     convert = pytest.importorskip("modelopt.torch.nas", reason=HINT).convert
     pruning = pytest.importorskip("modelopt.torch.prune", reason=HINT)
     utils = pytest.importorskip("modelopt.torch.opt.utils")
-    model, inputs, scores = scored(trained_resnet20())
-    before = {name: model.get_submodule(name).weight.detach().clone() for name in scores}
+    model, _, scores = scored(trained_resnet20())
     config = pruning.fastnas.FastNASConfig()
     for rule in config.nn_conv2d.values() if hasattr(config, "nn_conv2d") else ():
         rule["channel_divisor"] = 4
@@ -80,13 +85,12 @@ def test_modelopt_fastnas():
         if name in used:
             order = hparam.importance.argsort(descending=True)
             assert order.tolist() == scores[used[name]].argsort(stable=True).flip(0).tolist()
-    assert before
 
 
 @pytest.mark.parametrize("build", [trained_resnet20, resnet18])
 def test_nni(build):
     pytest.importorskip("nni.compression", reason=HINT)
-    model, inputs, scores = scored(build())
+    model, _, scores = scored(build())
     config = [{"op_names": list(scores), "sparse_ratio": 0.5}]
     pruner = adapters.nni.pruner(model, config, scores)
     _, masks = pruner.compress()

@@ -239,7 +239,9 @@ def test_a_floor_for_every_group(options, kept):
 
 def test_round_to():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    model = nn.Sequential(
+        nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)
+    )
     scores = scores_of(model, {"0": torch.rand(16), "2": torch.rand(16)})
     importance = adapter.importance(scores, round_to=8)
     adapter.step(pruner_for(model, torch.randn(2, 6), importance, round_to=8))
@@ -327,7 +329,12 @@ def test_group_reductions(reduction):
 
 @pytest.mark.parametrize(
     "options",
-    [{"group_reduction": "median"}, {"missing": "ignore"}, {"max_pruning_ratio": 0}, {"round_to": 0}],
+    [
+        {"group_reduction": "median"},
+        {"missing": "ignore"},
+        {"max_pruning_ratio": 0},
+        {"round_to": 0},
+    ],
 )
 def test_options_are_checked(options):
     with pytest.raises(singe.OptionError):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,15 +43,20 @@ def channel_scores(scores: Scores, model: nn.Module, check: bool = True) -> dict
     for group, values in scores.items():
         for name in dict.fromkeys((group, *scores.groups[group])):
             if name not in modules:
-                raise ScoresError(f"this {type(model).__name__} has no layer {name!r}: another model?")
+                raise ScoresError(
+                    f"this {type(model).__name__} has no layer {name!r}: another model?"
+                )
             channels = _outputs(modules[name])
             # Unit u is channels u, u + U, ...; a layer behind a concat holds other channels as well.
-            if channels % len(values) == 0 and (name == group or channels == _outputs(modules[group])):
+            if channels % len(values) == 0 and (
+                name == group or channels == _outputs(modules[group])
+            ):
                 found[name] = values.repeat(channels // len(values))
     return found
 
 
-def _outputs(module: nn.Module) -> int:
+def _outputs(layer: nn.Module) -> int:
+    module: Any = layer
     return int(getattr(module, "out_channels", None) or module.out_features)
 
 

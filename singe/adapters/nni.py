@@ -51,7 +51,7 @@ def pruner(model: nn.Module, config_list: list[dict[str, Any]], scores: Scores) 
                         f"{', '.join(by_layer)}"
                     )
                 for name, space in targets.items():
-                    if name in ("weight", "bias"):
+                    if name in ("weight", "bias") and space.target is not None:
                         metrics.setdefault(layer, {})[name] = _shaped(by_layer[layer], space.target)
             return metrics
 

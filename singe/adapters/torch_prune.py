@@ -106,7 +106,9 @@ def global_structured(
         )
     flat = torch.cat(list(table.values()))
     threshold = flat.sort().values[count] if count < total else float("inf")
-    chosen = {name: (values < threshold).nonzero().view(-1).tolist() for name, values in table.items()}
+    chosen = {
+        name: (values < threshold).nonzero().view(-1).tolist() for name, values in table.items()
+    }
     return _mask(model, scores, example_inputs, chosen)
 
 
@@ -161,7 +163,9 @@ def _mask_group(
         if member.kind == "input":
             grouped = getattr(module, "groups", 1) > 1
             if grouped:
-                raise ModelError(f"{member.name!r} reads the units in groups; no mask can say which")
+                raise ModelError(
+                    f"{member.name!r} reads the units in groups; no mask can say which"
+                )
             close(member.name, "weight", channels, 1)
             continue
         for name in (member.name, graph.folds.get(member.name)):

@@ -1,10 +1,10 @@
 """Torch-Pruning: scores as the ``importance`` of any of its pruners.
 
-    pruner = tp.pruner.BasePruner(
-        model, example_inputs, global_pruning=True, pruning_ratio=0.5,
-        importance=singe.adapters.torch_pruning.importance(scores),
-    )
-    removed = singe.adapters.torch_pruning.step(pruner)
+pruner = tp.pruner.BasePruner(
+    model, example_inputs, global_pruning=True, pruning_ratio=0.5,
+    importance=singe.adapters.torch_pruning.importance(scores),
+)
+removed = singe.adapters.torch_pruning.step(pruner)
 """
 
 from __future__ import annotations
@@ -152,7 +152,8 @@ class Importance:
                 continue
             parts.append(self._part(self.table[name], item, position))
         if not parts or not bool(torch.stack([seen for _, seen in parts]).any(0).all()):
-            return self._without_scores(names.get(group[0][0].target.module, "?"), len(parts))
+            self._note_missing(names.get(group[0][0].target.module, "?"), len(parts))
+            return None
         reduced = self._reduce([values for values, _ in parts])
         if ch_groups > 1:
             reduced = reduced.view(ch_groups, -1).mean(0).repeat(ch_groups)
@@ -186,9 +187,7 @@ class Importance:
             self._use(scores)
 
     @staticmethod
-    def _part(
-        table: Tensor, item: Any, position: Mapping[int, int]
-    ) -> tuple[Tensor, Tensor]:
+    def _part(table: Tensor, item: Any, position: Mapping[int, int]) -> tuple[Tensor, Tensor]:
         """[n] scores that one layer gives the root channels, and [n] which of them it gives any."""
         idxs = torch.as_tensor(list(item[1]))
         root_idxs: Sequence[int] = getattr(item, "root_idxs", None) or list(position)
@@ -219,7 +218,7 @@ class Importance:
             case _:
                 return stacked
 
-    def _without_scores(self, root: str, parts: int) -> None:
+    def _note_missing(self, root: str, parts: int) -> None:
         why = self.scores.meta.get("rejected", {}).get(root, "it was not among the scored layers")
         if parts:
             why = "only some of its channels have scores"
