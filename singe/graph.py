@@ -285,6 +285,12 @@ def read_graph(
                 "and no gate here closes that; score and prune the layers around it"
             )
             rejected_layers[name] = name
+        elif _is_foreign(module):
+            rejected[name] = (
+                f"it is a {type(module).__name__}, a layer neither torch.nn nor Torch-Pruning has; put "
+                "a Linear or a convolution in its place"
+            )
+            rejected_layers[name] = name
     order = {name: i for i, name in enumerate(names.values())}
     groups.sort(key=lambda g: order[g.name])
     return ModelGraph(tuple(groups), folds, rejected, rejected_layers)
@@ -435,6 +441,14 @@ def _describe(
         return "no layer reads its channels, so they reach the model's output"
     root_channels = torch.arange(n_channels).view(blocks, n_units).T.contiguous()
     return Group(names[root], n_units, root_channels, tuple(members), tuple(consumers), suspicious)
+
+
+def _is_foreign(module: nn.Module) -> bool:
+    """A matrix of somebody's own (the Conv1D of GPT-2): its outputs are in nobody's group."""
+    weight = module._parameters.get("weight")
+    bases = [base for base in type(module).__mro__ if base is not nn.Module]
+    is_torchs = any(base.__module__.startswith("torch.") for base in bases)
+    return weight is not None and weight.dim() >= 2 and not is_torchs and registered(module) is None
 
 
 def _is_plain(row: nn.Module) -> bool:

@@ -24,7 +24,9 @@ from torch import Tensor, nn
 
 import singe
 from singe.gates import dialect, unregister_layer
-from singe.units import find_groups
+from singe.network import Network
+from singe.removal import remove_units
+from singe.units import find_groups, set_gates
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -144,33 +146,35 @@ def test_torchs_fused_attention_kernels_have_no_part_in_scoring():
     assert before["attributes"] == snapshot(model)["attributes"]
 
 
+SMALL_SWIN = {
+    "patch_size": [4, 4], "embed_dim": 12, "depths": [1, 1, 1], "num_heads": [2, 2, 2],
+    "window_size": [4, 4],
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("name", "groups", "options"),
-    [
-        ("shufflenet_v2_x0_5", 18, {}),
-        ("convnext_tiny", 22, {}),
-        ("swin_t", 12, {}),
-        ("regnet_y_400mf", 53, {}),
-    ],
+    [("shufflenet_v2_x0_5", 18, {}), ("convnext_tiny", 22, {}), ("SwinTransformer", 3, SMALL_SWIN)],
 )
 def test_more_of_torchvision(name, groups, options):
-    """The groups that docs/models.md counts, half of all their units at once, removed and gated."""
+    """The groups that docs/models.md counts, half of all their units at once, removed and gated.
+
+    Window partitions, patch merging and channel shuffles: the graph must not take them for flattenings.
+    """
     torch.manual_seed(0)
-    model = getattr(torchvision_models(), name)(weights=None, num_classes=CLASSES, **options)
+    model = getattr(torchvision_models(), name)(num_classes=CLASSES, **options)
     model = randomise(model.double())
     x, _ = make_batches((3, 32, 32), (2,))[0]
-    graph = find_groups(model, batch_of((x,)))
+    batch = batch_of((x,))
+    graph = find_groups(model, batch)
     assert len(graph.groups) == groups
-    half = {g.name: list(range(g.n_units // 2)) for g in graph.groups}
-    from singe.network import Network
-    from singe.units import set_gates
-
+    half = [(g, list(range(g.n_units // 2))) for g in graph.groups]
     network = Network(model, graph.groups, graph.folds)
     with torch.no_grad():
-        set_gates(network, [(g, half[g.name]) for g in graph.groups], 0.0)
-        gated = network(batch_of((x,)))
-        singe.prune(model, singe.Plan(half), x)
-        assert relative_error(gated, model(x)) < 1e-9
+        set_gates(network, half, 0.0)
+        gated = network(batch)
+    remove_units(model, batch, half)
+    assert relative_error(gated, model(x)) < 1e-9
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
@@ -191,6 +195,24 @@ def test_recurrent_layers_are_refused_clearly(kind):
     assert "feed back into each other over time" in graph.rejected["cell"]
     with pytest.raises(singe.ModelError, match=f"it is a {kind.__name__}"):
         singe.score(model, batches, layers=["cell"], progress=False)
+
+
+def test_matrices_of_somebodys_own_are_named():
+    class Transposed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(6, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight
+
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        Transposed(), nn.ReLU(), nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, CLASSES)
+    )
+    graph = find_groups(model.double(), batch_of(make_batches((6,), (2,))[0]))
+    assert [g.name for g in graph.groups] == ["2"]
+    assert "it is a Transposed" in graph.rejected["0"]
 
 
 # ---------------------------------------------------------------------- layers of the user's own

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from singe.adapters.torch_pruning import importance
 from singe.compress import accuracy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from benchmarks.record import write
+from benchmarks.record import RESULTS, write
 
 Batches = list[tuple[Tensor, Tensor]]
 Importance = Callable[[Any], Tensor | None]
@@ -55,10 +56,13 @@ def hessian(model: nn.Module, batches: Batches) -> Importance:
     return found
 
 
-def by_singe(**options: Any) -> Callable[[nn.Module, Batches], Importance]:
+def by_singe(
+    normalizer: str | None = None, **options: Any
+) -> Callable[[nn.Module, Batches], Importance]:
     def make(model: nn.Module, batches: Batches) -> Importance:
         layers = inner_layers(model)
-        return importance(singe.score(model, batches, layers=layers, progress=False, **options))
+        scores = singe.score(model, batches, layers=layers, progress=False, **options)
+        return importance(scores, normalizer=normalizer)
 
     return make
 
@@ -73,6 +77,11 @@ IMPORTANCES: dict[str, tuple[bool, Callable[[nn.Module, Batches], Importance]]] 
     "SInGE, network path": (True, by_singe(path="network")),
     "SInGE, network path, outside": (True, by_singe(path="network", norm="outside")),
     "SInGE, layer path": (True, by_singe(path="layer")),
+    "SInGE, network path, normalizer=mean": (True, by_singe(path="network", normalizer="mean")),
+    "SInGE, network path, outside, normalizer=mean": (
+        True,
+        by_singe(path="network", norm="outside", normalizer="mean"),
+    ),
 }
 SPEEDUPS = (1.5, 2.0)
 
@@ -119,11 +128,18 @@ def pruned_to(
     return best
 
 
+def earlier() -> dict[str, Any]:
+    """The rows of the last run."""
+    path = RESULTS / "torch-pruning-resnet20.json"
+    return json.loads(path.read_text())["results"]["rows"] if path.is_file() else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--test-images", type=int, default=2000)
+    parser.add_argument("--only", default="", help="rows whose name holds this; others are kept")
     args = parser.parse_args()
     model = cifar10.trained(20)
     x, y = cifar10.images("train")
@@ -133,8 +149,10 @@ def main() -> None:
     full, _ = tp.utils.count_ops_and_params(model, example)
     base = accuracy(model, test)
     print(f"{base:.1%} with {full / 1e6:.1f} M MACs")
-    rows: dict[str, Any] = {}
+    rows = earlier() if args.only else {}
     for name, (by_draw, make) in IMPORTANCES.items():
+        if args.only not in name:
+            continue
         draws = []
         for draw in range(args.draws if by_draw else 1):
             torch.manual_seed(draw)
