@@ -11,14 +11,19 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch_pruning as tp
-import torchvision
 from torch import Tensor, nn
 
 import singe
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import benchmarks.architectures  # noqa: F401 - lets torchvision load beside a CPU-only torch
 
 
 def published(model: nn.Module, example_inputs: Tensor, imp: Any) -> None:
@@ -47,7 +52,8 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     args = parser.parse_args()
     torch.manual_seed(0)
-    original = getattr(torchvision.models, args.model)(weights=None).eval()
+    models = importlib.import_module("torchvision.models")
+    original = getattr(models, args.model)(weights=None).eval()
     example_inputs = torch.randn(1, 3, args.size, args.size)
     calibration = torch.randn(8, 3, args.size, args.size)
 
