@@ -26,7 +26,7 @@ test-adapters: $(ADAPTERS_INSTALLED)  ## adapters beside the libraries that no t
 	$(VENV)-adapters/bin/python -m pytest tests/test_adapters_libraries.py $(ARGS)
 
 models: $(ADAPTERS_INSTALLED)  ## check the invariants on every architecture of docs/models.md (an hour)
-	$(VENV)-adapters/bin/python -m benchmarks.models $(ARGS)
+	$(VENV)-adapters/bin/python -m benchmarks.coverage $(ARGS)
 
 lint: $(INSTALLED)  ## ruff and mypy alone
 	$(BIN)/ruff check .
