@@ -6,22 +6,29 @@ INSTALLED := $(VENV)/.installed
 TORCH_INSTALLED := $(VENV)/.torch
 BENCH_INSTALLED := $(VENV)/.bench
 RESULTS := benchmarks/results
+ADAPTERS_INSTALLED := $(VENV)-adapters/.installed
 
 # Unlike `-c`, these also hold in the isolated environment that builds the package.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint gpu carry bench measure invariants report install clean
+.PHONY: help demo test test-adapters models lint gpu carry bench measure invariants report install clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(INSTALLED)  ## prune a small network with every criterion: table and picture in out/
 	$(BIN)/singe demo --out out
 
 test: $(INSTALLED)  ## the whole suite, ruff and mypy included; ARGS="-k name" chooses
 	$(BIN)/python -m pytest $(ARGS)
+
+test-adapters: $(ADAPTERS_INSTALLED)  ## adapters beside the libraries that no test dependency brings
+	$(VENV)-adapters/bin/python -m pytest tests/test_adapters_libraries.py $(ARGS)
+
+models: $(ADAPTERS_INSTALLED)  ## check the invariants on every architecture of docs/models.md (an hour)
+	$(VENV)-adapters/bin/python -m benchmarks.coverage $(ARGS)
 
 lint: $(INSTALLED)  ## ruff and mypy alone
 	$(BIN)/ruff check .
@@ -62,7 +69,7 @@ report: $(BENCH_INSTALLED)  ## rewrite docs/performance.md and its pictures from
 install: $(INSTALLED)  ## create .venv with pinned versions and the compiled core
 
 clean:  ## remove .venv, builds and caches
-	rm -rf $(VENV) build dist out *.egg-info singe/*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-adapters build dist out *.egg-info singe/*.so .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and alone: it is the one download that takes minutes.
@@ -80,4 +87,13 @@ $(INSTALLED): $(TORCH_INSTALLED) pyproject.toml setup.py CMakeLists.txt $(wildca
 # captum wants a torch: the constraints keep the one that is there.
 $(BENCH_INSTALLED): $(INSTALLED) constraints.txt
 	$(BIN)/python -m pip install captum pytest-benchmark
+	touch $@
+
+# On top of the first environment, whose packages it sees and never changes. Without dependencies, as these
+# libraries ask for others than the pinned ones; what they import is listed in constraints-adapters.txt.
+$(ADAPTERS_INSTALLED): $(INSTALLED) constraints-adapters.txt
+	$(PYTHON) -m venv $(VENV)-adapters
+	echo "$(CURDIR)/$(VENV)/lib/$$(ls $(VENV)/lib)/site-packages" > \
+		$$(echo $(VENV)-adapters/lib/*/site-packages)/base.pth
+	$(VENV)-adapters/bin/python -m pip install --no-deps -r constraints-adapters.txt
 	touch $@

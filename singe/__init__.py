@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from singe import quadrature
+from singe import adapters, quadrature
 from singe.compress import CompressReport, compress
 from singe.errors import (
     BudgetError,
@@ -18,6 +18,7 @@ from singe.errors import (
 )
 from singe.export import load_pruned, save_pruned
 from singe.finetune import Stage
+from singe.gates import register_layer
 from singe.latency import Timing
 from singe.plan import Plan, plan
 from singe.pruning import PruneReport, prune
@@ -48,11 +49,13 @@ __all__ = [
     "SingeError",
     "Stage",
     "Timing",
+    "adapters",
     "compress",
     "load_pruned",
     "plan",
     "prune",
     "quadrature",
+    "register_layer",
     "save_pruned",
     "score",
 ]

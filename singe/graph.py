@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from singe.data import Batch
+from singe.dependencies import build_dependency_graph, coupled
 from singe.errors import ModelError
+from singe.gates import BATCH_NORMS, dialect, registered
 
 ROWS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 NORMS = (*BATCH_NORMS, nn.LayerNorm, nn.GroupNorm)
+FUSED = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,9 @@ class Member:
     Attributes:
         name: the module's name in the model.
         kind: ``"rows"`` (a conv or linear whose output channels the units are), ``"norm"`` (a
-            normalisation that is not folded into a row), ``"input"`` (a consumer that needs a gate
-            because something between maps 0 to another value).
+            normalisation that is not folded into a row), ``"custom"`` (a registered layer),
+            ``"input"`` (a consumer that needs a gate because something between maps 0 to another
+            value).
         channels: int64 [U, m]; the m channels of the module that belong to each unit.
     """
 
@@ -120,34 +123,20 @@ def private_copy(model: nn.Module, trainable: bool = False) -> nn.Module:
             f"{type(model).__name__} cannot be copied with copy.deepcopy ({error}); a model must be "
             "deep-copyable to be scored without being touched"
         ) from error
+    for module in twin.modules():
+        if isinstance(module, FUSED) and not isinstance(module.forward, partial):
+            setattr(module, "forward", partial(_without_fast_path, module.forward))  # noqa: B010
     return twin.eval()
 
 
-def build_dependency_graph(model: nn.Module, batch: Batch) -> tp.DependencyGraph:
-    """Torch-Pruning's graph of ``model``, traced with one small batch.
-
-    Raises:
-        ModelError: the forward pass or the trace failed.
-    """
-    graph = tp.DependencyGraph()
+def _without_fast_path(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """torch's fused inference kernels for attention have no derivative and no vmap rule."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with warnings.catch_warnings(), torch.enable_grad():
-            warnings.simplefilter("ignore")
-            graph.build_dependency(
-                model,
-                batch.args,
-                forward_fn=lambda m, _: batch.call(m),
-                output_transform=lambda out: [
-                    t for t in tree_leaves(out) if isinstance(t, Tensor) and t.grad_fn is not None
-                ],
-                verbose=False,
-            )
-    except Exception as error:
-        raise ModelError(
-            f"tracing {type(model).__name__} with the first batch failed: {error}; check that "
-            "model(inputs) runs in evaluation mode and returns tensors"
-        ) from error
-    return graph
+        return forward(*args, **kwargs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def read_graph(
@@ -171,8 +160,11 @@ def read_graph(
     groups: list[Group] = []
     rejected: dict[str, str] = {}
     rejected_layers: dict[str, str] = {}
-    for tp_group in dg.get_all_groups():
-        root = names[tp_group[0].dep.target.module]
+    for root_module, tp_group in coupled(dg):
+        root = names[root_module]
+        if isinstance(tp_group, str):
+            rejected[root], rejected_layers[root] = tp_group, root
+            continue
         group = _describe(dg, tp_group, names, folded, tied)
         layers = {
             names[item.dep.target.module]
@@ -189,6 +181,19 @@ def read_graph(
         else:
             groups.append(group)
 
+    for module, name in names.items():
+        if isinstance(module, nn.RNNBase):
+            rejected[name] = (
+                f"it is a {type(module).__name__}: its channels feed back into each other over time, "
+                "and no gate here closes that; score and prune the layers around it"
+            )
+            rejected_layers[name] = name
+        elif _is_foreign(module):
+            rejected[name] = (
+                f"it is a {type(module).__name__}, a layer neither torch.nn nor Torch-Pruning has; put "
+                "a Linear or a convolution in its place"
+            )
+            rejected_layers[name] = name
     order = {name: i for i, name in enumerate(names.values())}
     groups.sort(key=lambda g: order[g.name])
     return ModelGraph(tuple(groups), folds, rejected, rejected_layers)
@@ -207,6 +212,7 @@ def _find_folds(dg: tp.DependencyGraph, names: dict[nn.Module, str]) -> dict[str
             isinstance(after.module, BATCH_NORMS)
             and set(after.inputs) == {node}
             and after.module.running_mean is not None
+            and dialect(after.module) is not None
         ):
             folds[names[module]] = names[after.module]
     return folds
@@ -265,17 +271,29 @@ def _describe(
     for item in tp_group:
         node, module = item.dep.target, item.dep.target.module
         if isinstance(module, nn.Parameter):
-            return "its channels are tied to a bare nn.Parameter"
+            if not _only_multiplies(node):
+                return "its channels are tied to a bare nn.Parameter"
+            continue  # a layer scale: times zero
         is_out = dg.is_out_channel_pruning_fn(item.dep.handler)
         if is_out and not node.outputs:
             return "its channels reach the model's output"
         if module not in names or isinstance(module, nn.PReLU):
             continue  # an element-wise, concat, split or reshape operation
         name = names[module]
+        if registered(module) is not None:
+            channels = _channels_by_unit(item.idxs, item.root_idxs, n_units)
+            if channels is None:
+                return f"{name} does not hold as many channels of every unit"
+            members.append(Member(name, "custom", channels))
+            continue
         if not isinstance(module, (*ROWS, *NORMS)):
             return f"{name} is a {type(module).__name__}, which has no gate yet"
         if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
             return f"{name} normalises over several dimensions"
+        if isinstance(module, ROWS) and not _is_plain(module):
+            return f"{name} is a {type(module).__name__}, which does more than its base class"
+        if isinstance(module, NORMS) and dialect(module) is None:
+            return f"{name} is a {type(module).__name__}, which does more than its base class"
         if isinstance(module, ROWS) and "weight" not in module._parameters:
             return f"{name} computes its weight; remove its weight_norm or parametrization first"
         if name in tied:
@@ -300,6 +318,32 @@ def _describe(
         return "no layer reads its channels, so they reach the model's output"
     root_channels = torch.arange(n_channels).view(blocks, n_units).T.contiguous()
     return Group(names[root], n_units, root_channels, tuple(members), tuple(consumers), suspicious)
+
+
+def _is_foreign(module: nn.Module) -> bool:
+    """A matrix of somebody's own (the Conv1D of GPT-2): its outputs are in nobody's group."""
+    weight = module._parameters.get("weight")
+    bases = [base for base in type(module).__mro__ if base is not nn.Module]
+    is_torchs = any(base.__module__.startswith("torch.") for base in bases)
+    return weight is not None and weight.dim() >= 2 and not is_torchs and registered(module) is None
+
+
+def _is_plain(row: nn.Module) -> bool:
+    """Whether a conv or linear computes what torch's does: its weight gradient is taken for granted."""
+    return any(
+        type(row).forward is base.forward
+        and getattr(base, "_conv_forward", None) is getattr(type(row), "_conv_forward", None)
+        for base in ROWS
+    )
+
+
+def _only_multiplies(node: Any) -> bool:
+    """Whether a bare parameter is nothing but a factor of what it meets (a layer scale)."""
+    return bool(node.outputs) and all(
+        node.grad_fn is not None
+        and "MulBackward" in (after.grad_fn.name() if after.grad_fn else "")
+        for after in node.outputs
+    )
 
 
 def _channels_by_unit(idxs: list[int], root_idxs: list[int], n_units: int) -> Tensor | None:

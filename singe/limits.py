@@ -39,6 +39,17 @@ def absolute(value: float, full: float) -> float:
     return value * full if value <= 1.0 else value
 
 
+def check_ratio(max_pruning_ratio: float) -> None:
+    """Raise OptionError unless the ratio lies in (0, 1]."""
+    if not 0.0 < max_pruning_ratio <= 1.0:
+        raise OptionError(f"max_pruning_ratio must lie in (0, 1], got {max_pruning_ratio!r}")
+
+
+def floor_of(units: int, max_pruning_ratio: float) -> int:
+    """Units that a group of so many keeps at least."""
+    return max(1, units - int(max_pruning_ratio * units))
+
+
 @dataclass(frozen=True)
 class Limits:
     """What every group may come to, in units.
@@ -70,8 +81,7 @@ def limits_of(
     Raises:
         OptionError: a share out of range, a name that belongs to no group, limits that contradict.
     """
-    if not 0.0 < max_pruning_ratio <= 1.0:
-        raise OptionError(f"max_pruning_ratio must lie in (0, 1], got {max_pruning_ratio!r}")
+    check_ratio(max_pruning_ratio)
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise OptionError(f"round_to must be an integer >= 1, got {round_to!r}")
     ignored = _groups_of(_names(model, ignore), graph, "ignore")
@@ -81,9 +91,9 @@ def limits_of(
     least, most, why = {}, {}, {}
     for group in graph.groups:
         name, n = group.name, group.n_units
-        guard = n - int(max_pruning_ratio * n)
+        guard = floor_of(n, max_pruning_ratio)
         asked = -int(-low.get(name, 0.0) * n // 1)  # rounded up
-        least[name], why[name] = max(1, guard, asked), "max_pruning_ratio"
+        least[name], why[name] = max(guard, asked), "max_pruning_ratio"
         if name in low and (asked > guard or named):
             least[name], why[name] = max(1, asked), "min_keep"
         if name in ignored:

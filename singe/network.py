@@ -10,6 +10,7 @@ the unit has been physically removed:
   remains to be.
 - LayerNorm, GroupNorm: mean and variance are taken over the channels weighted by their gates, so a
   removed channel leaves the statistics; the shift is gated as above.
+- a registered layer: what :func:`singe.gates.register_layer` was given.
 - input of a layer: ``gate * x``, where an activation between maps 0 to something else (sigmoid).
 """
 
@@ -24,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from singe.data import Batch, in_channels_last
-from singe.graph import BATCH_NORMS, Group, Member, private_copy
+from singe.gates import BATCH_NORMS, REGISTRY, Dialect, dialect
+from singe.graph import Group, Member, private_copy
 from singe.kernels.masked_forward import masked_forward
 from singe.prefix import PrefixCache
 
@@ -125,7 +127,7 @@ def fold(row: Any, norm: Any) -> None:
     folded = folded.to(weight.dtype).contiguous(memory_format=memory_format)
     row.weight = nn.Parameter(folded, requires_grad=False)
     row.bias = nn.Parameter(shift.to(weight.dtype), requires_grad=False)
-    norm.forward = _identity
+    norm.forward = dialect_of(norm).tail
 
 
 def _pool_by_mean(pool: Any) -> None:
@@ -133,8 +135,11 @@ def _pool_by_mean(pool: Any) -> None:
     pool.forward = lambda input: input.mean((-2, -1), keepdim=True)
 
 
-def _identity(input: Tensor) -> Tensor:
-    return input
+def dialect_of(norm: Any) -> Dialect:
+    """The dialect of a norm that :func:`singe.graph.read_graph` has let through."""
+    found = dialect(norm)
+    assert found is not None
+    return found
 
 
 def _is_channels_last(weight: Tensor) -> bool:
@@ -183,6 +188,8 @@ class Network:
             channels = getattr(module, "in_channels", None) or module.in_features
         elif member.kind == "rows":
             channels = module.weight.shape[0]
+        elif member.kind == "custom":
+            channels = REGISTRY[type(module)].pruner.get_out_channels(module)
         elif isinstance(module, nn.LayerNorm):
             channels = module.normalized_shape[-1]
         else:
@@ -278,6 +285,7 @@ def _gated_input(network: Network, site: Site, forward: Forward) -> Forward:
 
 def _gated_norm(network: Network, site: Site, forward: Forward) -> Forward:
     norm = site.module
+    spoken = dialect_of(norm)
     if isinstance(norm, BATCH_NORMS):
         scale, shift = batch_norm_affine(norm)
 
@@ -286,14 +294,30 @@ def _gated_norm(network: Network, site: Site, forward: Forward) -> Forward:
                 return forward(input)
             # Written out, so that nothing but zeros comes out where nothing but zeros goes in.
             a, b = scale.to(input.dtype), (site.gate * shift).to(input.dtype)
-            return input * per_channel(a, input, 1) + per_channel(b, input, 1)
+            return spoken.tail(input * per_channel(a, input, 1) + per_channel(b, input, 1))
 
     else:
 
         def gated(input: Tensor) -> Tensor:
             if site.gate is None:
                 return forward(input)
-            return weighted_norm(norm, input, site.gate)
+            if spoken.dim == 1 and isinstance(norm, nn.LayerNorm):
+                out = weighted_norm(norm, input.movedim(1, -1), site.gate).movedim(-1, 1)
+            else:
+                out = weighted_norm(norm, input, site.gate)
+            return spoken.tail(out)
+
+    return gated
+
+
+def _gated_custom(network: Network, site: Site, forward: Forward) -> Forward:
+    entry = REGISTRY[type(site.module)]
+
+    def gated(input: Tensor) -> Tensor:
+        if site.gate is None:
+            return forward(input)
+        gate = per_channel(site.gate.to(input.dtype), input, entry.channel_dim)
+        return entry.gate(site.module, forward, input, gate)
 
     return gated
 
@@ -339,5 +363,6 @@ def _standardise(
 _GATED: dict[str, Callable[[Network, Site, Forward], Forward]] = {
     "rows": _gated_rows,
     "norm": _gated_norm,
+    "custom": _gated_custom,
     "input": _gated_input,
 }

@@ -185,7 +185,7 @@ def set_gates(network: Network, units: Iterable[tuple[Group, Iterable[int]]], va
 def _verified(model: nn.Module, batch: Batch, graph: ModelGraph) -> ModelGraph:
     """Keep the groups in which gating a unit off equals removing it physically.
 
-    One unit of every group at once; only if that fails, group by group.
+    One unit of every group at once; where that fails, of one half of the groups and of the other.
     """
     network = Network(model, graph.groups, graph.folds)
     network.clear()
@@ -220,15 +220,25 @@ def _verified(model: nn.Module, batch: Batch, graph: ModelGraph) -> ModelGraph:
             return f"gating one of its units and removing it differ by {off:.1e} (relative)"
         return None
 
-    sound = [g for g in graph.groups if not g.suspicious]
     reasons: dict[str, str] = {}
-    alone = [g for g in graph.groups if g.suspicious]
-    if sound and problem(sound) is not None:
-        alone = list(graph.groups)
-    for group in alone:
-        if (why := problem([group])) is not None:
-            reasons[group.name] = why
-    failed = {layer: g.name for g in alone if g.name in reasons for layer in g.layers}
+
+    def halve(groups: Sequence[Group]) -> None:
+        """Name the groups with a problem, in few runs where few have one."""
+        why = problem(groups) if groups else None
+        if why is None:
+            return
+        if len(groups) == 1:
+            reasons[groups[0].name] = why
+            return
+        middle = len(groups) // 2
+        halve(groups[:middle])
+        halve(groups[middle:])
+
+    halve([g for g in graph.groups if not g.suspicious])
+    for group in graph.groups:
+        if group.suspicious:
+            halve([group])
+    failed = {layer: g.name for g in graph.groups if g.name in reasons for layer in g.layers}
     return replace(
         graph,
         groups=tuple(g for g in graph.groups if g.name not in reasons),

@@ -1,0 +1,180 @@
+"""One network, one pruner of Torch-Pruning, one line changed: the importance.
+
+    python examples/cifar10/with_torch_pruning.py [--draws 3] [--samples 256]
+
+A trained ResNet-20 loses the channels between the two convolutions of its blocks, ranked globally, until
+1.5 and 2 times fewer MACs are left, in one shot and without fine-tuning. Accuracy on test images; every
+draw takes other calibration images. Torch-Pruning's importances run with their default options and as
+its examples feed them; each is asked once, on the whole network, and then looked up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cifar10
+import torch
+import torch.nn.functional as F
+import torch_pruning as tp
+from torch import Tensor, nn
+
+import singe
+from singe.adapters.torch_pruning import importance
+from singe.compress import accuracy
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from benchmarks.record import RESULTS, write
+
+Batches = list[tuple[Tensor, Tensor]]
+Importance = Callable[[Any], Tensor | None]
+
+
+def taylor(model: nn.Module, batches: Batches) -> Importance:
+    """Gradients summed over the batches, as in Torch-Pruning's examples."""
+    model.zero_grad()
+    for x, y in batches:
+        F.cross_entropy(model(x), y).backward()
+    return tp.importance.GroupTaylorImportance()
+
+
+def hessian(model: nn.Module, batches: Batches) -> Importance:
+    """Squared gradients sample by sample, as in Torch-Pruning's examples."""
+    found = tp.importance.GroupHessianImportance()
+    found.zero_grad()
+    for x, y in batches:
+        for loss in F.cross_entropy(model(x), y, reduction="none"):
+            model.zero_grad()
+            loss.backward(retain_graph=True)
+            found.accumulate_grad(model)
+    return found
+
+
+def by_singe(
+    normalizer: str | None = None, **options: Any
+) -> Callable[[nn.Module, Batches], Importance]:
+    def make(model: nn.Module, batches: Batches) -> Importance:
+        layers = inner_layers(model)
+        scores = singe.score(model, batches, layers=layers, progress=False, **options)
+        return importance(scores, normalizer=normalizer)
+
+    return make
+
+
+IMPORTANCES: dict[str, tuple[bool, Callable[[nn.Module, Batches], Importance]]] = {
+    "Random": (True, lambda m, b: tp.importance.RandomImportance()),
+    "Magnitude": (False, lambda m, b: tp.importance.GroupMagnitudeImportance()),
+    "BNScale": (False, lambda m, b: tp.importance.BNScaleImportance()),
+    "LAMP": (False, lambda m, b: tp.importance.LAMPImportance()),
+    "Taylor": (True, taylor),
+    "Hessian": (True, hessian),
+    "SInGE, network path": (True, by_singe(path="network")),
+    "SInGE, network path, outside": (True, by_singe(path="network", norm="outside")),
+    "SInGE, layer path": (True, by_singe(path="layer")),
+    "SInGE, network path, normalizer=mean": (True, by_singe(path="network", normalizer="mean")),
+    "SInGE, network path, outside, normalizer=mean": (
+        True,
+        by_singe(path="network", norm="outside", normalizer="mean"),
+    ),
+}
+SPEEDUPS = (1.5, 2.0)
+
+
+def inner_layers(model: nn.Module) -> list[str]:
+    """The padded shortcuts leave only what lies between the two convolutions of a block prunable."""
+    return [n for n, _ in model.named_modules() if n.endswith("conv1") and "." in n]
+
+
+def pruner_of(model: nn.Module, example: Tensor, ranked: Importance, ratio: float) -> Any:
+    inner = set(inner_layers(model))
+    layers = (nn.Conv2d, nn.Linear)
+    return tp.pruner.BasePruner(
+        model, example, importance=ranked, global_pruning=True, pruning_ratio=ratio,
+        ignored_layers=[m for n, m in model.named_modules() if isinstance(m, layers) and n not in inner],
+    )  # fmt: skip
+
+
+def table_of(model: nn.Module, example: Tensor, ranked: Importance) -> dict[str, Tensor | None]:
+    """What an importance says of every group of the whole network, by root layer."""
+    pruner = pruner_of(model, example, ranked, 0.5)
+    groups = pruner.DG.get_all_groups(pruner.ignored_layers, pruner.root_module_types)
+    names = {module: name for name, module in model.named_modules()}
+    return {names[g[0].dep.target.module]: ranked(g) for g in groups}
+
+
+def pruned_to(
+    model: nn.Module, example: Tensor, table: dict[str, Tensor | None], macs: float
+) -> nn.Module:
+    """The model pruned by the smallest ratio that reaches ``macs``; the ratio is found by bisection."""
+    low, high, best = 0.0, 1.0, None
+    for _ in range(9):
+        ratio = (low + high) / 2
+        candidate = copy.deepcopy(model)
+        names = {module: name for name, module in candidate.named_modules()}
+        lookup = lambda g, names=names: table[names[g[0].dep.target.module]]  # noqa: E731
+        pruner_of(candidate, example, lookup, ratio).step()
+        if tp.utils.count_ops_and_params(candidate, example)[0] <= macs:
+            high, best = ratio, candidate
+        else:
+            low = ratio
+    if best is None:
+        raise RuntimeError("Torch-Pruning did not reach the target at any ratio")
+    return best
+
+
+def earlier() -> dict[str, Any]:
+    """The rows of the last run."""
+    path = RESULTS / "torch-pruning-resnet20.json"
+    return json.loads(path.read_text())["results"]["rows"] if path.is_file() else {}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--test-images", type=int, default=2000)
+    parser.add_argument("--only", default="", help="rows whose name holds this; others are kept")
+    args = parser.parse_args()
+    model = cifar10.trained(20)
+    x, y = cifar10.images("train")
+    test_x, test_y = cifar10.images("test")
+    test = cifar10.batches(test_x[: args.test_images], test_y[: args.test_images], 250)
+    example = test[0][0][:1]
+    full, _ = tp.utils.count_ops_and_params(model, example)
+    base = accuracy(model, test)
+    print(f"{base:.1%} with {full / 1e6:.1f} M MACs")
+    rows = earlier() if args.only else {}
+    for name, (by_draw, make) in IMPORTANCES.items():
+        if args.only not in name:
+            continue
+        draws = []
+        for draw in range(args.draws if by_draw else 1):
+            torch.manual_seed(draw)
+            part = slice(draw * args.samples, (draw + 1) * args.samples)
+            whole = copy.deepcopy(model)
+            ranked = make(whole, cifar10.batches(x[part], y[part], 64))
+            table = table_of(whole, example, ranked)
+            cells = []
+            for speedup in SPEEDUPS:
+                pruned = pruned_to(model, example, table, full / speedup)
+                macs, params = tp.utils.count_ops_and_params(pruned, example)
+                cells.append({"accuracy": accuracy(pruned, test), "macs": macs, "params": params})
+            draws.append(cells)
+        means = [statistics.mean(cell["accuracy"] for cell in column)
+                 for column in zip(*draws, strict=True)]  # fmt: skip
+        rows[name] = {"draws": draws, "mean": means}
+        print(f"{name:30s}" + "".join(f"{100 * m:7.1f}" for m in means), flush=True)
+    settings = vars(args) | {"speedups": SPEEDUPS, "torch_pruning": tp.__version__}
+    write(
+        "torch-pruning-resnet20", {"settings": settings, "base": base, "macs": full, "rows": rows}
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""One vector ``[C]`` per layer: what most libraries mean by a channel importance.
+
+MMRazor's ``L1MutableChannelUnit`` and ``GroupFisherChannelUnit.importance()``, TinyNeuralNetwork's
+``metric_func``, TorchPruner's ``run(module)``, ModelOpt's score files and NNI's metrics are all views of
+it. Nothing of those libraries is needed here.
+
+    class SingeUnit(GroupFisherChannelUnit):          # MMRazor, registered with @MODELS.register_module()
+        def importance(self):
+            return by_layer[self.output_related[0].name]
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from singe.errors import ModelError, ScoresError
+from singe.graph import unwrapped
+from singe.scores import Scores
+
+
+def channel_scores(scores: Scores, model: nn.Module, check: bool = True) -> dict[str, Tensor]:
+    """Layer -> float32 [C_out]: the score of the unit that each output channel belongs to.
+
+    Every layer of a group is there, coupled layers with the same numbers. Where several channels can
+    only go together (grouped convolutions, GroupNorm) each has its unit's score.
+
+    Args:
+        model: the model that was scored: it knows how many channels its layers have.
+        check: False for a model whose parameters were renamed since, by masks or parametrizations.
+
+    Raises:
+        ScoresError: scores of another model.
+    """
+    if check:
+        scores.check(model)
+    modules = dict(unwrapped(model).named_modules())
+    found = {}
+    for group, values in scores.items():
+        for name in dict.fromkeys((group, *scores.groups[group])):
+            if name not in modules:
+                raise ScoresError(
+                    f"this {type(model).__name__} has no layer {name!r}: another model?"
+                )
+            channels = _outputs(modules[name])
+            # Unit u is channels u, u + U, ...; a layer behind a concat holds other channels as well.
+            if channels % len(values) == 0 and (
+                name == group or channels == _outputs(modules[group])
+            ):
+                found[name] = values.repeat(channels // len(values))
+    return found
+
+
+def _outputs(layer: nn.Module) -> int:
+    module: Any = layer
+    return int(getattr(module, "out_channels", None) or module.out_features)
+
+
+def of_layer(by_layer: dict[str, Tensor], model: nn.Module, layer: str | nn.Module) -> Tensor:
+    """The vector of one layer, given by name or as module.
+
+    Raises:
+        ModelError: it has no scores.
+    """
+    names = {module: name for name, module in unwrapped(model).named_modules()}
+    name = names.get(layer, "?") if isinstance(layer, nn.Module) else layer
+    if name not in by_layer:
+        raise ModelError(f"layer {name!r} has no scores; scored are {', '.join(by_layer)}")
+    return by_layer[name]
+
+
+def save_activation_scores(scores: Scores, model: nn.Module, folder: str | PathLike[str]) -> Path:
+    """Write ModelOpt's file of channel importances, ``rank_0.pth``: ``{layer: {"score": [C]}}``.
+
+    Only tensors, dictionaries and strings: ``torch.load(..., weights_only=True)`` reads it.
+
+    Raises:
+        ScoresError: scores of another model.
+    """
+    by_layer = channel_scores(scores, model)
+    if not by_layer:
+        raise ScoresError("there are no scores to write")
+    path = Path(folder) / "rank_0.pth"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({name: {"score": values.clone()} for name, values in by_layer.items()}, path)
+    return path

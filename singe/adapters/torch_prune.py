@@ -1,0 +1,183 @@
+"""``torch.nn.utils.prune``: masks from scores, for one layer or the whole network.
+
+    from torch.nn.utils import prune
+
+    # one layer, the library's own call:
+    importance = torch_prune.importance_scores(scores, model, "layer1.0.conv1")
+    prune.ln_structured(layer, "weight", amount=0.5, n=float("inf"), dim=0, importance_scores=importance)
+
+    # every group, coupled layers, biases and norms included:
+    torch_prune.global_structured(model, scores, example_inputs, amount=0.5)
+
+A mask switches a channel off, it makes nothing smaller; ``singe.prune`` removes it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from singe.adapters.channel_scores import channel_scores, of_layer
+from singe.adapters.ranking import ranking
+from singe.data import device_of, example_batch
+from singe.errors import BudgetError, ModelError, OptionError, ScoresError
+from singe.graph import BATCH_NORMS, Group, ModelGraph, unwrapped
+from singe.limits import check_ratio, floor_of
+from singe.scores import Scores
+from singe.units import find_groups, small
+
+
+def importance_scores(scores: Scores, model: nn.Module, layer: str | nn.Module) -> Tensor:
+    """Scores in the shape of a layer's weight, for ``ln_structured(..., n=float("inf"), dim=0)``.
+
+    The library takes a norm per channel, of absolute values. The numbers are therefore ranks (1 for the
+    lowest), the same all over a channel, so that signed scores keep their order and ``n=inf`` gives
+    them back as they are. Other layers may be masked already.
+
+    Raises:
+        ScoresError: scores of another model.
+        ModelError: the layer has none.
+    """
+    values = of_layer(channel_scores(scores, model, check=False), model, layer)
+    module = unwrapped(model).get_submodule(layer) if isinstance(layer, str) else layer
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if len(weight) != len(values):
+        raise ScoresError(f"{layer!r} has {len(weight)} channels, the scores are for {len(values)}")
+    ranks = values.argsort(stable=True).argsort().to(weight) + 1
+    return ranks.view(-1, *[1] * (weight.dim() - 1)).expand_as(weight)
+
+
+def local_structured(
+    model: nn.Module, scores: Scores, example_inputs: Any, amount: float
+) -> dict[str, list[int]]:
+    """Mask the lowest share ``amount`` of every group; see :func:`global_structured`."""
+    _check_amount(amount)
+    chosen = {
+        name: sorted(values.argsort(stable=True)[: round(amount * len(values))].tolist())
+        for name, values in scores.items()
+    }
+    return _mask(model, scores, example_inputs, chosen)
+
+
+def global_structured(
+    model: nn.Module,
+    scores: Scores,
+    example_inputs: Any,
+    amount: float,
+    max_pruning_ratio: float = 1.0,
+) -> dict[str, list[int]]:
+    """Mask the lowest share ``amount`` of all units, wherever they are.
+
+    Masked are, with ``prune.custom_from_mask``: the rows of every coupled layer, their biases, and
+    weight and bias of a BatchNorm behind them, which would otherwise hand its shift on; and the columns
+    that read the unit where an activation makes something of zero. The masked network computes what the
+    pruned one does. ``prune.remove(module, name)`` makes a mask permanent.
+
+    Args:
+        model: masked in place; its parameters get the library's ``_orig`` and ``_mask``.
+        scores: of this very model.
+        example_inputs: a tensor, a tuple of arguments or a dict: one pass finds the coupled layers.
+        amount: share of all scored units, in (0, 1).
+        max_pruning_ratio: no group loses more than this share, and none its best unit.
+
+    Returns:
+        group -> the units that were masked.
+
+    Raises:
+        OptionError: ``amount`` or ``max_pruning_ratio`` out of range.
+        BudgetError: ``amount`` cannot be met under ``max_pruning_ratio``.
+        ScoresError: scores of another model, or all equal.
+        ModelError: a unit in a LayerNorm or GroupNorm, whose statistics no mask can leave.
+    """
+    _check_amount(amount)
+    check_ratio(max_pruning_ratio)
+    floors = {name: floor_of(len(values), max_pruning_ratio) for name, values in scores.items()}
+    table = ranking(scores, keep=floors)
+    total = sum(map(len, table.values()))
+    count, most = round(amount * total), total - sum(floors.values())
+    if count > most:
+        raise BudgetError(
+            f"amount={amount} cannot be met: at most {most / total:.3f} of the units can be masked "
+            f"under max_pruning_ratio={max_pruning_ratio}"
+        )
+    flat = torch.cat(list(table.values()))
+    threshold = flat.sort().values[count] if count < total else float("inf")
+    chosen = {
+        name: (values < threshold).nonzero().view(-1).tolist() for name, values in table.items()
+    }
+    return _mask(model, scores, example_inputs, chosen)
+
+
+def _check_amount(amount: float) -> None:
+    if not 0.0 < amount < 1.0:
+        raise OptionError(f"amount must lie in (0, 1): a share of the units, got {amount!r}")
+
+
+def _mask(
+    model: nn.Module, scores: Scores, example_inputs: Any, chosen: dict[str, list[int]]
+) -> dict[str, list[int]]:
+    scores.check(model)
+    chosen = {name: units for name, units in chosen.items() if units}
+    model = unwrapped(model)
+    batch = small(example_batch(example_inputs, device_of(model)))
+    graph = find_groups(model, batch, layers=list(chosen))
+    masks: dict[tuple[str, str], Tensor] = {}
+    for group in graph.groups:
+        _mask_group(model, graph, group, chosen[group.name], masks)
+    for (name, parameter), mask in masks.items():
+        prune.custom_from_mask(model.get_submodule(name), parameter, mask)
+    return chosen
+
+
+def _mask_group(
+    model: nn.Module,
+    graph: ModelGraph,
+    group: Group,
+    units: list[int],
+    masks: dict[tuple[str, str], Tensor],
+) -> None:
+    """Add one group's zeros to the masks; nothing of the model is touched yet."""
+
+    def close(name: str, parameter: str, channels: Tensor, dim: int = 0) -> None:
+        tensor = getattr(model.get_submodule(name), parameter, None)
+        if tensor is None:
+            return
+        mask = masks.setdefault((name, parameter), torch.ones_like(tensor))
+        mask.index_fill_(dim, channels.to(mask.device), 0.0)
+
+    for member in group.members:
+        channels = member.channels[units].flatten()
+        module = model.get_submodule(member.name)
+        if member.kind == "custom" or (
+            member.kind == "norm" and not isinstance(module, BATCH_NORMS)
+        ):
+            raise ModelError(
+                f"group {group.name!r} runs through {member.name!r}, a {type(module).__name__}: its "
+                "statistics cannot leave a masked channel out; remove the units with singe.prune, or "
+                "score without this group"
+            )
+        if member.kind == "input":
+            grouped = getattr(module, "groups", 1) > 1
+            if grouped:
+                raise ModelError(
+                    f"{member.name!r} reads the units in groups; no mask can say which"
+                )
+            close(member.name, "weight", channels, 1)
+            continue
+        for name in (member.name, graph.folds.get(member.name)):
+            if name is not None:
+                _require_affine(model.get_submodule(name), name)
+                close(name, "weight", channels)
+                close(name, "bias", channels)
+
+
+def _require_affine(module: nn.Module, name: str) -> None:
+    if isinstance(module, BATCH_NORMS) and module.weight is None:
+        raise ModelError(
+            f"{name!r} is a BatchNorm without parameters: there is nothing to mask, and a masked "
+            "channel would leave its mean behind; use singe.prune"
+        )

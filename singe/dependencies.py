@@ -1,0 +1,140 @@
+"""Torch-Pruning's dependency graph of a model, and which layers it couples."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch_pruning.dependency.shape_infer import (
+    infer_in_channels_recursively,
+    infer_out_channels_recursively,
+)
+
+from singe.data import Batch
+from singe.errors import ModelError
+from singe.gates import pruners
+
+ROOTS = (nn.modules.conv._ConvNd, nn.Linear)
+
+
+class _DependencyGraph(tp.DependencyGraph):
+    """Torch-Pruning's graph, whose views and slices move channels only where they do.
+
+    With current torch it takes every view whose neighbours have different widths for a flattening of
+    channels, and every slice of the second dimension for one of channels: window partitions, channel
+    shuffles and the patch merging of a Swin transformer too. Their indices then multiply from block to
+    block until memory ends.
+    """
+
+    def _build_dependency(self, module2node: dict[Any, Any]) -> None:
+        kinds = tp.ops.OPTYPE
+        moves = {
+            kinds.CONCAT: self._joins_channels,  # looks at the slices before it
+            kinds.RESHAPE: self._flattens,
+            kinds.SLICE: self._cuts_channels,
+        }
+        for kind, moves_channels in moves.items():
+            for node in module2node.values():
+                if node.type == kind and not moves_channels(node):
+                    node.type = kinds.ELEMENTWISE
+        super()._build_dependency(module2node)
+
+    def _joins_channels(self, node: Any) -> bool:
+        """Not with constants alone (an empty cache), nor what was cut along another dimension."""
+        if len(node.inputs) < 2:
+            return False
+        dim = _signed(getattr(node.grad_fn, "_saved_dim", 1))
+        for before in node.inputs:
+            while before.type == tp.ops.OPTYPE.ELEMENTWISE and len(before.inputs) == 1:
+                before = before.inputs[0]  # a rotary embedding negates one half
+            sizes = getattr(before.grad_fn, "_saved_self_sym_sizes", None)
+            if before.type != tp.ops.OPTYPE.SLICE or sizes is None or self._cuts_channels(before):
+                continue
+            if (_signed(before.grad_fn._saved_dim) - dim) % len(sizes) == 0:
+                return False
+        return True
+
+    def _flattens(self, node: Any) -> bool:
+        """[B, C, *X] -> [B, C X], or back."""
+        sizes = getattr(node.grad_fn, "_saved_self_sym_sizes", None)
+        if sizes is None:
+            return True
+        features = math.prod(int(size) for size in sizes[1:])
+        if len(sizes) == 2:
+            neighbours, infer = node.inputs, infer_out_channels_recursively
+        else:
+            neighbours, infer = node.outputs, infer_in_channels_recursively
+        return any(infer(self, other, [0]) == features for other in neighbours)
+
+    def _cuts_channels(self, node: Any) -> bool:
+        sizes = getattr(node.grad_fn, "_saved_self_sym_sizes", None)
+        dim = getattr(node.grad_fn, "_saved_dim", None)
+        if sizes is None or dim is None:
+            return True
+        width = int(sizes[_signed(dim)])
+        return any(infer_out_channels_recursively(self, n, [0]) == width for n in node.inputs)
+
+
+def _signed(dim: int) -> int:
+    """torch hands negative dimensions out as unsigned numbers."""
+    return dim - 2**64 if dim >= 2**63 else dim
+
+
+def build_dependency_graph(model: nn.Module, batch: Batch) -> tp.DependencyGraph:
+    """Torch-Pruning's graph of ``model``, traced with one small batch.
+
+    Raises:
+        ModelError: the forward pass or the trace failed.
+    """
+    graph = _DependencyGraph()
+    try:
+        with warnings.catch_warnings(), torch.enable_grad():
+            warnings.simplefilter("ignore")
+            graph.build_dependency(
+                model,
+                batch.args,
+                forward_fn=lambda m, _: batch.call(m),
+                output_transform=lambda out: [
+                    t for t in tree_leaves(out) if isinstance(t, Tensor) and t.grad_fn is not None
+                ],
+                customized_pruners=pruners(),
+                verbose=False,
+            )
+    except Exception as error:
+        raise ModelError(
+            f"tracing {type(model).__name__} with the first batch failed: {error}; check that "
+            "model(inputs) runs in evaluation mode and returns tensors"
+        ) from error
+    return graph
+
+
+def coupled(dg: tp.DependencyGraph) -> Iterator[tuple[nn.Module, Any]]:
+    """(root layer, its Torch-Pruning group) for every set of coupled layers, each layer once.
+
+    Where Torch-Pruning cannot follow the channels, the reason takes the place of the group.
+    """
+    seen: set[nn.Module] = set()
+    for module in list(dg.module2node):
+        if not isinstance(module, ROOTS) or module in seen:
+            continue
+        pruner = dg.get_pruner_of_module(module)
+        try:
+            width = pruner.get_out_channels(module)
+            group = dg.get_pruning_group(module, pruner.prune_out_channels, list(range(width)))
+        except Exception as error:
+            seen.add(module)
+            yield module, f"Torch-Pruning cannot follow its channels ({error})"
+            continue
+        seen.update(
+            item.dep.target.module
+            for item in group
+            if dg.is_out_channel_pruning_fn(item.dep.handler)
+            and isinstance(item.dep.target.module, nn.Module)
+        )
+        yield module, group

@@ -1,0 +1,252 @@
+"""Adapters to what comes with torch, and Captum's way of asking."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from helpers import (
+    CASES,
+    clone,
+    make_batches,
+    one_thread,  # noqa: F401 - autouse
+    relative_error,
+    torchvision_models,
+    trained_resnet20,
+)
+from torch import nn
+from torch.nn.utils import prune
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+import singe
+from singe.adapters import captum, channel_scores, required, torch_ao, torch_prune
+
+
+def case(name: str):
+    model, batches = CASES[name].model(), CASES[name].batches()
+    return model, batches[0][0], batches
+
+
+def resnet20_scores():
+    model = trained_resnet20()
+    batches = make_batches((3, 16, 16), (4,), classes=10)
+    return model, batches[0][0], singe.score(model, batches, path="network", progress=False)
+
+
+# ---------------------------------------------------------------------- torch.nn.utils.prune
+
+
+def test_ln_structured_removes_the_lowest_of_a_layer():
+    model, _, batches = case("vgg")
+    scores = singe.score(model, batches, criterion="signed", path="neuron", progress=False)
+    assert float(min(v.min() for v in scores.values())) < 0, "signed scores, which |.| would mix up"
+    for name, values in scores.items():
+        layer = model.get_submodule(name)
+        importance = torch_prune.importance_scores(scores, model, name)
+        prune.ln_structured(
+            layer, "weight", amount=2, n=float("inf"), dim=0, importance_scores=importance
+        )
+        masked = (layer.weight_mask.flatten(1).sum(1) == 0).nonzero().view(-1)
+        assert masked.tolist() == sorted(values.argsort()[:2].tolist())
+
+
+@pytest.mark.parametrize("ranking", ["local", "global"])
+@pytest.mark.parametrize(
+    "name", ["vgg", "residual", "depthwise", "grouped", "pre_activation", "sigmoid", "pad_same"]
+)
+def test_masks_compute_what_pruning_computes(name, ranking):
+    model, inputs, batches = case(name)
+    scores = singe.score(model, batches, progress=False)
+    masked, pruned = clone(model), clone(model)
+    mask = torch_prune.local_structured if ranking == "local" else torch_prune.global_structured
+    chosen = mask(masked, scores, inputs, amount=0.4)
+    assert sum(map(len, chosen.values())) > 0
+    singe.prune(pruned, singe.Plan(chosen), inputs)
+    assert relative_error(masked(inputs), pruned(inputs)) < 1e-12
+    assert any(n.endswith("weight_orig") for n, _ in masked.named_parameters())
+
+
+def test_global_masks_are_the_lowest_of_all():
+    model, inputs, scores = resnet20_scores()
+    chosen = torch_prune.global_structured(model, scores, inputs, amount=0.3)
+    flat = sorted(
+        (float(v), name, u)
+        for name, values in scores.items()
+        for u, v in enumerate(values)
+        if u != int(values.argmax())
+    )
+    count = round(0.3 * sum(map(len, scores.values())))
+    assert {(n, u) for n, units in chosen.items() for u in units} == {
+        (n, u) for _, n, u in flat[:count]
+    }
+    for name, units in chosen.items():
+        block, norm = name.rsplit(".", 1)[0], name.replace("conv", "bn")
+        rows = model.get_submodule(name).weight.flatten(1)
+        assert not rows[units].any()
+        assert not model.get_submodule(norm).bias[units].any(), block
+
+
+def test_masks_on_a_torchvision_network():
+    torch.manual_seed(0)
+    model = torchvision_models().resnet18(weights=None, num_classes=10).double().eval()
+    batches = make_batches((3, 32, 32), (2,), classes=10)
+    scores = singe.score(model, batches, criterion="taylor", progress=False)
+    masked = clone(model)
+    chosen = torch_prune.global_structured(
+        masked, scores, batches[0][0], amount=0.3, max_pruning_ratio=0.8
+    )
+    singe.prune(model, singe.Plan(chosen), batches[0][0])
+    assert relative_error(masked(batches[0][0]), model(batches[0][0])) < 1e-9
+
+
+def test_what_masks_cannot_do_is_refused_and_changes_nothing():
+    model, inputs, batches = case("layer_norm")
+    scores = singe.score(model, batches, progress=False)
+    before = list(model.state_dict())
+    with pytest.raises(singe.ModelError, match="statistics cannot leave"):
+        torch_prune.local_structured(model, scores, inputs, amount=0.4)
+    assert list(model.state_dict()) == before
+    model, inputs, batches = case("vgg")
+    scores = singe.score(model, batches, progress=False)
+    for amount in (0.0, 1.0, 3):
+        with pytest.raises(singe.OptionError, match="amount"):
+            torch_prune.global_structured(model, scores, inputs, amount=amount)
+    with pytest.raises(singe.BudgetError, match="at most"):
+        torch_prune.global_structured(model, scores, inputs, amount=0.9, max_pruning_ratio=0.5)
+    with pytest.raises(singe.ModelError, match="'1' has no scores"):
+        torch_prune.importance_scores(scores, model, "1")
+    with pytest.raises(singe.ScoresError, match="another model"):
+        torch_prune.importance_scores(scores, case("mlp")[0], "0")
+    with pytest.raises(singe.ScoresError, match="another model"):
+        torch_prune.local_structured(case("residual")[0], scores, inputs, amount=0.5)
+
+
+# ---------------------------------------------------------------------- torch.ao.pruning
+
+
+def test_the_structured_sparsifier_removes_the_lowest():
+    model, inputs, batches = case("mlp")
+    scores = singe.score(model, batches, progress=False)
+    expected = clone(model)
+    lowest = {n: v.argsort()[: round(0.4 * len(v))].tolist() for n, v in scores.items()}
+    singe.prune(expected, singe.Plan(lowest), inputs)
+    sparsifier = torch_ao.sparsifier(scores, model, amount=0.4)
+    sparsifier.prepare(model, torch_ao.config(scores, model))
+    sparsifier.step()
+    small = sparsifier.prune()
+    assert [m.out_features for m in small.children() if isinstance(m, nn.Linear)] == [5, 4, 4]
+    assert relative_error(small(inputs), expected(inputs)) < 1e-9
+
+
+def test_the_structured_sparsifiers_masks_on_a_torchvision_network():
+    torch.manual_seed(0)
+    model = torchvision_models().alexnet(weights=None, num_classes=10, dropout=0.0).eval()
+    model.classifier = nn.Sequential(nn.Linear(256 * 36, 16), nn.ReLU(), nn.Linear(16, 10))
+    batches = make_batches((3, 64, 64), (2,), dtype=torch.float32, classes=10)
+    convs = [f"features.{i}" for i in (0, 3, 6, 8)]
+    scores = singe.score(model, batches, criterion="taylor", layers=convs, progress=False)
+    sparsifier = torch_ao.sparsifier(scores, model, amount=0.25)
+    layers = torch_ao.config(scores, model)
+    layers[0]["sparsity_level"] = 0.5
+    sparsifier.prepare(model, layers)
+    sparsifier.step()
+    for name, values in scores.items():
+        mask = model.get_submodule(name).parametrizations.weight[0].mask
+        share = 0.5 if name == "features.0" else 0.25
+        lowest = values.argsort()[: round(share * len(values))]
+        assert (~mask).nonzero().view(-1).tolist() == sorted(lowest.tolist())
+
+
+def test_the_structured_sparsifier_on_the_fused_resnet20():
+    """It knows no BatchNorm: fused into the convolutions, the blocks' inner layers can go."""
+    model, _, _ = resnet20_scores()
+    for block in [m for m in model.modules() if hasattr(m, "bn2")]:
+        block.conv1, block.bn1 = fuse_conv_bn_eval(block.conv1, block.bn1), nn.Identity()
+        block.conv2, block.bn2 = fuse_conv_bn_eval(block.conv2, block.bn2), nn.Identity()
+    batches = make_batches((3, 16, 16), (4,), classes=10)
+    scores = singe.score(model, batches, path="network", progress=False)
+    sparsifier = torch_ao.sparsifier(scores, model, amount=0.5)
+    sparsifier.prepare(model, torch_ao.config(scores, model))
+    sparsifier.step()
+    for name, values in scores.items():
+        mask = model.get_submodule(name).parametrizations.weight[0].mask
+        assert (~mask).nonzero().view(-1).tolist() == sorted(
+            values.argsort()[: len(values) // 2].tolist()
+        )
+
+
+# ---------------------------------------------------------------------- Captum's way
+
+
+def test_channel_relevances_and_their_delta():
+    model, _, batches = case("tokens")
+    x, y = batches[0]
+    relevance = captum.ChannelIntegratedGradients(model, model.up)
+    values, delta = relevance.attribute(x, target=y, n_steps=32, return_convergence_delta=True)
+    truth = singe.score(model, [(x, y)], criterion="ablation", layers=["up"], progress=False)["up"]
+    assert values.shape == delta.shape == truth.shape
+    assert relative_error(values, truth) < 1e-5
+    assert torch.allclose(values - truth, delta, atol=1e-6)
+    in_parts = relevance.attribute(x, target=y, n_steps=32, internal_batch_size=2)
+    assert relative_error(in_parts, values) < 1e-5
+
+
+@pytest.mark.parametrize("method", captum.METHODS)
+def test_captums_methods(method):
+    model, inputs, _ = case("mlp")
+    relevance = captum.ChannelIntegratedGradients(model, ["0", "2"], path="layer")
+    values, delta = relevance.attribute(
+        inputs, target=2, n_steps=40, method=method, return_convergence_delta=True
+    )
+    assert set(values) == set(delta) == {"0", "2"}
+    assert all(float(d.abs()) < 0.05 for d in delta.values())
+
+
+def test_captum_options_are_checked():
+    model, inputs, _ = case("mlp")
+    relevance = captum.ChannelIntegratedGradients(model, "0")
+    assert relevance.has_convergence_delta()
+    assert relevance.attribute(inputs, n_steps=3).shape == (8,), "without a target: from the output"
+    with pytest.raises(singe.OptionError, match="method"):
+        relevance.attribute(inputs, target=1, method="simpson")
+    with pytest.raises(singe.OptionError, match="baselines"):
+        relevance.attribute(inputs, inputs, target=1)
+    with pytest.raises(singe.DataError, match="target has 1"):
+        relevance.attribute(inputs, target=torch.tensor([1]))
+    with pytest.raises(singe.OptionError, match=r"nn\.Module"):
+        captum.ChannelIntegratedGradients(lambda x: x, "0")
+
+
+# ---------------------------------------------------------------------- plain vectors
+
+
+def test_channel_scores_are_there_for_every_coupled_layer(tmp_path):
+    model, _, batches = case("residual")
+    scores = singe.score(model, batches, progress=False)
+    by_layer = channel_scores.channel_scores(scores, model)
+    assert set(by_layer) == {"0", "3.body.0", "3.body.3"}
+    assert torch.equal(by_layer["0"], by_layer["3.body.3"])
+    path = channel_scores.save_activation_scores(scores, model, tmp_path)
+    read = torch.load(path, weights_only=True)
+    assert torch.equal(read["0"]["score"], scores["0"])
+
+
+def test_channels_that_go_together_share_their_score():
+    model, _, batches = case("grouped")
+    scores = singe.score(model, batches, progress=False)
+    found = channel_scores.channel_scores(scores, model)["3"]
+    assert torch.equal(found, scores["3"].repeat(2))
+    assert torch.equal(channel_scores.of_layer({"3": found}, model, model[3]), found)
+
+
+# ---------------------------------------------------------------------- missing libraries
+
+
+@pytest.mark.parametrize("package", ["fasterai", "nni", "modelopt"])
+def test_a_missing_library_is_named(package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(singe.OptionError, match=f"pip install {package}-x"):
+        required(package, f"{package}-x")
+    with pytest.raises(AttributeError, match="torch_pruning"):
+        singe.adapters.no_such_library  # noqa: B018
