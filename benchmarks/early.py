@@ -18,7 +18,7 @@ from benchmarks.scoring import flat, refusal, sweep
 
 SHARE = 0.30
 IMAGES, BATCH_SIZE = 64, 64  # the engine cuts the samples anew
-OPTIONS: dict[str, Any] = {"tolerance": 0.0, "pruning_ratio": SHARE}
+OPTIONS: dict[str, Any] = {"tolerance": 0.6, "pruning_ratio": SHARE}
 WORK = "evaluations"  # of scores.meta: samples times units times nodes
 
 

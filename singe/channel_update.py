@@ -4,8 +4,9 @@ a one-channel update of what it gave before, in place of all channels again.
     consumer(x_v) = consumer(x) + W[:, u] * (act(mu_v y_u + probe_v) - act(y_u))
 
 This is exact where nothing but a pointwise activation lies between the unit's layer and its only
-consumer. Which activation it is, is read off the recorded pass: the one whose result equals the
-consumer's input to the last bit.
+consumer. Which activation it is, is found by trial: the one whose result equals the consumer's input
+to the last bit, in passes with the gates at 1/2 and at -1 (so that both signs are seen), and again
+in the recorded pass of every batch.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from singe.data import Batch
 from singe.graph import Group
 from singe.network import Network
 
@@ -33,6 +35,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "hardswish": F.hardswish,
     "tanh": torch.tanh,
 }
+TRIALS = (0.5, -1.0)  # gates
 
 
 @dataclass
@@ -53,6 +56,8 @@ class ChannelUpdates:
     def __init__(self, network: Network, groups: Sequence[Group]) -> None:
         self.network = network
         self._calls: dict[str, list[Recorded]] = {}
+        self._is_trial = False
+        self._candidates: dict[str, list[Activation]] | None = None  # per group, after the trial
         self._activations: dict[str, Activation | None] = {}
         self._consumers: dict[str, str] = {}  # group -> its consumer
         for group in groups:
@@ -83,7 +88,7 @@ class ChannelUpdates:
                 self.network.cache.skip()
                 return self.network.overrides[name]
             output = forward(input)
-            if self.network.is_recording:
+            if self.network.is_recording or self._is_trial:
                 call = Recorded(input, input._version, output.clone())
                 self._calls.setdefault(name, []).append(call)
             return output
@@ -91,8 +96,31 @@ class ChannelUpdates:
         module.forward = watched
 
     def forget(self) -> None:
-        """Before a batch is recorded."""
+        """Let go of the recorded batch."""
         self._calls, self._activations = {}, {}
+
+    @property
+    def needs_trial(self) -> bool:
+        return self._candidates is None and bool(self._consumers)
+
+    @torch.no_grad()
+    def try_out(self, batch: Batch) -> None:
+        """Find the activations, once per run: all that fit in every trial."""
+        candidates = {name: list(ACTIVATIONS.values()) for name in self._consumers}
+        self._is_trial = True
+        for value in TRIALS:
+            self.forget()
+            self.network.clear()
+            for name in self._consumers:
+                site = self.network.sites[name]
+                site.gate = self.network.open_gate(name).repeat(site.channels) * value
+            self.network(batch)
+            for name, known in candidates.items():
+                candidates[name] = self._fitting(name, known)
+        self._is_trial = False
+        self.network.clear()
+        self.forget()
+        self._candidates = candidates
 
     def activation(self, group: Group) -> Activation | None:
         """What lies between the group's layer and its consumer in the recorded batch, if known."""
@@ -101,17 +129,20 @@ class ChannelUpdates:
         return self._activations[group.name]
 
     def _find_activation(self, group: Group) -> Activation | None:
-        consumer = self._consumers.get(group.name)
-        if consumer is None:
-            return None
-        produced, read = self._calls.get(group.name, []), self._calls.get(consumer, [])
+        known = (self._candidates or {}).get(group.name, [])
+        return next(iter(self._fitting(group.name, known)), None)
+
+    def _fitting(self, name: str, activations: Sequence[Activation]) -> list[Activation]:
+        """Those that explain the calls seen last."""
+        produced = self._calls.get(name, [])
+        read = self._calls.get(self._consumers[name], []) if activations else []
         if len(produced) != 1 or len(read) != 1:
-            return None
+            return []
         y, x = produced[0].output, read[0].input
         overwritten = any(c.input._version != c.version for c in (*produced, *read))
         if overwritten or y.shape != x.shape or y.dtype != x.dtype:
-            return None
-        return next((act for act in ACTIVATIONS.values() if torch.equal(act(y), x)), None)
+            return []
+        return [act for act in activations if torch.equal(act(y), x)]
 
     def updated(
         self,
@@ -146,8 +177,8 @@ class ChannelUpdates:
             change = activation(z) - read.input.narrow(dim, unit, 1)
             parts.append(_applied(module, change.to(module.weight.dtype), unit))
             start = stop
-        base = read.output.to(module.weight.dtype)
-        return consumer, base + (parts[0] if len(parts) == 1 else torch.cat(parts))
+        added = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return consumer, (read.output + added).to(module.weight.dtype)
 
     def probe(self, group: Group, variants: int) -> Tensor:
         """Zeros for one channel of the group's layer, [V, B, 1, *X], without memory of their own."""

@@ -189,12 +189,16 @@ def first_samples(batch: Batch, count: int) -> Batch:
     return replace(batch, args=head(batch.args, size), kwargs=head(batch.kwargs, size), size=size)
 
 
-def by_sample(batch: Batch) -> tuple[list[Tensor], TreeSpec] | None:
+def by_sample(batch: Batch) -> tuple[list[Tensor | None], TreeSpec] | None:
     """The tensors of a batch and the structure they stand in, if each has one entry per sample."""
     leaves, spec = tree_flatten(batch.raw)
-    if all(isinstance(t, Tensor) and t.dim() and len(t) == batch.size for t in leaves):
+    if all(t is None or _has_samples(t, batch.size) for t in leaves):
         return leaves, spec
     return None
+
+
+def _has_samples(value: Any, size: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == size
 
 
 def halved(batch: Batch) -> tuple[Batch, Batch] | None:
@@ -204,10 +208,11 @@ def halved(batch: Batch) -> tuple[Batch, Batch] | None:
         return None
     leaves, spec = found
     middle = batch.size // 2
+    device = next(t.device for t in leaves if t is not None)
 
     def part(where: slice) -> Batch:
-        raw = tree_unflatten([t[where] for t in leaves], spec)
-        return as_batch(raw, batch.index, leaves[0].device)
+        raw = tree_unflatten([t if t is None else t[where] for t in leaves], spec)
+        return as_batch(raw, batch.index, device)
 
     return part(slice(None, middle)), part(slice(middle, None))
 

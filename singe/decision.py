@@ -7,14 +7,16 @@ by that of the samples seen last:
 
     |T_u(all) - T_u(seen)| <= samples left * mean contribution per sample of the last two looks
 
-with ``T_u`` the score times the number of samples. The triangle inequality makes this a bound where a
-sample contributes no more than harder ones did. That is an assumption about the data, not a
+with ``T_u`` the score times the number of samples. By the triangle inequality this holds where a
+sample contributes no more than harder ones did. Every unit then has an interval, and it is settled
+once enough other intervals lie wholly on one side of its own. The premise is one about the data, not a
 confidence level: ``benchmarks`` measures how often the decision is the one of the full run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ from torch.utils._pytree import tree_unflatten
 from singe.data import Batch, as_batch, by_sample
 from singe.errors import DataError
 
-LOOKS = 16  # the data is cut into so many batches
+LOOKS = 16  # the data is cut into so many batches at least
 RECENT = 2  # looks that stand for what is to come
 FIRST_DECISION = 3  # look after which units may be settled
 
@@ -39,8 +41,10 @@ class EarlyDecision:
     def __init__(self, tolerance: float, n_removed: Callable[[Mapping[str, Tensor]], int]) -> None:
         self.tolerance = tolerance
         self.n_removed = n_removed
-        self.settled = torch.zeros(0, dtype=torch.bool)
-        self.removed = torch.zeros(0, dtype=torch.bool)
+        self.removed = torch.zeros(0, dtype=torch.bool)  # settled, and to go
+        self.kept = torch.zeros(0, dtype=torch.bool)  # settled, and to stay
+        self.low = torch.zeros(0, dtype=torch.float64)  # [U] bounds on the totals of all data
+        self.high = torch.zeros(0, dtype=torch.float64)
         self.recent = torch.zeros(0, 0, dtype=torch.float64)  # [looks, U] contribution per sample
 
     def update(
@@ -58,66 +62,101 @@ class EarlyDecision:
             Per group bool [U]: settled.
         """
         total, latest = torch.cat(list(totals.values())), torch.cat(list(own.values()))
-        if not len(self.settled):
-            self.settled = torch.zeros(len(total), dtype=torch.bool)
-            self.removed = self.settled.clone()
+        if not len(self.low):
+            self.removed = torch.zeros(len(total), dtype=torch.bool)
+            self.kept = self.removed.clone()
+            self.low, self.high = total.clone(), total.clone()
             self.recent = latest.new_zeros(0, len(total))
         self.recent = torch.cat([self.recent, latest[None].abs() / size])
-        if len(self.recent) >= FIRST_DECISION or left == 0:
-            bound = (1 - self.tolerance) * left * self.recent[-RECENT:].mean(0)
-            self._settle(total, bound, self.n_removed(totals))
+        bound = (1 - self.tolerance) * left * self.recent[-RECENT:].mean(0)
+        is_open = ~(
+            self.removed | self.kept
+        )  # settled units keep the bounds they were settled with
+        self.low = torch.where(is_open, total - bound, self.low)
+        self.high = torch.where(is_open, total + bound, self.high)
+        if left == 0:
+            self._settle_the_rest(total, is_open, self.n_removed(totals))
+        elif len(self.recent) >= FIRST_DECISION:
+            self._settle(is_open, self.n_removed(totals))
         widths = [len(t) for t in totals.values()]
-        return dict(zip(totals, self.settled.split(widths), strict=True))
+        settled = (self.removed | self.kept).split(widths)
+        return dict(zip(totals, settled, strict=True))
 
-    def _settle(self, total: Tensor, bound: Tensor, n_removed: int) -> None:
-        is_open = ~self.settled
-        to_go = n_removed - int(self.removed.sum())
-        ranked = total[is_open].sort().values
-        if not 0 < to_go < len(ranked):
-            self.removed |= is_open & torch.tensor(to_go >= len(ranked))
-            self.settled |= is_open
-            return
-        cut = (ranked[to_go - 1] + ranked[to_go]) / 2
-        far = is_open & ((total - cut).abs() > bound)
-        self.removed |= far & (total < cut)
-        self.settled |= far
+    def _settle(self, is_open: Tensor, n_removed: int) -> None:
+        units = len(is_open)
+        surely_below = torch.searchsorted(self.high.sort().values, self.low, right=False)
+        surely_above = units - torch.searchsorted(self.low.sort().values, self.high, right=True)
+        self.kept |= is_open & (surely_below >= n_removed)
+        self.removed |= is_open & (surely_above >= units - n_removed) & ~self.kept
+
+    def _settle_the_rest(self, total: Tensor, is_open: Tensor, n_removed: int) -> None:
+        left = torch.nonzero(is_open).flatten()
+        to_go = max(0, n_removed - int(self.removed.sum()))
+        self.removed[left[total[left].argsort(stable=True)[:to_go]]] = True
+        self.kept |= is_open & ~self.removed
+
+    def consistent(self, totals: Tensor) -> Tensor:
+        """[U] totals in which every unit that was decided to go lies below every other.
+
+        A settled unit has not seen all data, so its total may lie on the other side of the cut: it is
+        moved to the cut, and no further.
+        """
+        if not self.removed.any() or not self.kept.any():
+            return totals
+        lowest, highest = totals[self.kept].min(), totals[self.removed].max()
+        if highest <= lowest:
+            return totals
+        seen_all = self.high == self.low
+        below, above = totals[self.removed & seen_all], totals[self.kept & seen_all]
+        cut = (below.max() if len(below) else lowest) + (above.min() if len(above) else highest)
+        cut = cut / 2
+        step = 1e-6 * totals.abs().max()
+        moved = torch.where(self.removed, totals.clamp(max=cut - step), totals)
+        return torch.where(self.kept, moved.clamp(min=cut + step), moved)
 
     def state(self) -> dict[str, Tensor]:
         """What :meth:`load` takes."""
-        return {"settled": self.settled, "removed": self.removed, "recent": self.recent}
+        return {name: getattr(self, name) for name in self._STATE}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        self.settled, self.removed, self.recent = (
-            tensors[name].clone() for name in ("settled", "removed", "recent")
-        )
+        for name in self._STATE:
+            setattr(self, name, tensors[name].clone())
+
+    _STATE = ("removed", "kept", "low", "high", "recent")
 
 
 def hardest_first(batches: Sequence[Batch], losses: Sequence[Tensor]) -> list[Batch]:
-    """The same samples by falling loss, in about ``LOOKS`` batches.
+    """The same samples by falling loss, in ``LOOKS`` batches or more, none larger than the largest.
 
     Args:
         losses: [B] per batch.
 
     Raises:
-        DataError: batches that cannot be taken apart by sample.
+        DataError: batches that cannot be taken apart by sample, or do not fit together.
     """
-    leaves = []
+    columns: list[list[Any]] = []
+    spec: Any = None
     for batch in batches:
         found = by_sample(batch)
-        if found is None:
+        if found is None or (columns and _shapes(found[0]) != _shapes(columns[0])):
             raise DataError(
                 f"early decision sorts the samples, but batch {batch.index} holds something other "
-                "than tensors with one entry per sample; leave `tolerance` at None"
+                "than tensors with one entry per sample, shaped as in the other batches; leave "
+                "`tolerance` at None"
             )
-        leaves.append(found[0])
+        columns.append(found[0])
         spec = found[1]
     order = torch.cat([loss.detach().flatten() for loss in losses]).argsort(
         descending=True, stable=True
     )
-    columns = [torch.cat(column) for column in zip(*leaves, strict=True)]
-    parts = order.split(-(-len(order) // LOOKS))
-    device = columns[0].device
+    joined = [None if c[0] is None else torch.cat(c) for c in zip(*columns, strict=True)]
+    size = min(-(-len(order) // LOOKS), max(b.size for b in batches))
+    device = order.device
     return [
-        as_batch(tree_unflatten([c[part] for c in columns], spec), i, device)
-        for i, part in enumerate(parts)
+        as_batch(tree_unflatten([t if t is None else t[part] for t in joined], spec), i, device)
+        for i, part in enumerate(order.split(size))
     ]
+
+
+def _shapes(leaves: Sequence[Tensor | None]) -> list[Any]:
+    return [t if t is None else t.shape[1:] for t in leaves]

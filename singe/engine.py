@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from singe.adjoint import channels_of, row_gradients, unit_row_gradients
 from singe.channel_update import ChannelUpdates
 from singe.criteria import Criterion
-from singe.data import Batch, device_of, halved
+from singe.data import Batch, device_of, first_samples, halved
 from singe.decision import EarlyDecision, hardest_first
-from singe.errors import OptionError
+from singe.errors import DataError, OptionError, SingeError
 from singe.graph import Group, Member, ModelGraph
 from singe.layout import GradientsChannelsLast
 from singe.memory import PeakMemory, free_memory, is_out_of_memory
@@ -39,6 +39,7 @@ ACTIVATION_COPIES = 3  # forward, what backward keeps, and the gradient
 # Groups share a pass while it is so small that starting operations costs more than running them.
 SHARED_PASS_BYTES = 2 << 20
 MAX_FOLDS = 16  # of the data, for error bars
+TRIAL_SAMPLES = 2  # that tell which activation lies behind a layer
 FOLD_BYTES = 256 << 20  # what their sums may take, unless max_memory says otherwise
 
 
@@ -52,7 +53,8 @@ class FusedEngine:
         n_batches: how many batches there are, or None if that is not known.
         decision: stops feeding units whose side of a cut is settled.
         checkpoint: where the state of the run is kept between batches.
-        on_pass: called with the number of variants after every finished pass.
+        on_pass: called after every finished pass with the number of its variants (a share of it, where
+            a batch was halved).
     """
 
     def __init__(
@@ -70,7 +72,7 @@ class FusedEngine:
         n_batches: int | None = None,
         decision: EarlyDecision | None = None,
         checkpoint: ScoreCheckpoint | None = None,
-        on_pass: Callable[[int], None] = lambda variants: None,
+        on_pass: Callable[[float], None] = lambda variants: None,
     ) -> None:
         self.groups = graph.groups
         self.objective = objective
@@ -81,6 +83,7 @@ class FusedEngine:
         self.n_batches = n_batches
         self.decision = decision
         self.checkpoint = checkpoint
+        self.autocast = autocast
         self.on_pass = on_pass
         self.device = device_of(model)
         self.network = Network(model, graph.groups, graph.folds)
@@ -111,34 +114,49 @@ class FusedEngine:
         )
         self.active = torch.ones(self.n_sets, dtype=torch.bool)
         self.budget = max_memory or free_memory(self.device) // 4
+        self.divisible: bool | None = None  # whether batches may be halved, once that is known
         self.chunk = MAX_VARIANTS
         self.evaluated = 0  # samples times variants
 
     def run(self, batches: Iterable[Batch]) -> Result:
         """Score every unit; ``batches`` is read once."""
-        n_samples = 0
-        with PeakMemory(self.device) as peak:
-            if self.decision is not None:
-                batches = self._hardest_first(list(batches))
-            to_come = batches if isinstance(batches, list) else []
-            for position, batch in enumerate(batches):
-                n_samples += batch.size
-                if self.checkpoint is not None and self.checkpoint.skips(batch, self):
-                    continue
-                if self.decision is None:
-                    self._run_batch(batch, position % self.sums.folds)
-                elif self.active.any():
-                    self._run_batch(batch, 1)
-                    self._decide(batch, to_come[position + 1 :])
-                if self.checkpoint is not None:
-                    self.checkpoint.save(self)
+        try:
+            with PeakMemory(self.device) as peak:
+                result = self._run(batches)
+        except RuntimeError as error:
+            if self.autocast is None or "dtype" not in str(error):
+                raise
+            raise OptionError(
+                f"autocast cannot run this model: {error}. Something in it reads parameters outside "
+                "of convolutions and linear layers; score it without autocast"
+            ) from error
+        finally:  # on a GPU what is remembered of the last batch is memory that others need
             self.network.clear()
             self.network.cache.clear()
-            result = self._result(n_samples)
+            if self.updates is not None:
+                self.updates.forget()
         result.meta["peak_memory"] = peak.bytes
+        return result
+
+    def _run(self, batches: Iterable[Batch]) -> Result:
+        if self.decision is not None:
+            batches = self._hardest_first(list(batches))
+        to_come = batches if isinstance(batches, list) else []
+        n_samples = 0
+        for position, batch in enumerate(batches):
+            n_samples += batch.size
+            if self.checkpoint is not None and self.checkpoint.skips(batch, self):
+                continue
+            if self.decision is None:
+                self._run_batch(batch, position % self.sums.folds)
+            elif self.active.any():
+                self._run_batch(batch, 1)
+                self._decide(batch, to_come[position + 1 :])
+            if self.checkpoint is not None:
+                self.checkpoint.save(self)
         if self.checkpoint is not None:
             self.checkpoint.finished()
-        return result
+        return self._result(n_samples)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What :meth:`load_state` needs to go on with the next batch, to the bit."""
@@ -166,13 +184,19 @@ class FusedEngine:
 
     # ------------------------------------------------------------------ what to run
 
-    def _run_batch(self, batch: Batch, fold: int) -> None:
+    def _run_batch(self, batch: Batch, fold: int, share: float = 1.0) -> None:
+        """All jobs of a batch; ``share`` of the user's batch, for the progress."""
         reference = self._record(batch)
-        too_large = self._room() < ACTIVATION_COPIES * self.network.cache.bytes and batch.size > 1
-        if too_large and (halves := halved(batch)) is not None:  # not even one variant fits
-            for half in halves:
-                self._run_batch(half, fold)
-            return
+        too_large = self._room() < ACTIVATION_COPIES * self.network.cache.bytes
+        if too_large:  # not even one variant fits
+            if (halves := self._halves(batch, reference)) is not None:
+                for half in halves:
+                    self._run_batch(half, fold, share * half.size / batch.size)
+                return
+            reference = self._record(batch)
+        if self.updates is not None and self.updates.needs_trial:
+            self.updates.try_out(first_samples(batch, TRIAL_SAMPLES))
+            reference = self._record(batch)
         loss = self._total(reference, batch, reference)
         self.objective.require_finite(loss, batch)
         self.sums.count(fold, self.active, batch.size, loss.item())
@@ -181,9 +205,34 @@ class FusedEngine:
         active = [[one for one in job if one.index in wanted] for job in self.jobs]
         shared = SHARED_PASS_BYTES // max(1, self.network.cache.bytes)
         for job in merged(active, min(shared, self.chunk)):
-            self._run_job(job, batch, reference, fold)
+            self._run_job(job, batch, reference, fold, share)
 
-    def _run_job(self, job: list[Variant], batch: Batch, reference: Any, fold: int) -> None:
+    def _halves(self, batch: Batch, reference: Any) -> tuple[Batch, Batch] | None:
+        """The batch in two, if that is sure to change nothing: see :meth:`_divisible`."""
+        if batch.size < 2 or (halves := halved(batch)) is None:
+            return None
+        if self.divisible is None:
+            self.divisible = self._divisible(batch, reference, halves[0])
+        return halves if self.divisible else None
+
+    def _divisible(self, batch: Batch, reference: Any, half: Batch) -> bool:
+        """Whether the loss is one per sample, and that of a sample the same in a smaller batch.
+
+        Not so for a user's mean with weights of its own, or where a tensor of as many entries as the
+        batch is something else. Told by the numbers, once per run.
+        """
+        whole = self.objective.per_sample(reference, batch, reference)
+        if whole.shape != (batch.size,):
+            return False
+        own = self._record(half)
+        alone = self.objective.per_sample(own, half, own)
+        return alone.shape == (half.size,) and torch.allclose(
+            alone, whole[: half.size], rtol=1e-3, atol=1e-4
+        )
+
+    def _run_job(
+        self, job: list[Variant], batch: Batch, reference: Any, fold: int, share: float
+    ) -> None:
         done = 0
         while done < len(job):
             variants = job[done : done + self.chunk]
@@ -204,7 +253,7 @@ class FusedEngine:
             else:
                 done += len(variants)
                 self.evaluated += len(variants) * batch.size
-                self.on_pass(len(variants))
+                self.on_pass(share * len(variants))
                 continue
             if self.device.type == "cuda":  # here the failed pass's tensors are gone
                 torch.cuda.empty_cache()
@@ -235,8 +284,9 @@ class FusedEngine:
         return max(1, min(folds, limit // max(1, self._sum_bytes())))
 
     def _room(self) -> int:
-        """Bytes left for variants."""
-        return self.budget - self.network.cache.bytes - self.sums.folds * self._sum_bytes()
+        """Bytes left for variants. Sums that leave nothing are taken as half: they cannot be cut."""
+        sums = min(self.sums.folds * self._sum_bytes(), self.budget // 2)
+        return self.budget - self.network.cache.bytes - sums
 
     def _variants_that_fit(self) -> int:
         per_variant = max(1, self.network.cache.bytes)
@@ -249,19 +299,35 @@ class FusedEngine:
     def _hardest_first(self, batches: list[Batch]) -> list[Batch]:
         losses = []
         for batch in batches:
-            reference = outputs = self._record(batch)
-            if self.objective.needs_reference:  # nothing is hard where nothing has moved
-                halfway = Variant([(g, list(range(g.n_units))) for g in self.groups], 0, 0, 0.5)
-                stacked, _ = self.runner(batch, gates_of(self.network, [halfway]), {})
-                outputs = variant(stacked, 0)
-            loss = self.objective.per_sample(outputs, batch, reference)
+            reference = self._record(batch)
+            loss = self.objective.per_sample(self._moved(batch, reference), batch, reference)
             if loss.shape != (batch.size,):
                 raise OptionError(
                     f"tolerance needs to know the loss of every sample, but objective "
                     f"{self.objective.name!r} gives a mean; return one loss per sample"
                 )
             losses.append(loss)
+            if batch.size > 1 and self._halves(batch, reference) is None:
+                raise DataError(
+                    f"early decision sorts the samples, but those of batch {batch.index} cannot be "
+                    "taken apart: its tensors must have one entry per sample, and the loss of a "
+                    "sample must not depend on the others; leave `tolerance` at None"
+                )
         return hardest_first(batches, losses)
+
+    def _moved(self, batch: Batch, reference: Any) -> Any:
+        """Outputs that tell hard samples from easy ones."""
+        if not self.objective.needs_reference:
+            return reference
+        # Nothing is hard for a divergence where nothing has moved.
+        halfway = Variant([(g, list(range(g.n_units))) for g in self.groups], 0, 0, 0.5)
+        gates = gates_of(self.network, [halfway])
+        try:
+            stacked, _ = self.runner(batch, gates, {})
+        except LayoutRefused:
+            self._record(batch)
+            stacked, _ = self.runner(batch, gates, {})
+        return variant(stacked, 0)
 
     def _decide(self, batch: Batch, rest: Sequence[Batch]) -> None:
         assert self.decision is not None
@@ -281,13 +347,24 @@ class FusedEngine:
 
     def _record(self, batch: Batch) -> Any:
         """The plain pass: reference outputs, the prefix, and the shapes at the gates."""
+        try:
+            reference = self._recorded(batch)
+        except RuntimeError as error:
+            if not self.network.channels_last or isinstance(error, SingeError):
+                raise
+            if is_out_of_memory(error):
+                raise
+            self.network.set_channels_last(False)  # ``x.view(len(x), -1)``, for one
+            reference = self._recorded(batch)
+        self.objective.check(reference, batch)
+        return reference
+
+    def _recorded(self, batch: Batch) -> Any:
         self.network.clear()
         if self.updates is not None:
             self.updates.forget()
         with torch.no_grad(), self.network.recording():
-            reference = self.network(batch)
-        self.objective.check(reference, batch)
-        return reference
+            return self.network(batch)
 
     def _total(self, outputs: Any, batch: Batch, reference: Any) -> Tensor:
         needed = reference if self.objective.needs_reference else None
@@ -458,9 +535,13 @@ class FusedEngine:
             "evaluations": self.evaluated,
         }
         if self.decision is not None:
-            self.sums.samples[0] = n_samples
+            self.sums.samples[0] = n_samples  # what was not seen counts as adding nothing
         for group in self.groups:
             result.scores[group.name] = self.reduction.scores(self.sums, group)
+        if self.decision is not None:
+            together = self.decision.consistent(torch.cat(list(result.scores.values())) * n_samples)
+            parts = (together / n_samples).split([g.n_units for g in self.groups])
+            result.scores = dict(zip(result.scores, parts, strict=True))
         if self.decision is None and len(self.sums.used_folds()) > 1:
             result.stderr = {g.name: self.reduction.stderr(self.sums, g) for g in self.groups}
         if self.criterion.integrand == "derivative":

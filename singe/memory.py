@@ -49,40 +49,37 @@ def is_out_of_memory(error: BaseException) -> bool:
 class PeakMemory:
     """How much more memory was in use at the peak than at the start.
 
-    On CUDA what the allocator handed out; on the CPU the resident size of the process, whose
-    high-water mark is reset at the start (Linux only).
+    On CUDA what the allocator handed out; on the CPU the resident size of the process (Linux). No
+    counter is reset, they are the user's too: where the process had used more before, the peak
+    in between is not known.
 
     Attributes:
-        bytes: the difference, or None where it cannot be measured.
+        bytes: the difference, or None where it is not known.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.bytes: int | None = None
-        self._before: int | None = None
 
     def __enter__(self) -> PeakMemory:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self._before = torch.cuda.memory_allocated(self.device)
-        else:
-            try:
-                Path("/proc/self/clear_refs").write_text("5")
-                self._before = _status("VmRSS")
-            except (OSError, StopIteration, ValueError):
-                self._before = None
+        self._now, self._highest = self._read()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._before is None:
-            return
+        highest = self._read()[1]
+        if highest > self._highest > 0:
+            self.bytes = highest - self._now
+
+    def _read(self) -> tuple[int, int]:
+        """Bytes in use, and the most there ever were."""
         if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.device)
-        else:
-            peak = _status("VmHWM")
-        self.bytes = max(0, peak - self._before)
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field + ":")).split()[1]) * 1024
+            return (
+                torch.cuda.memory_allocated(self.device),
+                torch.cuda.max_memory_allocated(self.device),
+            )
+        try:
+            lines = Path("/proc/self/status").read_text().splitlines()
+            sizes = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Vm")}
+            return int(sizes["VmRSS"]) * 1024, int(sizes["VmHWM"]) * 1024
+        except (OSError, KeyError, ValueError):
+            return 0, 0

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -164,7 +165,7 @@ class Network:
         for submodule in self.module.modules():
             if getattr(submodule, "inplace", None) is True:
                 setattr(submodule, "inplace", False)  # noqa: B010 - in-place ops would overwrite what is shared by variants
-            if isinstance(submodule, nn.AdaptiveAvgPool2d) and submodule.output_size in (1, (1, 1)):
+            if type(submodule) is nn.AdaptiveAvgPool2d and submodule.output_size in (1, (1, 1)):
                 _pool_by_mean(submodule)
         for row, norm in folds.items():
             fold(self.module.get_submodule(row), self.module.get_submodule(norm))
@@ -244,7 +245,7 @@ class Network:
 
     def open_gate(self, key: str) -> Tensor:
         """A single open gate of a site: 1 in its accumulation dtype, on its device."""
-        like = (*self.sites[key].module.parameters(), *self.module.parameters())[0]
+        like = next(chain(self.sites[key].module.parameters(), self.module.parameters()))
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         return torch.ones((), dtype=dtype, device=like.device)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -52,33 +53,57 @@ class Reduction:
     def stderr(self, sums: Sums, group: Group) -> Tensor:
         """Float64 [U]: standard error of the scores over the choice of calibration samples.
 
-        Delete-a-group jackknife: with ``theta_f`` the score without fold f and G folds,
-        ``var = (G - 1) / G * sum_f (theta_f - mean theta)^2``; for criteria that are means over
-        samples it is the standard error of batch means (Efron & Stein 1981; Kott 2001). Units that
-        have seen fewer than two folds get infinity.
+        Delete-a-group jackknife for folds of unequal size (Busing, Meijer & van der Leeden 1999): with
+        ``theta`` the score, ``theta_f`` the score without fold f, ``h_f`` all samples over those of the
+        fold, and pseudo-values ``t_f = h_f theta - (h_f - 1) theta_f`` around their mean ``t``,
+        ``var = 1/G sum_f (t_f - t)^2 / (h_f - 1)``, where ``t = G theta - sum_f (1 - 1/h_f) theta_f``.
+        For criteria that are means over samples and folds of equal size it is the standard error of
+        batch means. Units that have seen fewer than two folds get infinity.
         """
-        seen = sums.samples[:, self.sets[group.name]] > 0  # [F, U]
-        without = torch.stack([self._estimate(sums, group, f) for f in sums.used_folds()])
-        seen = seen[sums.used_folds()].to(torch.float64)
-        folds = seen.sum(0)
-        mean = (seen * without).sum(0) / folds
-        variance = (folds - 1) / folds * (seen * (without - mean).square()).sum(0)
-        return torch.where(folds >= 2, variance.sqrt(), torch.inf)
+        used = sums.used_folds()
+        samples = sums.samples[:, self.sets[group.name]][used]  # [G, U]
+        seen = samples > 0
+        folds = seen.sum(0).to(torch.float64)
+        ratio = torch.where(seen, samples.sum(0) / samples, torch.inf)  # h
+        totals = self._totals(sums, group)
+        theta = self._estimate(sums, group, None, totals)
+        without = torch.stack([self._estimate(sums, group, f, totals) for f in used])
+        zero = torch.zeros(())
+        jackknife = folds * theta - torch.where(seen, (1 - 1 / ratio) * without, zero).sum(0)
+        pseudo = ratio * theta - (ratio - 1) * without
+        squares = torch.where(seen, (pseudo - jackknife).square() / (ratio - 1), zero)
+        return torch.where(folds >= 2, (squares.sum(0) / folds).sqrt(), torch.inf)
 
     def damage(self, sums: Sums) -> Tensor:
         """Float64 [N]: mean loss with each set of units gated off, minus the network's own."""
         return (sums.end_loss - sums.base_loss).sum(0) / sums.samples.sum(0)
 
-    def _estimate(self, sums: Sums, group: Group, left_out: int | None) -> Tensor:
+    def _keys(self, sums: Sums, group: Group) -> list[str]:
+        keys = [site_key(m) for m in group.members]
+        return [key for key in keys if (group.name, key) in sums.gradients]
+
+    def _totals(self, sums: Sums, group: Group) -> list[Tensor]:
+        """The group's gradients summed over all folds, site by site."""
+        return [_total(sums.gradients[group.name, key]) for key in self._keys(sums, group)]
+
+    def _estimate(
+        self,
+        sums: Sums,
+        group: Group,
+        left_out: int | None,
+        totals: Sequence[Tensor] | None = None,
+    ) -> Tensor:
         sets = self.sets[group.name]
-        samples = _without(sums.samples[:, sets], left_out)  # [U]
+        samples = _without(_total(sums.samples[:, sets]), sums.samples[:, sets], left_out)  # [U]
         samples = torch.where(samples > 0, samples, 1.0)  # nothing seen: 0 / 1
         if self.integrand == "loss":
             damage = sums.end_loss[:, sets] - sums.base_loss[:, sets]
-            return _without(damage, left_out) / samples
-        keys = [site_key(m) for m in group.members]
-        keys = [key for key in keys if (group.name, key) in sums.gradients]
-        parts = [_without(sums.gradients[group.name, key], left_out) for key in keys]
+            return _without(_total(damage), damage, left_out) / samples
+        keys = self._keys(sums, group)
+        parts = [
+            _without(total, sums.gradients[group.name, key], left_out)
+            for key, total in zip(keys, totals or self._totals(sums, group), strict=True)
+        ]
         grad = torch.cat(parts, 2)  # [S, U, K]
         grad = grad / samples.to(grad)[None, :, None]
         omega = grad.new_tensor(self.omega)
@@ -100,7 +125,10 @@ class Reduction:
         return site.weight[member.channels.to(site.weight.device)].flatten(1)
 
 
-def _without(values: Tensor, fold: int | None) -> Tensor:
-    """Sum over the first dimension, all but one fold of it."""
-    total = values[0] if len(values) == 1 else values.sum(0)
+def _total(values: Tensor) -> Tensor:
+    """Sum over the folds, the first dimension."""
+    return values[0] if len(values) == 1 else values.sum(0)
+
+
+def _without(total: Tensor, values: Tensor, fold: int | None) -> Tensor:
     return total if fold is None else total - values[fold]

@@ -35,10 +35,12 @@ class Resumable(Protocol):
 
 
 def digest_of(value: Any) -> str:
-    """SHA-256 of every tensor in a nested structure, by dtype, shape and bytes."""
+    """SHA-256 of a nested structure: tensors by dtype, shape and bytes, the rest as it prints."""
     found = hashlib.sha256()
     for leaf in tree_leaves(value):
-        if isinstance(leaf, Tensor):
+        if not isinstance(leaf, Tensor):
+            found.update(repr(leaf).encode())
+        else:
             found.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
             plain = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             found.update(plain.numpy().data)
@@ -46,11 +48,10 @@ def digest_of(value: Any) -> str:
 
 
 def digest_of_model(model: nn.Module) -> str:
-    """SHA-256 of names and values of all parameters and buffers."""
-    state = unwrapped(model).state_dict()
-    return hashlib.sha256(
-        json.dumps([(k, digest_of(v)) for k, v in sorted(state.items())]).encode()
-    ).hexdigest()
+    """SHA-256 of how a model prints, and of the names and values of its parameters and buffers."""
+    model = unwrapped(model)
+    values = [(k, digest_of(v)) for k, v in sorted(model.state_dict().items())]
+    return hashlib.sha256(json.dumps([repr(model), values]).encode()).hexdigest()
 
 
 class ScoreCheckpoint:
@@ -58,7 +59,8 @@ class ScoreCheckpoint:
 
     Args:
         path: written after a batch, whole or not at all; removed when the run is complete.
-        signature: everything that decides the result apart from the data; JSON values.
+        signature: everything that decides the result apart from the data; JSON values. Functions are
+            known by name only.
 
     Raises:
         CheckpointError: the file there belongs to another run or is damaged.
@@ -124,6 +126,7 @@ class ScoreCheckpoint:
             )
         if position == self.resumed - 1:
             run.load_state(self._tensors, self._header)
+            self._tensors = {}
         return True
 
     def save(self, run: Resumable) -> None:
@@ -156,5 +159,14 @@ class ScoreCheckpoint:
         self._cost = self._saved_at - start
 
     def finished(self) -> None:
-        """The run is complete: its state is of no more use."""
+        """The run is complete: its state is of no more use.
+
+        Raises:
+            CheckpointError: there were fewer batches than the state holds.
+        """
+        if self._position < self.resumed:
+            raise CheckpointError(
+                f"the data has {self._position} batches, but {self.path} was made with "
+                f"{self.resumed} already; resume with the same data, or remove the file to start again"
+            )
         self.path.unlink(missing_ok=True)

@@ -89,7 +89,7 @@ def score(
             :class:`Scores` to a :class:`Plan` (or any ``{group: units}``), whose number of units counts.
         checkpoint: a file that follows the run. If it is there, the run goes on where it was killed,
             with the same result to the last bit; it is removed in the end. Batches must come in the
-            same order.
+            same order; of a callable objective only the name is compared.
         progress: show a progress bar when standard error is a terminal.
         seed: for ``criterion="random"``.
 
@@ -116,7 +116,6 @@ def score(
             "compile is not offered: it takes longer than it saves (docs/scoring.md); leave it at False"
         )
     _check_autocast(autocast, model, engine)
-    _check_decision(tolerance, pruning_ratio, path, chosen)
     if engine == "naive" and (tolerance is not None or checkpoint is not None):
         raise OptionError("tolerance and checkpoint belong to engine='fused'")
     if max_memory is not None and max_memory <= 0:
@@ -126,6 +125,7 @@ def score(
     check_reiterable(batches)
     # At mu = 1 every path passes through the same point: one sweep serves all units.
     path = "network" if chosen.endpoint else "neuron" if criterion == "ablation" else path
+    _check_decision(tolerance, pruning_ratio, path, chosen)
 
     start = time.perf_counter()
     device = device_of(model)
@@ -156,6 +156,10 @@ def score(
                     "max_memory": max_memory,
                     "autocast": str(autocast),
                     "tolerance": tolerance,
+                    "pruning_ratio": getattr(pruning_ratio, "__qualname__", pruning_ratio),
+                    "batches": _length(batches),
+                    "device": str(device),
+                    "threads": torch.get_num_threads(),
                     "versions": _versions(),
                 }
                 saved = ScoreCheckpoint(checkpoint, signature)
@@ -207,10 +211,7 @@ def _sweep(
     data = read_batches(batches, device_of(model))
     if engine == "naive":
         return naive_scores(model, graph, data, *definition)
-    try:
-        count = len(batches)  # type: ignore[arg-type]
-    except TypeError:  # no length, or a DataLoader over a dataset without one
-        count = None
+    count = _length(batches)
     max_memory, autocast, decision, checkpoint = options
     fused = FusedEngine(
         model, graph, *definition, max_memory, autocast, count, decision, checkpoint
@@ -220,6 +221,13 @@ def _sweep(
     with _progress(f"{definition[1].name}, {definition[2]} path", total, progress) as advance:
         fused.on_pass = advance
         return fused.run(data)
+
+
+def _length(batches: Iterable[Any]) -> int | None:
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except TypeError:  # no length, or a DataLoader over a dataset without one
+        return None
 
 
 def _number_removed(
@@ -237,6 +245,10 @@ def _number_removed(
     return count
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _check_decision(
     tolerance: float | None, pruning_ratio: float | Cut | None, path: str, criterion: Criterion
 ) -> None:
@@ -244,9 +256,9 @@ def _check_decision(
         return
     if tolerance is None or pruning_ratio is None:
         raise OptionError("tolerance and pruning_ratio belong together: give both or neither")
-    if isinstance(tolerance, bool) or not 0 <= tolerance < 1:
+    if not _is_number(tolerance) or not 0 <= tolerance < 1:
         raise OptionError(f"tolerance must lie in [0, 1), got {tolerance!r}")
-    if not callable(pruning_ratio) and not 0 < pruning_ratio < 1:
+    if not callable(pruning_ratio) and not (_is_number(pruning_ratio) and 0 < pruning_ratio < 1):
         raise OptionError(f"pruning_ratio must lie between 0 and 1, got {pruning_ratio!r}")
     if path == "network" or criterion.endpoint or not criterion.needs_data:
         raise OptionError(
@@ -300,7 +312,7 @@ def _random_state_kept(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _progress(title: str, total: int | None, wanted: bool) -> Iterator[Callable[[int], None]]:
+def _progress(title: str, total: int | None, wanted: bool) -> Iterator[Callable[[float], None]]:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True,

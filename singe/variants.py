@@ -93,7 +93,8 @@ class VariantRunner:
                 )
                 return _rebuilt(outputs, *structure[-1]), inputs
             except (RuntimeError, ValueError) as error:
-                if isinstance(error, SingeError) or is_out_of_memory(error):
+                mixed = bool(self.network.lowered) and "dtype" in str(error)
+                if isinstance(error, SingeError) or is_out_of_memory(error) or mixed:
                     raise
                 if (
                     self.network.channels_last

@@ -108,3 +108,18 @@ def test_a_layer_that_is_read_twice_is_not_updated(updates):
     torch.manual_seed(0)
     run_engine(Forked().double(), make_batches((6,), (4,)), path="neuron")
     assert not updates
+
+
+@pytest.mark.parametrize(
+    "activation", [nn.Threshold(0.5, 0.0), nn.Hardshrink(0.5), nn.GELU(), nn.SiLU(), nn.ReLU6()]
+)
+def test_an_activation_is_not_mistaken_for_one_that_looks_the_same_here(activation):
+    """With a large bias each of these hands on nearly all of what it gets, the end of the path does not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), activation, nn.Linear(5, 4)).double()
+    with torch.no_grad():
+        model[0].weight.mul_(0.1)
+        model[0].bias.fill_(7.0)
+    batches = make_batches((6,), (8,))
+    fused = run_engine(model, batches, path="neuron").scores
+    assert_close(fused, run_engine(model, batches, path="neuron", engine="naive").scores, 1e-9)

@@ -26,16 +26,22 @@ OPTIONS = [
 
 
 def by_hand(model, batches, **options):
-    """Score without each batch in turn; the spread of these, scaled as Tukey did."""
-    without = [
-        run_engine(model, batches[:i] + batches[i + 1 :], **options).scores
-        for i in range(len(batches))
-    ]
-    folds = len(batches)
-    return {
-        name: ((folds - 1) * torch.stack([s[name] for s in without]).var(0, unbiased=False)).sqrt()
-        for name in without[0]
-    }
+    """Score without each batch in turn; the spread of the pseudo-values, batches weighted by size."""
+    full = run_engine(model, batches, **options).scores
+    sizes = [len(batch[1]) for batch in batches]
+    h = torch.tensor([sum(sizes) / size for size in sizes], dtype=torch.float64)[:, None]
+    found = {}
+    for name, theta in full.items():
+        without = torch.stack(
+            [
+                run_engine(model, batches[:i] + batches[i + 1 :], **options).scores[name]
+                for i in range(len(batches))
+            ]
+        )
+        center = len(sizes) * theta - ((1 - 1 / h) * without).sum(0)
+        pseudo = h * theta - (h - 1) * without
+        found[name] = ((pseudo - center).square() / (h - 1)).mean(0).sqrt()
+    return found
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -56,6 +62,19 @@ def test_for_a_mean_over_samples_it_is_the_standard_error_of_batch_means(criteri
     for name, stderr in found.items():
         means = torch.stack([scores[name] for scores in each])
         assert torch.allclose(stderr, means.std(0) / 6**0.5, rtol=1e-8, atol=0)
+
+
+def test_a_small_last_batch_counts_for_little():
+    """Sizes 32 and 1: the truth is the spread of scores over other draws of as many samples."""
+    case = CASES["mlp"]
+    model = case.model()
+    draws = [case.batches((32, 1), seed=seed) for seed in range(30)]
+    options = {"criterion": "signed", "path": "neuron"}
+    results = [run_engine(model, draw, n_batches=2, **options) for draw in draws]
+    for name in results[0].scores:
+        truth = torch.stack([r.scores[name] for r in results]).std(0)
+        said = torch.stack([r.stderr[name] for r in results]).square().mean(0).sqrt()
+        assert 0.3 < float((said / truth).nanmedian()) < 3  # two folds say no more
 
 
 def test_batches_beyond_the_folds_share_them(monkeypatch):

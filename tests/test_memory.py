@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import (
     CASES,
     CPU,
@@ -65,10 +66,67 @@ def test_a_batch_that_cannot_be_taken_apart_stays_whole():
     assert_close(small.scores, run_engine(Weighted(), data).scores, 1e-12)
 
 
+def test_a_mean_with_weights_of_its_own_is_not_halved():
+    """The mean over labels that count is another in each half."""
+    case = CASES["mlp"]
+    x, y = case.batches((16,))[0]
+    y = y.clone()
+    y[:7] = -100
+
+    def objective(outputs, batch):
+        return F.cross_entropy(outputs, batch[1])
+
+    model = case.model()
+    whole = run_engine(model, [(x, y)], objective=objective)
+    small = run_engine(model, [(x, y)], objective=objective, max_memory=1)
+    assert_close(small.scores, whole.scores, 1e-12)
+
+
+def test_a_side_input_as_long_as_the_batch_is_not_taken_apart():
+    case = CASES["mlp"]
+
+    class Scaled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = case.model()
+
+        def forward(self, input, scale):
+            return self.body(input) * scale.sum()
+
+    x, y = case.batches((4,))[0]
+    data = [{"input": x, "scale": torch.rand(4).double() + 1, "labels": y}]
+    whole = run_engine(Scaled(), data)
+    assert_close(run_engine(Scaled(), data, max_memory=1).scores, whole.scores, 1e-12)
+
+
+def test_sums_that_are_too_large_do_not_cut_the_batches(monkeypatch):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(6, 400), torch.nn.ReLU(), torch.nn.Linear(400, 400), torch.nn.ReLU(),
+        torch.nn.Linear(400, 4),
+    )  # fmt: skip
+    sizes = []
+    add = engine.FusedEngine._add_gradients
+
+    def spy(self, variants, batch, *args):
+        sizes.append(batch.size)
+        return add(self, variants, batch, *args)
+
+    monkeypatch.setattr(engine.FusedEngine, "_add_gradients", spy)
+    run_engine(model, make_batches((6,), (16,), dtype=torch.float32), max_memory=2_000_000)
+    assert set(sizes) == {16}
+
+
 def test_peak_memory_is_seen():
-    with PeakMemory(CPU) as peak:
-        block = torch.ones(50_000_000)
-        del block
-    if peak.bytes is None:
+    current, highest = PeakMemory(CPU)._read()
+    if not highest:
         pytest.skip("this system does not tell its peak memory")
-    assert 180e6 < peak.bytes < 400e6
+    more = highest - current + 100_000_000  # beyond what there ever was
+    with PeakMemory(CPU) as peak:
+        block = torch.ones(more, dtype=torch.uint8)
+        del block
+    assert peak.bytes is not None
+    assert 0.9 * more < peak.bytes < 1.5 * more
+    with PeakMemory(CPU) as peak:
+        pass
+    assert peak.bytes is None, "nothing new was reached"

@@ -1,8 +1,8 @@
 """``autocast``: convolutions and linear layers in bf16 or fp16, sums in float32.
 
 bf16 has 8 bits of mantissa: single scores are off by up to a few percent. What is promised is the
-ranking: a Spearman correlation of 0.99 with float32 on these small networks (0.999 is measured on
-ResNet-56), and 5 % in relative L2.
+ranking: a Spearman correlation of 0.95 with float32 on these small networks of a dozen units (0.999
+is measured on the 1,000 of ResNet-56), and 5 % in relative L2.
 """
 
 from __future__ import annotations
@@ -124,6 +124,22 @@ def test_what_is_refused(options, message):
         singe.score(model, batches, progress=False, **options)
 
 
+def test_a_model_that_reads_a_parameter_itself_is_refused():
+    class Projected(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 8)
+            self.projection = nn.Parameter(torch.randn(8, 4))
+
+        def forward(self, x):
+            return self.b(self.a(x).relu()) @ self.projection
+
+    torch.manual_seed(0)
+    model, batches = Projected(), make_batches((6,), (5,), dtype=torch.float32)
+    with pytest.raises(singe.OptionError, match="autocast cannot run this model"):
+        singe.score(model, batches, layers=["a"], autocast=torch.bfloat16, progress=False)
+
+
 def test_a_float64_model_is_refused():
     case = Case(residual, (3, 6, 6))
     with pytest.raises(singe.OptionError, match="needs a float32 model"):
@@ -149,5 +165,28 @@ def test_gradients_keep_the_layout_of_a_sliced_image():
     batches = make_batches((3, 8, 8), (3,), dtype=torch.float32)
     fused = run_engine(model, batches).scores
     naive = run_engine(model, batches, engine="naive").scores
+    for name in naive:
+        assert relative_error(fused[name], naive[name]) <= 1e-5  # float32, smooth
+
+
+@pytest.mark.parametrize("path", ["layer", "neuron"])
+def test_a_view_needs_the_contiguous_layout(path):
+    """``view`` cannot flatten a channels-last image; the engine takes the layout back."""
+
+    class Viewed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 5, 3), nn.Conv2d(5, 4, 3)
+            self.head = nn.Linear(4 * 16, 4)
+
+        def forward(self, x):
+            x = torch.nn.functional.silu(self.b(torch.nn.functional.silu(self.a(x))))
+            return self.head(x.view(x.shape[0], -1))
+
+    torch.manual_seed(0)
+    model = Viewed().eval()
+    batches = make_batches((3, 8, 8), (3,), dtype=torch.float32)
+    fused = run_engine(model, batches, path=path).scores
+    naive = run_engine(model, batches, path=path, engine="naive").scores
     for name in naive:
         assert relative_error(fused[name], naive[name]) <= 1e-5  # float32, smooth

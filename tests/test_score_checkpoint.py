@@ -17,6 +17,7 @@ from helpers import (
 )
 
 import singe
+from singe.score_checkpoint import ScoreCheckpoint, digest_of
 
 SIZES = (3, 2, 4, 1, 3)
 OPTIONS = [
@@ -112,7 +113,7 @@ def test_kill_9(tmp_path):
     deadline = time.monotonic() + 60
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    time.sleep(0.2)
+    assert path.exists(), "no checkpoint was written"
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert process.exitcode == -signal.SIGKILL, "it was through before it was killed"
@@ -141,6 +142,63 @@ def test_other_options_are_refused(tmp_path, options):
     interrupted(path)
     with pytest.raises(singe.CheckpointError, match="belongs to another run"):
         score(path, data(), **options)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_another_number_of_batches_is_refused(tmp_path, count):
+    path = tmp_path / "run.safetensors"
+    interrupted(path)
+    with pytest.raises(singe.CheckpointError, match="batches was 5, is"):
+        score(path, data()[:count])
+
+
+def test_a_loader_without_length_that_ends_early_is_refused(tmp_path):
+    class Unknown:
+        def __init__(self, batches) -> None:
+            self.batches = batches
+
+        def __iter__(self):
+            return iter(self.batches)
+
+    path = tmp_path / "run.safetensors"
+    with pytest.raises(Killed):
+        score(path, Unknown(Breaks(data(), 3)))
+    with pytest.raises(singe.CheckpointError, match="the data has 2 batches"):
+        score(path, Unknown(data()[:2]))
+
+
+def test_another_cut_is_refused(tmp_path):
+    path = tmp_path / "run.safetensors"
+    options = {"path": "neuron", "tolerance": 0.1}
+    run = ScoreCheckpoint(path, {"pruning_ratio": 0.9})
+    run.digests = ["x"]
+    run.save(Nothing())
+    with pytest.raises(singe.CheckpointError, match=r"pruning_ratio was 0.9, is 0.2"):
+        score(path, data(), pruning_ratio=0.2, **options)
+
+
+class Nothing:
+    def state(self):
+        return {"active": torch.zeros(1)}, {}
+
+
+def test_another_network_with_the_same_weights_is_refused(tmp_path):
+    def model(activation):
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(6, 5), activation(), torch.nn.Linear(5, 4))
+
+    batches = CASES["mlp"].batches(SIZES, dtype=torch.float32)
+    path = tmp_path / "run.safetensors"
+    with pytest.raises(Killed):
+        singe.score(model(torch.nn.ReLU), Breaks(batches, 2), checkpoint=path, progress=False)
+    with pytest.raises(singe.CheckpointError, match="model was"):
+        singe.score(model(torch.nn.SiLU), batches, checkpoint=path, progress=False)
+
+
+def test_numbers_in_a_batch_are_part_of_it():
+    x = torch.ones(2)
+    assert digest_of({"x": x, "w": 1.0}) != digest_of({"x": x, "w": 9.0})
+    assert digest_of({"x": x, "w": 1.0}) == digest_of({"x": x.clone(), "w": 1.0})
 
 
 def test_other_weights_are_refused(tmp_path):
