@@ -189,6 +189,12 @@ def first_samples(batch: Batch, count: int) -> Batch:
     return replace(batch, args=head(batch.args, size), kwargs=head(batch.kwargs, size), size=size)
 
 
+def shapes_of(batch: Batch) -> list[Any]:
+    """Shape and dtype of every input tensor of the model, and the other inputs as they are."""
+    leaves = tree_leaves((batch.args, batch.kwargs))
+    return [(t.shape, t.dtype) if isinstance(t, Tensor) else t for t in leaves]
+
+
 def by_sample(batch: Batch) -> tuple[list[Tensor | None], TreeSpec] | None:
     """The tensors of a batch and the structure they stand in, if each has one entry per sample."""
     leaves, spec = tree_flatten(batch.raw)

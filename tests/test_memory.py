@@ -82,7 +82,8 @@ def test_a_mean_with_weights_of_its_own_is_not_halved():
     assert_close(small.scores, whole.scores, 1e-12)
 
 
-def test_a_side_input_as_long_as_the_batch_is_not_taken_apart():
+@pytest.mark.parametrize("objective", ["cross_entropy", "kl"])
+def test_a_side_input_as_long_as_the_batch_is_not_taken_apart(objective):
     case = CASES["mlp"]
 
     class Scaled(torch.nn.Module):
@@ -95,8 +96,9 @@ def test_a_side_input_as_long_as_the_batch_is_not_taken_apart():
 
     x, y = case.batches((4,))[0]
     data = [{"input": x, "scale": torch.rand(4).double() + 1, "labels": y}]
-    whole = run_engine(Scaled(), data)
-    assert_close(run_engine(Scaled(), data, max_memory=1).scores, whole.scores, 1e-12)
+    whole = run_engine(Scaled(), data, objective=objective)
+    small = run_engine(Scaled(), data, objective=objective, max_memory=1)
+    assert_close(small.scores, whole.scores, 1e-12)
 
 
 def test_sums_that_are_too_large_do_not_cut_the_batches(monkeypatch):
