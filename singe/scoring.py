@@ -81,7 +81,7 @@ def score(
             cut to fit, batches too where not even one variant fits.
         autocast: ``torch.bfloat16`` or ``torch.float16``: convolutions and linear layers compute in
             it, sums stay float32. Float32 models and the fused engine only.
-        compile: only False is offered: compiling every group's pass takes longer than it saves.
+        compile: only False is offered: compiling every group's pass takes longer than a run saves.
         tolerance: in [0, 1), or None: see every unit through. Else units stop being evaluated once
             ``pruning_ratio`` could not take another view of them; samples come hardest first. 0 keeps
             the whole bound on what is still to come, 0.5 half of it; see :mod:`singe.decision`.
@@ -113,7 +113,8 @@ def score(
     choose("engine", engine, ("fused", "naive"))
     if compile:
         raise OptionError(
-            "compile is not offered: it takes longer than it saves (docs/scoring.md); leave it at False"
+            "compile is not offered: compiling takes longer than a scoring run saves by it "
+            "(docs/scoring.md); leave it at False"
         )
     _check_autocast(autocast, model, engine)
     if engine == "naive" and (tolerance is not None or checkpoint is not None):
