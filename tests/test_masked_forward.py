@@ -253,7 +253,9 @@ def test_same_bits_again(name: str) -> None:
 @pytest.mark.parametrize("name", ["torch", "triton"])
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_kinks_and_non_finite_values_as_in_torch(act: str, name: str) -> None:
-    special = [-3.0, 0.0, 3.0, 6.0, -7.0, 7.0, 1e4, -1e4, float("nan"), float("inf")]
+    special = [-3.0, 0.0, 3.0, 6.0, -7.0, 7.0, 1e4, -1e4, float("nan")]
+    if act != "gelu":  # torch 2.13 itself: inf from its scalar code, NaN from its AVX-512 code
+        special.append(float("inf"))
     y = torch.tensor(special, device=DEVICE).view(1, 1, 1, -1)
     gate = torch.ones(1, 1, device=DEVICE)
     x = y.clone().requires_grad_()
