@@ -207,20 +207,17 @@ def _has_samples(value: Any, size: int) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and len(value) == size
 
 
-def halved(batch: Batch) -> tuple[Batch, Batch] | None:
-    """The first and the second half of the samples, or None if they cannot be taken apart."""
+def cut(batch: Batch, *sizes: int) -> list[Batch] | None:
+    """The samples in order in batches of these sizes, or None if they cannot be taken apart."""
     found = by_sample(batch)
     if found is None:
         return None
     leaves, spec = found
-    middle = batch.size // 2
     device = next(t.device for t in leaves if t is not None)
-
-    def part(where: slice) -> Batch:
-        raw = tree_unflatten([t if t is None else t[where] for t in leaves], spec)
-        return as_batch(raw, batch.index, device)
-
-    return part(slice(None, middle)), part(slice(middle, None))
+    parts = [
+        [t if t is None else t.split(list(sizes))[i] for t in leaves] for i in range(len(sizes))
+    ]
+    return [as_batch(tree_unflatten(part, spec), batch.index, device) for part in parts]
 
 
 def example_batch(example_inputs: Any, device: torch.device) -> Batch:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from singe.adjoint import channels_of, row_gradients, unit_row_gradients
 from singe.channel_update import ChannelUpdates
 from singe.criteria import Criterion
-from singe.data import Batch, device_of, first_samples, halved, shapes_of
+from singe.data import Batch, cut, device_of, first_samples, shapes_of
 from singe.decision import EarlyDecision, hardest_first
 from singe.errors import DataError, OptionError, SingeError
 from singe.graph import Group, Member, ModelGraph
@@ -40,7 +40,7 @@ ACTIVATION_COPIES = 3  # forward, what backward keeps, and the gradient
 # Groups share a pass while it is so small that starting operations costs more than running them.
 SHARED_PASS_BYTES = 2 << 20
 MAX_FOLDS = 16  # of the data, for error bars
-TRIAL_SAMPLES = 2  # that tell which activation lies behind a layer
+TRIAL_SAMPLES = 4  # of a batch, to find out about the network and the data
 FOLD_BYTES = 256 << 20  # what their sums may take, unless max_memory says otherwise
 
 
@@ -116,7 +116,8 @@ class FusedEngine:
         self.active = torch.ones(self.n_sets, dtype=torch.bool)
         self.budget = max_memory or free_memory(self.device) // 4
         self.recorded_shapes: list[Any] = []  # of the inputs of the last recorded batch
-        self.divisible: bool | None = None  # whether batches may be halved, once that is known
+        self.divisible: bool | None = None  # whether batches may be cut, once that is known
+        self.sample_bytes = 0.0  # activations of one sample, once they are known
         self.chunk = MAX_VARIANTS
         self.evaluated = 0  # samples times variants
 
@@ -194,12 +195,11 @@ class FusedEngine:
             for job in self.jobs:
                 self._run_job(job, batch, None, fold, share)
             return
-        reference = self._record(batch)
-        too_large = self._room() < ACTIVATION_COPIES * self.network.cache.bytes
-        if too_large:  # not even one variant fits
-            if (halves := self._halves(batch, reference)) is not None:
-                for half in halves:
-                    self._run_batch(half, fold, share * half.size / batch.size)
+        reference = None if self.max_memory is not None else self._record(batch)
+        if reference is None or self._variants_that_fit() < 1:
+            if (pieces := self._pieces(batch)) is not None:
+                for piece in pieces:
+                    self._run_batch(piece, fold, share * piece.size / batch.size)
                 return
             reference = self._record(batch)
         if self.updates is not None and self.updates.needs_trial:
@@ -208,7 +208,7 @@ class FusedEngine:
         loss = self._total(reference, batch, reference)
         self.objective.require_finite(loss, batch)
         self.sums.count(fold, self.active, batch.size, loss.item())
-        self.chunk = min(self.chunk, self._variants_that_fit())
+        self.chunk = max(1, min(self.chunk, self._variants_that_fit()))
         wanted = set(torch.nonzero(self.active).flatten().tolist())
         active = [[one for one in job if one.index in wanted] for job in self.jobs]
         shared = SHARED_PASS_BYTES // max(1, self.network.cache.bytes)
@@ -231,13 +231,28 @@ class FusedEngine:
             and self.chunk >= len(self.jobs[0])
         )
 
-    def _halves(self, batch: Batch, reference: Any) -> tuple[Batch, Batch] | None:
-        """The batch in two, if that is sure to change nothing: see :meth:`_divisible`."""
-        if batch.size < 2 or (halves := halved(batch)) is None:
+    def _pieces(self, batch: Batch) -> list[Batch] | None:
+        """The batch in parts of which at least one variant fits, where cutting changes nothing."""
+        self._measure_samples(batch)
+        size = int(self._room_with_record() // max(1, (1 + ACTIVATION_COPIES) * self.sample_bytes))
+        count = -(-batch.size // max(1, size))
+        if count == 1 or not self.divisible:
             return None
-        if self.divisible is None:
-            self.divisible = self._divisible(batch, reference, halves[0])
-        return halves if self.divisible else None
+        small, extra = divmod(batch.size, count)
+        return cut(batch, *[small + 1] * extra, *[small] * (count - extra))
+
+    def _measure_samples(self, batch: Batch) -> None:
+        """Once per run: what a sample takes in the recorded pass, and whether batches can be cut."""
+        if self.divisible is not None or batch.size < 2:
+            return
+        rest = batch.size - min(TRIAL_SAMPLES, batch.size)
+        few = cut(batch, batch.size - rest, rest) if rest else [batch]
+        if few is None or (halves := cut(few[0], few[0].size // 2, -(-few[0].size // 2))) is None:
+            self.divisible = False
+            return
+        reference = self._record(few[0])
+        self.sample_bytes = self.network.cache.bytes / few[0].size
+        self.divisible = self._divisible(few[0], reference, halves[0])
 
     def _divisible(self, batch: Batch, reference: Any, half: Batch) -> bool:
         """Whether the loss is one per sample, and that of a sample the same in a smaller batch.
@@ -311,17 +326,16 @@ class FusedEngine:
         folds = MAX_FOLDS if self.n_batches is None else min(MAX_FOLDS, self.n_batches)
         return max(1, min(folds, limit // max(1, self._sum_bytes())))
 
-    def _room(self) -> int:
-        """Bytes left for variants. Sums that leave nothing are taken as half: they cannot be cut."""
-        sums = min(self.sums.folds * self._sum_bytes(), self.budget // 2)
-        return self.budget - self.network.cache.bytes - sums
+    def _room_with_record(self) -> int:
+        """Bytes left beside the sums. Sums that leave nothing count as half: they cannot be cut."""
+        return self.budget - min(self.sums.folds * self._sum_bytes(), self.budget // 2)
 
     def _variants_that_fit(self) -> int:
         per_variant = max(1, self.network.cache.bytes)
-        fits = self._room() // (ACTIVATION_COPIES * per_variant)
+        fits = (self._room_with_record() - per_variant) // (ACTIVATION_COPIES * per_variant)
         if self.device.type == "cpu":
-            fits = min(fits, CPU_PASS_BYTES // per_variant)
-        return max(1, fits)
+            fits = min(fits, max(1, CPU_PASS_BYTES // per_variant))
+        return fits
 
     @torch.no_grad()
     def _hardest_first(self, batches: list[Batch]) -> list[Batch]:
@@ -335,7 +349,8 @@ class FusedEngine:
                     f"{self.objective.name!r} gives a mean; return one loss per sample"
                 )
             losses.append(loss)
-            if batch.size > 1 and self._halves(batch, reference) is None:
+            self._measure_samples(batch)
+            if self.divisible is False:
                 raise DataError(
                     f"early decision sorts the samples, but those of batch {batch.index} cannot be "
                     "taken apart: its tensors must have one entry per sample, and the loss of a "

@@ -16,11 +16,11 @@ from helpers import (
 )
 
 from singe import engine
-from singe.data import halved
+from singe.data import cut
 from singe.memory import PeakMemory
 
 
-def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
+def test_a_batch_that_does_not_fit_is_cut(monkeypatch):
     case = CASES["residual"]
     model, batches = case.model(), case.batches((9,))
     sizes = []
@@ -39,9 +39,9 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
     assert_close(cut.scores, whole.scores, 1e-12)
 
 
-def test_halves_are_the_batch():
+def test_parts_are_the_batch():
     batch = batch_of(make_batches((6,), (7,))[0])
-    first, second = halved(batch)
+    first, second = cut(batch, 3, 4)
     assert (first.size, second.size) == (3, 4)
     assert torch.equal(torch.cat([first.args[0], second.args[0]]), batch.args[0])
     assert torch.equal(torch.cat([first.labels, second.labels]), batch.labels)
@@ -51,7 +51,7 @@ def test_a_batch_that_cannot_be_taken_apart_stays_whole():
     case = CASES["mlp"]
     x, y = case.batches((5,))[0]
     batch = batch_of({"input": x, "labels": y, "weight": 2.0})
-    assert halved(batch) is None
+    assert cut(batch, 2, 3) is None
 
     class Weighted(torch.nn.Module):
         def __init__(self) -> None:
