@@ -48,7 +48,8 @@ def summary_table(result: dict[str, Any]) -> Group:
         f"Target: {settings['macs']:.0%} of the MACs. Everyone gets {settings['rounds']} rounds of "
         f"score, prune and {settings['finetune_steps']} training steps, the {settings['ranking']} "
         f"ranking (docs/pruning.md), and no layer loses more than {MAX_PRUNING_RATIO:.0%} of its "
-        "channels. Just pruned: before a round's fine-tuning, mean of the rounds. At the end: after the last fine-tuning. Latency: median "
+        "channels. Just pruned: before a round's fine-tuning, mean of the rounds. At the end: after "
+        "the last fine-tuning. Latency: median "
         f"warm CPU forward, batch {settings['latency_batch']}, one thread. Scoring: one call of "
         f"singe.score, {settings['calibration']} images, median. "
         f"Run time {result['seconds']:.0f} s.",
