@@ -15,22 +15,22 @@ from helpers import (
     run_engine,
 )
 
-from singe import engine
 from singe.data import cut
 from singe.memory import PeakMemory
+from singe.sweep import Sweep
 
 
 def test_a_batch_that_does_not_fit_is_cut(monkeypatch):
     case = CASES["residual"]
     model, batches = case.model(), case.batches((9,))
     sizes = []
-    add = engine.FusedEngine._add_gradients
+    add = Sweep._add_gradients
 
     def spy(self, variants, batch, *args):
         sizes.append((len(variants), batch.size))
         return add(self, variants, batch, *args)
 
-    monkeypatch.setattr(engine.FusedEngine, "_add_gradients", spy)
+    monkeypatch.setattr(Sweep, "_add_gradients", spy)
     whole = run_engine(model, batches)
     assert set(sizes) == {(6, 9)}, "two groups of three nodes share a pass"
     sizes.clear()
@@ -108,13 +108,13 @@ def test_sums_that_are_too_large_do_not_cut_the_batches(monkeypatch):
         torch.nn.Linear(400, 4),
     )  # fmt: skip
     sizes = []
-    add = engine.FusedEngine._add_gradients
+    add = Sweep._add_gradients
 
     def spy(self, variants, batch, *args):
         sizes.append(batch.size)
         return add(self, variants, batch, *args)
 
-    monkeypatch.setattr(engine.FusedEngine, "_add_gradients", spy)
+    monkeypatch.setattr(Sweep, "_add_gradients", spy)
     run_engine(model, make_batches((6,), (16,), dtype=torch.float32), max_memory=2_000_000)
     assert set(sizes) == {16}
 

@@ -10,7 +10,7 @@ from helpers import make_batches, randomise, residual, run_engine
 from torch import Tensor, nn
 
 import singe
-from singe import engine as engine_module
+from singe import sweep
 
 BATCHES = make_batches((3, 8, 8), [6, 4])
 
@@ -96,7 +96,7 @@ def test_fused_equals_definition(model: type[nn.Module]) -> None:
 def test_running_out_of_memory_half_way_counts_nothing_twice(monkeypatch) -> None:
     model = randomise(residual().double())
     expected = singe.score(model, BATCHES)
-    real, calls = engine_module.row_gradients, []
+    real, calls = sweep.row_gradients, []
 
     def limited(*arguments):
         calls.append(arguments)
@@ -104,7 +104,7 @@ def test_running_out_of_memory_half_way_counts_nothing_twice(monkeypatch) -> Non
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(*arguments)
 
-    monkeypatch.setattr(engine_module, "row_gradients", limited)
+    monkeypatch.setattr(sweep, "row_gradients", limited)
     scores = singe.score(model, BATCHES)
     assert scores.meta["variants_per_pass"] < expected.meta["variants_per_pass"]
     for name in expected:

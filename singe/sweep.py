@@ -1,0 +1,253 @@
+"""The passes over one batch: a plain one that is recorded, then variants whose gradients are summed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from singe.adjoint import channels_of, row_gradients, unit_row_gradients
+from singe.channel_update import ChannelUpdates
+from singe.criteria import Criterion
+from singe.data import Batch, shapes_of
+from singe.errors import SingeError
+from singe.graph import Group, Member
+from singe.layout import GradientsChannelsLast
+from singe.memory import is_out_of_memory
+from singe.network import Network, site_key
+from singe.objectives import Objective
+from singe.passes import Variant, gates_of, runs_of_groups
+from singe.quadrature import Quadrature
+from singe.sums import Sums
+from singe.variants import VariantRunner, variant, zero_probes
+
+
+class Sweep:
+    """Runs variants of a network and adds what they give to the sums.
+
+    Args:
+        updates: one-channel updates, on the neuron path.
+        gates_only: only derivatives along the gates are needed, no weight gradients.
+        nodes_in_one: the nodes are summed as they come, weighted (``norm="outside"``).
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        updates: ChannelUpdates | None,
+        objective: Objective,
+        criterion: Criterion,
+        path: str,
+        quadrature: Quadrature,
+        gates_only: bool,
+        nodes_in_one: bool,
+        sums: Sums,
+        device: torch.device,
+    ) -> None:
+        self.network = network
+        self.updates = updates
+        self.objective = objective
+        self.criterion = criterion
+        self.path = path
+        self.quadrature = quadrature
+        self.gates_only = gates_only
+        self.nodes_in_one = nodes_in_one
+        self.sums = sums
+        self.device = device
+        self.runner = VariantRunner(network)
+        self.recorded_shapes: list[Any] = []  # of the inputs of the last recorded batch
+
+    def add(self, variants: Sequence[Variant], batch: Batch, reference: Any, fold: int) -> None:
+        """One pass of neighbouring variants of a job; ``reference`` is None if none was recorded."""
+        if variants[0].node is None:
+            self._add_end_losses(variants, batch, reference, fold)
+        elif self._updates_of(variants) is not None:
+            self._add_channel_gradients(variants, batch, reference, fold)
+        else:
+            self._add_gradients(variants, batch, reference, fold)
+
+    def record(self, batch: Batch) -> Any:
+        """The plain pass: reference outputs, the prefix, and the shapes at the gates."""
+        try:
+            reference = self._recorded(batch)
+        except RuntimeError as error:
+            if not self.network.channels_last or isinstance(error, SingeError):
+                raise
+            if is_out_of_memory(error):
+                raise
+            self.network.set_channels_last(False)  # ``x.view(len(x), -1)``, for one
+            reference = self._recorded(batch)
+        self.objective.check(reference, batch)
+        self.recorded_shapes = shapes_of(batch)
+        return reference
+
+    def _recorded(self, batch: Batch) -> Any:
+        self.network.clear()
+        if self.updates is not None:
+            self.updates.forget()
+        with torch.no_grad(), self.network.recording():
+            return self.network(batch)
+
+    def total(self, outputs: Any, batch: Batch, reference: Any) -> Tensor:
+        needed = reference if self.objective.needs_reference else None
+        return self.objective.total(outputs, batch, needed)
+
+    def _totals(self, outputs: Any, count: int, batch: Batch, reference: Any) -> Tensor:
+        """Summed loss of every variant, [V]."""
+        if self.objective.stacks and isinstance(outputs, Tensor):
+            totals = torch.vmap(lambda one: self.total(one, batch, reference))(outputs)
+        else:
+            slices = [variant(outputs, v) for v in range(count)]
+            totals = torch.stack([self.total(one, batch, reference) for one in slices])
+        self.objective.require_finite(totals, batch)
+        return totals
+
+    def _add_end_losses(
+        self, variants: Sequence[Variant], batch: Batch, reference: Any, fold: int
+    ) -> None:
+        with torch.no_grad():
+            if self._updates_of(variants) is None:
+                outputs, _ = self.runner(batch, gates_of(self.network, variants), {})
+            else:
+                outputs = self._run_update(variants, batch, self._mus(variants), None)
+            totals = self._totals(outputs, len(variants), batch, reference)
+        indices = torch.tensor([one.index for one in variants])
+        self.sums.end_loss[fold].index_add_(0, indices, totals.double().cpu())
+
+    def _add_gradients(
+        self, variants: Sequence[Variant], batch: Batch, reference: Any, fold: int
+    ) -> None:
+        gates = gates_of(self.network, variants)
+        sites = self.network.sites
+        probes = {
+            key: zero_probes(sites[key].outputs, len(variants))
+            for key in gates
+            if sites[key].kind == "rows" and not self.gates_only
+        }
+        if self.criterion.integrand != "gradient":
+            for key, gate in gates.items():
+                gate.requires_grad_(key not in probes)
+        with torch.enable_grad():
+            outputs, inputs = self.runner(batch, gates, probes)
+            if reference is None:
+                self.objective.check(variant(outputs, 0), batch)
+            loss = self._totals(outputs, len(variants), batch, reference).sum()
+        derivable = [key for key, gate in gates.items() if gate.requires_grad]
+        leaves = [gates[key] for key in derivable] + [t for ts in probes.values() for t in ts]
+        with GradientsChannelsLast() if self.network.channels_last else nullcontext():
+            found = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        gate_grads = dict(zip(derivable, found, strict=False))
+        rest = iter(found[len(derivable) :])
+        adjoints = {key: [next(rest) for _ in ts] for key, ts in probes.items()}
+        computed = []
+        for units, where in runs_of_groups(variants):
+            run = variants[where]
+            for group, _ in units:
+                for member in group.members:
+                    key = site_key(member)
+                    for x, adjoint in zip(inputs.get(key, ()), adjoints.get(key, ()), strict=True):
+                        part = self._rows(group, member, run, x.detach()[where], adjoint[where])
+                        computed.append((group, key, run, part))
+                    if key in gate_grads:
+                        grad = gate_grads[key][where].unsqueeze(2)
+                        computed.append((group, key, run, self._of_units(group, member, run, grad)))
+        # Added only now: running out of memory above must not leave half a pass in the sums.
+        for group, key, run, part in computed:
+            self._add_to_slots(group, key, run, part, fold)
+
+    def _updates_of(self, variants: Sequence[Variant]) -> ChannelUpdates | None:
+        """One-channel updates, if these variants can do with them."""
+        group = variants[0].units[0][0]
+        same = variants[-1].units[0][0] is group
+        if not same or self.updates is None or self.updates.activation(group) is None:
+            return None
+        return self.updates
+
+    def _mus(self, variants: Sequence[Variant]) -> Tensor:
+        return self.network.open_gate(variants[0].units[0][0].name).new_tensor(
+            [one.mu for one in variants]
+        )
+
+    def _run_update(
+        self, variants: Sequence[Variant], batch: Batch, mu: Tensor, probe: Tensor | None
+    ) -> Any:
+        assert self.updates is not None
+        group, units = variants[0].units[0][0], [one.unit for one in variants]
+        name, output = self.updates.updated(group, units, mu, probe)
+        return self.runner(batch, {}, {}, {name: output})[0]
+
+    def _add_channel_gradients(
+        self, variants: Sequence[Variant], batch: Batch, reference: Any, fold: int
+    ) -> None:
+        """:meth:`_add_gradients` of the neuron path, where one channel is all that moves."""
+        assert self.updates is not None
+        group, mu = variants[0].units[0][0], self._mus(variants)
+        member = group.members[0]
+        probe = None if self.gates_only else self.updates.probe(group, len(variants))
+        with torch.enable_grad():
+            leaf = mu.requires_grad_() if probe is None else probe
+            outputs = self._run_update(variants, batch, mu, probe)
+            loss = self._totals(outputs, len(variants), batch, reference).sum()
+        with GradientsChannelsLast() if self.network.channels_last else nullcontext():
+            (grad,) = torch.autograd.grad(loss, leaf, materialize_grads=True, allow_unused=True)
+        if probe is None:
+            part = grad[:, None]
+        else:
+            module = self.network.sites[member.name].module
+            x = self.updates.input_of(group).to(module.weight.dtype)
+            x = x.expand(len(variants), *x.shape)
+            channels = self._channels_per_variant(member, variants).to(self.device)
+            part = unit_row_gradients(module, x, grad.to(x.dtype), channels).flatten(1)
+        self._add_to_slots(group, member.name, variants, part, fold)
+
+    def _rows(
+        self, group: Group, member: Member, variants: Sequence[Variant], x: Tensor, adjoint: Tensor
+    ) -> Tensor:
+        """Gradients of a layer's rows, by unit: [V, U, k], or [V, k] of one unit per variant."""
+        module = self.network.sites[member.name].module
+        x = x.to(adjoint.dtype)
+        if self.path == "neuron":
+            channels = self._channels_per_variant(member, variants).to(self.device)
+            own = channels_of(module, adjoint, channels)
+            return unit_row_gradients(module, x, own, channels).flatten(1)
+        return self._of_units(group, member, variants, row_gradients(module, x, adjoint))
+
+    def _of_units(
+        self, group: Group, member: Member, variants: Sequence[Variant], grad: Tensor
+    ) -> Tensor:
+        """[V, C, k] gradients of a module's channels, by unit as in :meth:`_rows`."""
+        if self.path == "neuron":
+            channels = self._channels_per_variant(member, variants)
+            chosen = [g[c] for g, c in zip(grad, channels, strict=True)]  # [m, k] each
+            return torch.stack(chosen).flatten(1)
+        if not member.is_whole(grad.shape[1]):
+            grad = grad[:, member.channels]  # [V, U, m, k]
+        return grad.reshape(len(variants), group.n_units, -1)
+
+    @staticmethod
+    def _channels_per_variant(member: Member, variants: Sequence[Variant]) -> Tensor:
+        """[V, m]: the channels of the one unit that each variant moves."""
+        return member.channels[[one.unit for one in variants]]
+
+    def _add_to_slots(
+        self, group: Group, key: str, variants: Sequence[Variant], grad: Tensor, fold: int
+    ) -> None:
+        """Add [V, U, k], or [V, k] of one unit per variant, weighted where nodes are summed."""
+        slots = 1 if self.nodes_in_one else len(self.quadrature)
+        shape = (slots, group.n_units, grad.shape[-1])
+        sums = self.sums.slot((group.name, key), shape, self.network.open_gate(key))[fold]
+        grad = grad.to(sums.dtype)
+        if self.path == "neuron" and not self.nodes_in_one:  # every variant has a place of its own
+            nodes = torch.tensor([one.node for one in variants], device=sums.device)
+            units = torch.tensor([one.unit for one in variants], device=sums.device)
+            sums[nodes, units] += grad
+            return
+        for one, part in zip(variants, grad, strict=True):
+            assert one.node is not None
+            slot = 0 if self.nodes_in_one else one.node
+            weight = self.quadrature.weights[one.node] if self.nodes_in_one else 1.0
+            target = sums[slot, one.unit] if self.path == "neuron" else sums[slot]
+            target.add_(part, alpha=weight)
