@@ -241,26 +241,35 @@ class FusedEngine:
 
     def _pieces(self, batch: Batch) -> list[Batch] | None:
         """The batch in parts of which at least one variant fits, where cutting changes nothing."""
-        self._measure_samples(batch)
+        few = self._few(batch)
+        if few is None:
+            return None
+        if not self.sample_bytes:
+            self.sweep.record(few)
+            self.sample_bytes = self.network.cache.bytes / few.size
         size = int(self._room_with_record() // max(1, (1 + ACTIVATION_COPIES) * self.sample_bytes))
         count = -(-batch.size // max(1, size))
-        if count == 1 or not self.divisible:
+        if count == 1 or not self._can_be_cut(few):
             return None
         small, extra = divmod(batch.size, count)
         return cut(batch, *[small + 1] * extra, *[small] * (count - extra))
 
-    def _measure_samples(self, batch: Batch) -> None:
-        """Once per run: what a sample takes in the recorded pass, and whether batches can be cut."""
-        if self.divisible is not None or batch.size < 2:
-            return
-        rest = batch.size - min(TRIAL_SAMPLES, batch.size)
-        few = cut(batch, batch.size - rest, rest) if rest else [batch]
-        if few is None or (halves := cut(few[0], few[0].size // 2, -(-few[0].size // 2))) is None:
-            self.divisible = False
-            return
-        reference = self.sweep.record(few[0])
-        self.sample_bytes = self.network.cache.bytes / few[0].size
-        self.divisible = self._divisible(few[0], reference, halves[0])
+    @staticmethod
+    def _few(batch: Batch) -> Batch | None:
+        """The first samples of a batch, labels and all, if there are several to take apart."""
+        if batch.size <= TRIAL_SAMPLES:
+            return batch if batch.size > 1 else None
+        parts = cut(batch, TRIAL_SAMPLES, batch.size - TRIAL_SAMPLES)
+        return None if parts is None else parts[0]
+
+    def _can_be_cut(self, few: Batch) -> bool:
+        """Whether batches can be cut, see :meth:`_divisible`; found out once per run."""
+        if self.divisible is None:
+            halves = cut(few, few.size // 2, -(-few.size // 2))
+            self.divisible = halves is not None and self._divisible(
+                few, self.sweep.record(few), halves[0]
+            )
+        return self.divisible
 
     def _divisible(self, batch: Batch, reference: Any, half: Batch) -> bool:
         """Whether the loss is one per sample, and that of a sample the same in a smaller batch.
@@ -352,8 +361,8 @@ class FusedEngine:
                     f"{self.objective.name!r} gives a mean; return one loss per sample"
                 )
             losses.append(loss)
-            self._measure_samples(batch)
-            if self.divisible is False:
+            few = self._few(batch)
+            if batch.size > 1 and (few is None or not self._can_be_cut(few)):
                 raise DataError(
                     f"early decision sorts the samples, but those of batch {batch.index} cannot be "
                     "taken apart: its tensors must have one entry per sample, and the loss of a "
