@@ -198,12 +198,13 @@ def shapes_of(batch: Batch) -> list[Any]:
 def by_sample(batch: Batch) -> tuple[list[Tensor | None], TreeSpec] | None:
     """The tensors of a batch and the structure they stand in, if each has one entry per sample."""
     leaves, spec = tree_flatten(batch.raw)
-    if all(t is None or _has_samples(t, batch.size) for t in leaves):
+    if all(t is None or has_samples(t, batch.size) for t in leaves):
         return leaves, spec
     return None
 
 
-def _has_samples(value: Any, size: int) -> bool:
+def has_samples(value: Any, size: int) -> bool:
+    """Whether ``value`` is a tensor with one entry for each of ``size`` samples."""
     return isinstance(value, Tensor) and value.dim() > 0 and len(value) == size
 
 

@@ -53,7 +53,7 @@ class FusedEngine:
         decision: stops feeding units whose side of a cut is settled.
         checkpoint: where the state of the run is kept between batches.
         on_pass: called after every finished pass with the number of its variants (a share of it, where
-            a batch was halved).
+            a batch was cut).
     """
 
     def __init__(

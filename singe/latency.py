@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._pytree import tree_map
 
-from singe.data import Batch
+from singe.data import Batch, has_samples
 from singe.errors import OptionError
 from singe.graph import ROWS, private_copy
 
@@ -125,7 +125,7 @@ def resized(batch: Batch, size: int) -> Batch:
     """The batch with ``size`` samples, repeating or dropping some."""
 
     def take(value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.dim() == 0 or len(value) != batch.size:
+        if not has_samples(value, batch.size):
             return value
         return value[torch.arange(size, device=value.device) % batch.size]
 

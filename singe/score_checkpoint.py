@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from singe import checkpoint
 from singe.data import Batch
 from singe.errors import CheckpointError
 from singe.files import replacing
@@ -49,9 +50,8 @@ def digest_of(value: Any) -> str:
 
 def digest_of_model(model: nn.Module) -> str:
     """SHA-256 of how a model prints, and of the names and values of its parameters and buffers."""
-    model = unwrapped(model)
-    values = [(k, digest_of(v)) for k, v in sorted(model.state_dict().items())]
-    return hashlib.sha256(json.dumps([repr(model), values]).encode()).hexdigest()
+    described = repr(unwrapped(model)) + checkpoint.digest_of(model)
+    return hashlib.sha256(described.encode()).hexdigest()
 
 
 class ScoreCheckpoint:
