@@ -21,8 +21,8 @@ from typing import Any
 
 import cifar10
 import torch
-import torch.nn.functional as F
 import torch_pruning as tp
+from importances import Batches, Importance, hessian, inner_layers, pruner_of, table_of, taylor
 from torch import Tensor, nn
 
 import singe
@@ -31,29 +31,6 @@ from singe.compress import accuracy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.record import RESULTS, write
-
-Batches = list[tuple[Tensor, Tensor]]
-Importance = Callable[[Any], Tensor | None]
-
-
-def taylor(model: nn.Module, batches: Batches) -> Importance:
-    """Gradients summed over the batches, as in Torch-Pruning's examples."""
-    model.zero_grad()
-    for x, y in batches:
-        F.cross_entropy(model(x), y).backward()
-    return tp.importance.GroupTaylorImportance()
-
-
-def hessian(model: nn.Module, batches: Batches) -> Importance:
-    """Squared gradients sample by sample, as in Torch-Pruning's examples."""
-    found = tp.importance.GroupHessianImportance()
-    found.zero_grad()
-    for x, y in batches:
-        for loss in F.cross_entropy(model(x), y, reduction="none"):
-            model.zero_grad()
-            loss.backward(retain_graph=True)
-            found.accumulate_grad(model)
-    return found
 
 
 def by_singe(
@@ -84,28 +61,6 @@ IMPORTANCES: dict[str, tuple[bool, Callable[[nn.Module, Batches], Importance]]] 
     ),
 }
 SPEEDUPS = (1.5, 2.0)
-
-
-def inner_layers(model: nn.Module) -> list[str]:
-    """The padded shortcuts leave only what lies between the two convolutions of a block prunable."""
-    return [n for n, _ in model.named_modules() if n.endswith("conv1") and "." in n]
-
-
-def pruner_of(model: nn.Module, example: Tensor, ranked: Importance, ratio: float) -> Any:
-    inner = set(inner_layers(model))
-    layers = (nn.Conv2d, nn.Linear)
-    return tp.pruner.BasePruner(
-        model, example, importance=ranked, global_pruning=True, pruning_ratio=ratio,
-        ignored_layers=[m for n, m in model.named_modules() if isinstance(m, layers) and n not in inner],
-    )  # fmt: skip
-
-
-def table_of(model: nn.Module, example: Tensor, ranked: Importance) -> dict[str, Tensor | None]:
-    """What an importance says of every group of the whole network, by root layer."""
-    pruner = pruner_of(model, example, ranked, 0.5)
-    groups = pruner.DG.get_all_groups(pruner.ignored_layers, pruner.root_module_types)
-    names = {module: name for name, module in model.named_modules()}
-    return {names[g[0].dep.target.module]: ranked(g) for g in groups}
 
 
 def pruned_to(

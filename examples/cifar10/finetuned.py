@@ -1,0 +1,203 @@
+"""Which criterion is worth its name after fine-tuning, at equal MACs?
+
+    python examples/cifar10/finetuned.py [--steps 200] [--speedup 2.11] [--seeds 3] [--only TEXT]
+
+A trained ResNet-56 loses the channels between the two convolutions of its blocks until 2.11 or 2.57
+times fewer MACs are left. Pruner, guard, budget and fine-tuning are the same for all; the criterion
+differs, and the ranking that turns its scores into a plan. Every seed takes other calibration images
+and another order of the training images. A run that the results already hold is not repeated, so that
+the table can grow over days and machines; ``--part 0/2`` does every other run, for two processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import fcntl
+import json
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cifar10
+import torch
+import torch.nn.functional as F
+from importances import SCORERS, inner_layers
+from torch import Tensor, nn
+
+import singe
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from benchmarks.record import RESULTS, environment, write
+
+NAME = "cifar10-resnet56"
+RANKINGS = ("global", "local", "cost")
+SPEEDUPS = (2.11, 2.57)
+SAMPLES, BATCH, LR = 256, 64, 0.02
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KEY = ("criterion", "ranking", "speedup", "steps", "rounds", "seed")
+Row = dict[str, Any]
+
+
+class Data:
+    """Calibration, training and test images, decoded once."""
+
+    def __init__(self, test_images: int, quick_images: int) -> None:
+        self.x, self.y = cifar10.images("train")
+        self.test = cifar10.batches(*(t[:test_images] for t in cifar10.images("test")), 250)
+        self.quick = self.test[: quick_images // 250]
+        self.example = self.test[0][0][:1]
+
+    def calibration(self, seed: int) -> list[tuple[Tensor, Tensor]]:
+        part = slice(seed * SAMPLES, (seed + 1) * SAMPLES)
+        return cifar10.batches(self.x[part], self.y[part], BATCH)
+
+    def training(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        images = cifar10.Augmented(self.x, self.y, BATCH, seed)
+        while True:
+            yield from images
+
+
+def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Top-1, in bfloat16 as in training."""
+    model.eval()
+    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+        right = [(model(x.to(DEVICE)).argmax(1).cpu() == y).float() for x, y in batches]
+    return float(torch.cat(right).mean())
+
+
+def train(
+    model: nn.Module,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    steps: int,
+    lr: float,
+    look: Callable[[int], None] = lambda step: None,
+) -> None:
+    """SGD with a cosine to zero, bfloat16 and channels-last, in place."""
+    model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4
+    )
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.5 * lr * (1 + math.cos(math.pi * step / steps))
+        x, y = next(batches)
+        model.train()
+        with torch.autocast(DEVICE, torch.bfloat16):
+            outputs = model(x.to(DEVICE, memory_format=torch.channels_last))
+        optimizer.zero_grad()
+        F.cross_entropy(outputs.float(), y.to(DEVICE)).backward()
+        optimizer.step()
+        look(step + 1)
+    model.to(memory_format=torch.contiguous_format).eval()
+
+
+class Experiment:
+    """One network, its data, and the scores that several runs share."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.model = cifar10.trained(56).to(DEVICE)
+        self.data = Data(args.test_images, args.quick_images)
+        self.scores: dict[tuple[str, int], singe.Scores] = {}
+
+    def scored(self, criterion: str, seed: int) -> singe.Scores:
+        if (criterion, seed) not in self.scores:
+            batches = [(x.to(DEVICE), y.to(DEVICE)) for x, y in self.data.calibration(seed)]
+            self.scores[criterion, seed] = SCORERS[criterion](self.model, batches, seed)
+        return self.scores[criterion, seed]
+
+    def run(self, criterion: str, ranking: str, speedup: float, steps: int, seed: int) -> Row:
+        """Prune at once, then fine-tune."""
+        example = self.data.example.to(DEVICE)
+        plan = singe.plan(
+            self.model, self.scored(criterion, seed), example, macs=1 / speedup, ranking=ranking
+        )
+        model = copy.deepcopy(self.model)
+        report = singe.prune(model, plan, example)
+        pruned = accuracy(model, self.data.quick)
+        history: dict[int, float] = {}
+
+        def look(step: int) -> None:
+            if step % max(1, steps // 4) == 0:
+                history[step] = accuracy(model, self.data.quick)
+
+        torch.manual_seed(seed)
+        train(model, self.data.training(seed), steps, self.args.lr, look)
+        return {
+            "macs": report.macs_after / report.macs_before,
+            "params": report.params_after / report.params_before,
+            "pruned": pruned,
+            "history": history,
+            "best": max(history.values()),
+            "last": accuracy(model, self.data.test),
+            "widths": [model.get_submodule(n).out_channels for n in inner_layers(model)],
+        }
+
+
+def jobs(args: argparse.Namespace) -> Iterator[Row]:
+    """Seed by seed, so that a table that is not finished compares like with like."""
+    for seed in range(args.seeds):
+        for speedup in args.speedup:
+            for ranking in args.ranking:
+                for criterion in SCORERS:
+                    if args.only in criterion:
+                        values = (criterion, ranking, speedup, args.steps, 1, seed)
+                        yield dict(zip(KEY, values, strict=True))
+
+
+def recorded() -> list[Row]:
+    path = RESULTS / f"{NAME}.json"
+    return json.loads(path.read_text())["results"]["runs"] if path.is_file() else []
+
+
+def is_done(job: Row) -> bool:
+    return any(all(row[k] == job[k] for k in KEY) for row in recorded())
+
+
+def record(row: Row, settings: dict[str, Any]) -> None:
+    """Add one run to the results; other processes may be doing the same."""
+    with (Path(tempfile.gettempdir()) / f"{NAME}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        write(NAME, {"settings": settings, "runs": [*recorded(), row]})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--speedup", type=float, nargs="+", default=SPEEDUPS)
+    parser.add_argument("--ranking", nargs="+", default=RANKINGS, choices=RANKINGS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", default="", help="criteria whose name holds this")
+    parser.add_argument("--lr", type=float, default=LR)
+    parser.add_argument("--test-images", type=int, default=5000)
+    parser.add_argument("--quick-images", type=int, default=2000, help="while it trains")
+    parser.add_argument("--part", default="0/1")
+    args = parser.parse_args()
+    part, parts = map(int, args.part.split("/"))
+    experiment = Experiment(args)
+    settings = {
+        "samples": SAMPLES, "batch": BATCH, "lr": args.lr, "test_images": args.test_images,
+        "quick_images": args.quick_images, "base": accuracy(experiment.model, experiment.data.test),
+    }  # fmt: skip
+    commit = environment()["commit"]
+    for job in list(jobs(args))[part::parts]:
+        if is_done(job):
+            continue
+        start = time.perf_counter()
+        run = experiment.run(**{k: job[k] for k in KEY if k != "rounds"})
+        row = job | run | {"seconds": time.perf_counter() - start, "commit": commit}
+        record(row, settings)
+        print(
+            f"{job['criterion']:30s} {job['ranking']:7s} {job['speedup']:.2f}x seed {job['seed']} "
+            f"macs {row['macs']:.3f} pruned {row['pruned']:.1%} last {row['last']:.1%}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
