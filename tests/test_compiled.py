@@ -162,7 +162,7 @@ def test_folding_keeps_the_values():
         assert torch.equal(found, wanted)
     elementwise = (torch.ops.aten.relu.default, torch.ops.aten.sigmoid.default)
     folded = [n for n in traced.graph.nodes if n.target in elementwise]
-    assert [n.args[0].target for n in folded][0] is torch.ops.aten.add.Tensor
+    assert next(n.args[0].target for n in folded) is torch.ops.aten.add.Tensor
     views = [n for n in traced.graph.nodes if n.target is torch.ops.aten.view.default]
     assert not any(tuple(n.args[1]) == (2, 3, 4, 5, 5) and n.args[0].op == "placeholder"
                    for n in views)  # fmt: skip
