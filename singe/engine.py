@@ -27,7 +27,7 @@ from singe.result import Result, unit_sets
 from singe.score_checkpoint import ScoreCheckpoint
 from singe.sums import Sums, set_of_units
 from singe.sweep import Sweep
-from singe.variants import LayoutRefused, variant
+from singe.variants import variant
 
 MAX_VARIANTS = 64  # per pass; beyond that a pass only takes more memory
 # On a CPU a larger pass is a slower one once it outgrows the caches: ResNet-20, layer path, 4 nodes,
@@ -301,9 +301,6 @@ class FusedEngine:
             variants = job[done : done + self.chunk]
             try:
                 self.sweep.add(variants, batch, reference, fold)
-            except LayoutRefused:
-                self.sweep.record(batch)
-                continue
             except RuntimeError as error:
                 if len(variants) == 1 or not is_out_of_memory(error):
                     raise
@@ -380,12 +377,7 @@ class FusedEngine:
         # Nothing is hard for a divergence where nothing has moved.
         halfway = Variant([(g, list(range(g.n_units))) for g in self.groups], 0, 0, 0.5)
         gates = gates_of(self.network, [halfway])
-        try:
-            stacked, _ = self.sweep.runner(batch, gates, {})
-        except LayoutRefused:
-            self.sweep.record(batch)
-            stacked, _ = self.sweep.runner(batch, gates, {})
-        return variant(stacked, 0)
+        return variant(self.sweep.run(batch, gates, {})[0], 0)
 
     def _decide(self, batch: Batch, rest: Sequence[Batch]) -> None:
         assert self.decision is not None

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 import singe
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from benchmarks.record import RESULTS, environment, write
+from benchmarks.record import RESULTS, ROOT, environment, write
 
 NAME = "cifar10-resnet56"
 RANKINGS = ("global", "local", "cost")
@@ -100,19 +100,21 @@ def train(
 
 
 class Experiment:
-    """One network, its data, and the scores that several runs share."""
+    """One network, its data, and the scores that several runs share, kept in ``out/``."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.model = cifar10.trained(56).to(DEVICE)
         self.data = Data(args.test_images, args.quick_images)
-        self.scores: dict[tuple[str, int], singe.Scores] = {}
+        self.kept = ROOT / "out" / NAME
+        self.kept.mkdir(parents=True, exist_ok=True)
 
     def scored(self, criterion: str, seed: int) -> singe.Scores:
-        if (criterion, seed) not in self.scores:
+        path = self.kept / f"{criterion}, {seed}.safetensors"
+        if not path.exists():
             batches = [(x.to(DEVICE), y.to(DEVICE)) for x, y in self.data.calibration(seed)]
-            self.scores[criterion, seed] = SCORERS[criterion](self.model, batches, seed)
-        return self.scores[criterion, seed]
+            SCORERS[criterion](self.model, batches, seed).save(path)
+        return singe.Scores.load(path, self.model)
 
     def entwined(
         self, criterion: str, ranking: str, speedup: float, steps: int, rounds: int, seed: int
