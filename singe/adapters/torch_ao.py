@@ -1,4 +1,6 @@
-"""``torch.ao.pruning``: scores as the mask rule of its structured sparsifier.
+"""``torch.ao.pruning``: scores as the mask rule of its sparsifiers.
+
+Of channels, with its structured sparsifier:
 
     sparsifier = torch_ao.sparsifier(scores, model, amount=0.5)
     sparsifier.prepare(model, torch_ao.config(scores, model))
@@ -9,6 +11,13 @@ The masks are right wherever ``prepare`` accepts a layer. What ``prune`` then ma
 library's affair: it knows a few patterns, none with a BatchNorm (fuse it first with
 ``torch.nn.utils.fusion.fuse_conv_bn_eval`` and score the fused model), and an AlexNet of torchvision's comes
 out of torch 2.13 with its convolutions at full width.
+
+Of single weights, with its ``WeightNormSparsifier`` and scores of ``granularity="weight"``, here 2:4:
+
+    sparsifier = torch_ao.weight_sparsifier(scores, model, 1.0, (1, 4), zeros_per_block=2)
+    sparsifier.prepare(model, torch_ao.weight_config(scores, model, (1, 4)))
+    sparsifier.step()
+    sparsifier.squash_mask()            # the masks become part of the weights
 """
 
 from __future__ import annotations
@@ -21,9 +30,11 @@ from torch import nn
 from singe.adapters import required
 from singe.adapters.channel_scores import channel_scores
 from singe.adapters.torch_prune import _check_amount
+from singe.adapters.weight_tables import by_inputs, from_inputs, weight_tables
 from singe.errors import ModelError
 from singe.graph import unwrapped
 from singe.scores import Scores
+from singe.weight_scores import WeightScores
 
 PRUNER = "torch.ao.pruning._experimental.pruner"
 
@@ -64,3 +75,58 @@ def sparsifier(scores: Scores, model: nn.Module, amount: float = 0.5) -> Any:
             mask.data = torch.ones_like(mask.data).index_fill_(0, lowest.to(mask.device), False)
 
     return ScoreSparsifier({"sparsity_level": amount})
+
+
+def weight_config(
+    scores: WeightScores, model: nn.Module, sparse_block_shape: tuple[int, int] = (1, 1)
+) -> list[dict[str, str]]:
+    """The layers with scores whose weights can be cut into such blocks, as ``prepare`` wants them."""
+    height, width = sparse_block_shape
+    shapes = {name: by_inputs(t).shape for name, t in weight_tables(scores, model).items()}
+    return [
+        {"tensor_fqn": f"{name}.weight"}
+        for name, (rows, inputs) in shapes.items()
+        if rows % height == 0 and inputs % width == 0
+    ]
+
+
+def weight_sparsifier(
+    scores: WeightScores,
+    model: nn.Module,
+    sparsity_level: float = 0.5,
+    sparse_block_shape: tuple[int, int] = (1, 1),
+    zeros_per_block: int | None = None,
+) -> Any:
+    """A ``WeightNormSparsifier`` that looks at scores in place of the weights.
+
+    The other arguments are the library's own: of every layer's blocks the share ``sparsity_level`` with
+    the lowest mean score gets ``zeros_per_block`` zeros (default: all of a block), at its lowest scores.
+    ``1.0, (1, 4), 2`` is 2:4. Blocks are (outputs, inputs). The library knows matrices only; here the
+    weight of a convolution counts as one, [C_out * k, C_in / groups].
+
+    Args:
+        scores: of this very model, before ``prepare`` parametrizes it.
+
+    Raises:
+        OptionError: this torch has no such sparsifier.
+        ScoresError: scores of units, or of another model.
+    """
+    base = required("torch.ao.pruning", "torch").WeightNormSparsifier
+    tables = weight_tables(scores, unwrapped(model))
+
+    class WeightScoreSparsifier(base):  # type: ignore[misc,valid-type]
+        def update_mask(
+            self, module: nn.Module, tensor_name: str, tensor_fqn: str, **kwargs: Any
+        ) -> None:
+            """Set the mask (nonzero = keep) of one layer."""
+            name = tensor_fqn.removesuffix(f".{tensor_name}")
+            if name not in tables:
+                raise ModelError(f"layer {name!r} has no scores; scored are {', '.join(tables)}")
+            table = tables[name]
+            self.norm_fn = lambda weight: by_inputs(table).to(weight.device)
+            super().update_mask(module, tensor_name, tensor_fqn=tensor_fqn, **kwargs)
+            mask = getattr(module.parametrizations, tensor_name)[0].mask
+            if mask.shape != table.shape:
+                mask.data = from_inputs(mask.data, table.shape)
+
+    return WeightScoreSparsifier(sparsity_level, sparse_block_shape, zeros_per_block)
