@@ -178,3 +178,16 @@ class Scores(ScoreTable):
         if model is not None:
             scores.check(model)
         return scores
+
+
+def require_units(scores: Mapping[str, Tensor]) -> None:
+    """Raise where units are to be ranked and these are scores of something else.
+
+    Raises:
+        ScoresError: they are a table of other entries than groups of units.
+    """
+    if isinstance(scores, ScoreTable) and not isinstance(scores, Scores):
+        raise ScoresError(
+            f"these are {type(scores).__name__}, and whole units are needed here; use "
+            "singe.score(..., granularity='unit')"
+        )

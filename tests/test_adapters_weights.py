@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import singe
-from singe.adapters import torch_ao, torch_prune, weight_tables
+from singe.adapters import torch_ao, torch_prune, torch_pruning, weight_tables
 
 
 def score(model, batches, **options):
@@ -214,6 +214,16 @@ def test_scores_that_do_not_fit():
             call(units, model)
         with pytest.raises(singe.ScoresError, match=r"has scores of shape.*another model"):
             call(weights, CASES["mlp"].model())
+    inputs = batches[0][0]
+    for call in (
+        lambda: singe.plan(model, weights, inputs, macs=0.5),
+        lambda: torch_prune.global_structured(model, weights, inputs, amount=0.3),
+        lambda: torch_prune.local_structured(model, weights, inputs, amount=0.3),
+        lambda: torch_ao.sparsifier(weights, model),
+        lambda: torch_pruning.importance(weights),
+    ):
+        with pytest.raises(singe.ScoresError, match="granularity='unit'"):
+            call()
     with pytest.raises(singe.OptionError, match="4 of 4"):
         torch_prune.n_of_m(model, weights, 4, 4)
     with pytest.raises(singe.OptionError, match="3 inputs cannot be cut"):

@@ -32,7 +32,7 @@ from singe.data import device_of, example_batch
 from singe.errors import BudgetError, ModelError, OptionError, ScoresError
 from singe.graph import BATCH_NORMS, Group, ModelGraph, unwrapped
 from singe.limits import check_ratio, floor_of
-from singe.scores import Scores
+from singe.scores import Scores, require_units
 from singe.units import find_groups, small
 from singe.weight_scores import WeightScores
 
@@ -164,6 +164,7 @@ def _check_amount(amount: float) -> None:
 def _mask(
     model: nn.Module, scores: Scores, example_inputs: Any, chosen: dict[str, list[int]]
 ) -> dict[str, list[int]]:
+    require_units(scores)
     scores.check(model)
     chosen = {name: units for name, units in chosen.items() if units}
     model = unwrapped(model)
