@@ -9,8 +9,10 @@ Of channels, with its structured sparsifier:
 
 The masks are right wherever ``prepare`` accepts a layer. What ``prune`` then makes smaller is the
 library's affair: it knows a few patterns, none with a BatchNorm (fuse it first with
-``torch.nn.utils.fusion.fuse_conv_bn_eval`` and score the fused model), and an AlexNet of torchvision's comes
-out of torch 2.13 with its convolutions at full width.
+``torch.nn.utils.fusion.fuse_conv_bn_eval`` and score the fused model). Torch 2.13 leaves a convolution with
+a bias at full width where the next one pads its input (an AlexNet loses no channels): a bias that moves
+on to the next layer would not reach into the padding. By default (``prune_bias``) none moves on, the masked
+channels' biases go with them; so here such convolutions become smaller, too.
 
 Of single weights, with its ``WeightNormSparsifier`` and scores of ``granularity="weight"``, here 2:4:
 
@@ -22,6 +24,7 @@ Of single weights, with its ``WeightNormSparsifier`` and scores of ``granularity
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,7 +77,28 @@ def sparsifier(scores: Scores, model: nn.Module, amount: float = 0.5) -> Any:
             lowest = values.argsort(stable=True)[: round(sparsity_level * len(values))]
             mask.data = torch.ones_like(mask.data).index_fill_(0, lowest.to(mask.device), False)
 
-    return ScoreSparsifier({"sparsity_level": amount})
+    sparsifier = ScoreSparsifier({"sparsity_level": amount})
+    sparsifier.patterns = {
+        pattern: _without_bias(convert) if pattern[0] is nn.Conv2d else convert
+        for pattern, convert in sparsifier.patterns.items()
+    }
+    return sparsifier
+
+
+def _without_bias(convert: Callable[..., None]) -> Callable[..., None]:
+    """A conversion of the library's that sees no bias of a convolution whose masked biases just go."""
+
+    def run(first: Any, *rest: Any) -> None:
+        bias = getattr(first, "_bias", None)
+        if bias is None or not first.prune_bias:
+            convert(first, *rest)
+            return
+        mask = first.parametrizations.weight[0].mask
+        del first._bias
+        convert(first, *rest)
+        first.bias = nn.Parameter(bias.detach()[mask])
+
+    return run
 
 
 def weight_config(
