@@ -9,6 +9,7 @@ from singe.criteria import Criterion
 from singe.graph import Group, Member, ModelGraph, unwrapped
 from singe.network import Network, site_key
 from singe.result import Result
+from singe.rows import rows_of
 from singe.weight_scores import by_parameter
 
 
@@ -36,9 +37,10 @@ def of_weights(model: nn.Module, graph: ModelGraph, criterion: Criterion, seed: 
     plain, generator = unwrapped(model), torch.Generator().manual_seed(seed)
 
     def of_rows(group: Group, member: Member) -> Tensor:
-        weight = plain.get_submodule(member.name).weight
+        module = plain.get_submodule(member.name)
+        weight = module.weight
         assert isinstance(weight, Tensor)
-        rows = weight.detach()[member.channels.to(weight.device)].double().cpu()
+        rows = rows_of(module, weight.detach().cpu())[member.channels].double()
         if criterion.name == "magnitude":
             return rows.abs()
         return torch.rand(rows.shape, generator=generator, dtype=torch.float64)

@@ -19,6 +19,7 @@ from singe.network import Network, site_key
 from singe.objectives import Objective
 from singe.quadrature import Quadrature
 from singe.result import Result, UnitSet, unit_sets
+from singe.rows import rows_of, weight_of
 from singe.weight_scores import by_parameter, row_scales
 
 
@@ -55,8 +56,14 @@ class TextbookNetwork:
             for member in group.members:
                 channels = member.channels[chosen].flatten()
                 key = site_key(member)
+                module = self.network.sites[key].module
                 for tensor, full in zip(self._tensors(key), self.full[key], strict=True):
-                    tensor[channels] = mu * full[channels]
+                    if tensor.dim() == 1:
+                        tensor[channels] = mu * full[channels]
+                        continue
+                    rows = rows_of(module, tensor).clone()
+                    rows[channels] = mu * rows_of(module, full)[channels]
+                    tensor.copy_(weight_of(module, rows))
 
     def zero_grad(self) -> None:
         for parameter in self.network.module.parameters():
@@ -66,9 +73,11 @@ class TextbookNetwork:
                 site.gate.grad = None
 
     def weight_entries(self, member: Member) -> tuple[Tensor, Tensor]:
-        """A layer's folded weight and its gradient, after ``backward``, in the weight's shape."""
+        """The rows of a layer's folded weight and their gradient, after ``backward``."""
         weight, full = self._tensors(member.name)[0], self.full[member.name][0]
-        return full, torch.zeros_like(full) if weight.grad is None else weight.grad
+        grad = torch.zeros_like(full) if weight.grad is None else weight.grad
+        module = self.network.sites[member.name].module
+        return rows_of(module, full), rows_of(module, grad)
 
     def entries(self, group: Group, with_gates: bool) -> tuple[Tensor, Tensor]:
         """``(W_u, grad_u)``, each [U, K], of all units of a group, after ``backward``."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from singe.data import Batch
 from singe.errors import ModelError
 from singe.graph import ROWS, Group, Member, ModelGraph, _is_plain, _tied, unwrapped
 from singe.network import Network
+from singe.rows import TRANSPOSED, rows_of, weight_of
 from singe.units import (
     _distance,
     _expand,
@@ -28,6 +30,8 @@ from singe.units import (
     set_gates,
     small,
 )
+
+SCORED = (*ROWS, *TRANSPOSED)
 
 
 def find_weight_groups(
@@ -64,7 +68,7 @@ def find_weight_groups(
         why = _why_not(name, names[name], tied, ignored)
         if why is not None:
             rejected[name] = why
-        elif isinstance(names[name], ROWS) and name in wanted:
+        elif isinstance(names[name], SCORED) and name in wanted:
             alone += _uncovered(name, names[name], groups)
     wrong = _not_gated(model, batch, replace(graph, groups=tuple(alone)))
     rejected |= dict.fromkeys(
@@ -85,8 +89,8 @@ def _why_not(name: str, module: nn.Module, tied: set[str], ignored: frozenset[st
         return None
     if name in ignored:
         return "it is in `ignore`"
-    if not isinstance(module, ROWS) or not _is_plain(module):
-        return f"it is a {type(module).__name__}; scored are Conv1d, Conv2d, Conv3d and Linear"
+    if not isinstance(module, SCORED) or not _is_plain(module, SCORED):
+        return f"it is a {type(module).__name__}; scored are convolutions and Linear"
     if "weight" not in module._parameters:
         return "its weight is computed; remove its weight_norm, mask or parametrization first"
     if name in tied:
@@ -98,7 +102,7 @@ def _uncovered(name: str, module: nn.Module, groups: Sequence[Group]) -> list[Gr
     """A group of the rows that are in none of ``groups``, if there are any."""
     weight = module.weight
     assert isinstance(weight, Tensor)
-    free = torch.ones(len(weight), dtype=torch.bool)
+    free = torch.ones(len(rows_of(module, weight)), dtype=torch.bool)
     for group in groups:
         for member in group.rows:
             if member.name == name:
@@ -119,12 +123,15 @@ def _not_gated(model: nn.Module, batch: Batch, graph: ModelGraph) -> set[str]:
         set_gates(gated, [(g, range(g.n_units)) for g in groups], 0.5)
         halved = Network(model, (), graph.folds)
         for group in groups:
-            module = halved.module.get_submodule(group.name)
-            for kind in ("weight", "bias"):
-                if (parameter := getattr(module, kind)) is not None:
-                    half = parameter.detach().clone()
-                    half[group.root_channels.flatten()] *= 0.5
-                    setattr(module, kind, nn.Parameter(half, requires_grad=False))
+            module: Any = halved.module.get_submodule(group.name)
+            channels = group.root_channels.flatten()
+            rows = rows_of(module, module.weight.detach()).clone()
+            rows[channels] *= 0.5
+            module.weight = nn.Parameter(weight_of(module, rows), requires_grad=False)
+            if module.bias is not None:
+                bias = module.bias.detach().clone()
+                bias[channels] *= 0.5
+                module.bias = nn.Parameter(bias, requires_grad=False)
         expected = _outputs(halved(batch))
         return _distance(_outputs(gated(batch)), expected) > _tolerance(expected)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from singe.graph import Group, Member
 from singe.network import batch_norm_affine
+from singe.rows import rows_of, weight_of
 from singe.scores import ScoreTable, reading
 
 
@@ -72,18 +73,19 @@ def by_parameter(
     covered: dict[str, Tensor] = {}
     for group in groups:
         for member in group.rows:
-            weight = model.get_submodule(member.name).weight
-            assert isinstance(weight, Tensor)
-            name = f"{member.name}.weight"
+            name, values = member.name, of_rows(group, member)
             if name not in found:
-                found[name] = torch.zeros(weight.shape, dtype=torch.float64)
-                covered[name] = torch.zeros(len(weight), dtype=torch.bool)
-            found[name][member.channels] = of_rows(group, member)
+                weight = model.get_submodule(name).weight
+                assert isinstance(weight, Tensor)
+                shape = rows_of(model.get_submodule(name), weight).shape
+                found[name] = torch.zeros(shape, dtype=torch.float64)
+                covered[name] = torch.zeros(len(found[name]), dtype=torch.bool)
+            found[name][member.channels] = values
             covered[name][member.channels.flatten()] = True
     return {
-        name: found[name]
-        for name, _ in model.named_parameters()
-        if name in found and covered[name].all()
+        f"{name}.weight": weight_of(module, found[name]).contiguous()
+        for name, module in model.named_modules()
+        if name in found and bool(covered[name].all())
     }
 
 

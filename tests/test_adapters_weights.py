@@ -143,6 +143,19 @@ def test_n_of_m(network, n, m, request):
             assert bool((highest_gone <= lowest_kept).all())
 
 
+def test_transposed_convolutions_are_masked_but_not_cut_into_blocks():
+    model = nn.Sequential(
+        nn.Conv2d(4, 8, 1), nn.Tanh(), nn.ConvTranspose2d(8, 4, 2), nn.Flatten(), nn.Linear(64, 4)
+    ).double()
+    scores = score(model, make_batches((4, 3, 3), (2,)))
+    assert torch_prune.n_of_m(clone(model), scores) == ["0", "4"]
+    layers = torch_ao.weight_config(scores, model, (1, 4))
+    assert [layer["tensor_fqn"] for layer in layers] == ["0.weight", "4.weight"]
+    importance = torch_prune.weight_importance(scores, model)
+    prune.l1_unstructured(model[2], "weight", 0.5, importance[model[2], "weight"])
+    assert_lowest(model[2].weight_mask, scores["2.weight"], 64)
+
+
 def test_of_equal_scores_the_earlier_inputs_stay():
     mask = weight_tables.n_of_m_mask(torch.zeros(1, 4))
     assert mask.tolist() == [[1, 1, 0, 0]]

@@ -79,6 +79,49 @@ def test_every_layer_type(name, path):
 ROWS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
+class Decoder(nn.Module):
+    """Transposed convolutions: strided, grouped, with a BatchNorm behind, with an ``output_size``."""
+
+    def __init__(self, dims: int) -> None:
+        super().__init__()
+        up = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1]
+        norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 1]
+        self.up1 = up(3, 4, 3, stride=2, padding=1, output_padding=1, bias=False)
+        self.norm = norm(4)
+        self.up2 = up(4, 6, 2, stride=2, groups=2)
+        self.up3 = up(6, 6, 3, groups=6, dilation=2)
+        self.up4 = up(6, 5, 2, stride=3)
+        self.head = Head(5)
+
+    def forward(self, x):
+        x = self.norm(self.up1(x)).tanh()
+        x = self.up3(self.up2(x).tanh()).tanh()
+        size = [3 * n + 1 for n in x.shape[2:]]
+        return self.head(self.up4(x, output_size=size).tanh())
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_transposed_convolutions(dims, path):
+    case = Case(lambda: Decoder(dims), (3, *(2,) * dims))
+    model, batches = case.model(), case.batches()
+    found = assert_engines_agree(model, batches, path=path, quadrature=2)
+    layers = ["up1", "up2", "up3", "up4", "head.linear"]
+    assert list(found) == [f"{name}.weight" for name in layers]
+    assert all(values.norm() > 0 for values in found.values())
+    magnitude = score(model, batches, criterion="magnitude")
+    for name, values in found.items():
+        weight = model.get_parameter(name)
+        assert values.shape == weight.shape
+        assert relative_error(magnitude[name], weight.abs()) <= 1e-6  # float32
+    taylor = weights_of(model, batches, criterion="taylor").scores
+    x, y = (torch.cat(part) for part in zip(*batches, strict=True))
+    parameters = [model.get_parameter(name) for name in taylor]
+    grads = torch.autograd.grad(F.cross_entropy(model(x), y), parameters)
+    for name, weight, grad in zip(taylor, parameters, grads, strict=True):
+        assert relative_error(taylor[name], (weight * grad).abs()) <= FLOAT64
+
+
 @pytest.mark.parametrize(("criterion", "path", "norm"), OPTIONS)
 def test_every_option(criterion, path, norm):
     case = CASES["pre_activation"]
@@ -306,18 +349,14 @@ def test_what_cannot_be_scored_is_named_with_the_reason():
     ):
         score(model, batches, layers=["attention.out_proj"])
 
-    up = nn.Sequential(
-        nn.ConvTranspose2d(3, 4, 3),
-        nn.ReLU(),
-        nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3)),
-        Head(4),
+    computed = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.ReLU(), Head(4)
     )
-    scores = score(up, make_batches((3, 6, 6), (2,), dtype=torch.float32))
-    assert set(scores) == {"3.linear.weight"}
-    assert "ConvTranspose2d" in scores.meta["rejected"]["0"]
-    assert "computed" in scores.meta["rejected"]["2"]
+    scores = score(computed, make_batches((3, 6, 6), (2,), dtype=torch.float32))
+    assert set(scores) == {"2.linear.weight"}
+    assert "computed" in scores.meta["rejected"]["0"]
     with pytest.raises(singe.ModelError, match="no weights to score"):
-        score(up[:1].append(nn.Flatten()), make_batches((3, 3, 3), (2,), dtype=torch.float32))
+        score(computed[:1].append(nn.Flatten()), make_batches((3, 3, 3), (2,), dtype=torch.float32))
 
 
 def test_layers_and_ignore():

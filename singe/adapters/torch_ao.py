@@ -33,7 +33,12 @@ from torch import nn
 from singe.adapters import required
 from singe.adapters.channel_scores import channel_scores
 from singe.adapters.torch_prune import _check_amount
-from singe.adapters.weight_tables import by_inputs, from_inputs, weight_tables
+from singe.adapters.weight_tables import (
+    by_inputs,
+    cut_into_blocks,
+    from_inputs,
+    weight_tables,
+)
 from singe.errors import ModelError
 from singe.graph import unwrapped
 from singe.scores import Scores
@@ -106,12 +111,8 @@ def weight_config(
 ) -> list[dict[str, str]]:
     """The layers with scores whose weights can be cut into such blocks, as ``prepare`` wants them."""
     height, width = sparse_block_shape
-    shapes = {name: by_inputs(t).shape for name, t in weight_tables(scores, model).items()}
-    return [
-        {"tensor_fqn": f"{name}.weight"}
-        for name, (rows, inputs) in shapes.items()
-        if rows % height == 0 and inputs % width == 0
-    ]
+    tables = cut_into_blocks(weight_tables(scores, model), model, width, height)
+    return [{"tensor_fqn": f"{name}.weight"} for name in tables]
 
 
 def weight_sparsifier(

@@ -27,7 +27,7 @@ from torch.nn.utils import prune
 
 from singe.adapters.channel_scores import channel_scores, of_layer
 from singe.adapters.ranking import ranking
-from singe.adapters.weight_tables import n_of_m_mask, weight_tables
+from singe.adapters.weight_tables import cut_into_blocks, n_of_m_mask, weight_tables
 from singe.data import device_of, example_batch
 from singe.errors import BudgetError, ModelError, OptionError, ScoresError
 from singe.graph import BATCH_NORMS, Group, ModelGraph, unwrapped
@@ -143,14 +143,15 @@ def n_of_m(model: nn.Module, scores: WeightScores, n: int = 2, m: int = 4) -> li
     sparse tensor cores want them. Masked with ``prune.custom_from_mask``.
 
     Returns:
-        The layers that were masked; those whose inputs cannot be cut into blocks of m are left whole.
+        The layers that were masked; those whose inputs cannot be cut into blocks of m, and transposed
+        convolutions, are left whole.
 
     Raises:
         OptionError: not 0 < n < m.
         ScoresError: scores of units, or of another model.
     """
-    tables = weight_tables(scores, model)
-    masks = {name: n_of_m_mask(t, n, m) for name, t in tables.items() if t.shape[1] % m == 0}
+    tables = cut_into_blocks(weight_tables(scores, model), model, width=m)
+    masks = {name: n_of_m_mask(table, n, m) for name, table in tables.items()}
     for name, mask in masks.items():
         prune.custom_from_mask(unwrapped(model).get_submodule(name), "weight", mask)
     return list(masks)

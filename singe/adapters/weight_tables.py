@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from singe.errors import OptionError, ScoresError
 from singe.graph import unwrapped
+from singe.rows import TRANSPOSED
 from singe.weight_scores import WeightScores
 
 
@@ -35,6 +36,22 @@ def weight_tables(scores: WeightScores, model: nn.Module) -> dict[str, Tensor]:
                 f"{has}: another model? Score it again"
             )
         found[layer] = values.to(weight.device)
+    return found
+
+
+def cut_into_blocks(
+    tables: dict[str, Tensor], model: nn.Module, width: int, height: int = 1
+) -> dict[str, Tensor]:
+    """The tables :func:`by_inputs` can cut into blocks of so many inputs and rows.
+
+    Transposed convolutions are left out: dimension 1 of their weight is not the inputs'.
+    """
+    found = {}
+    for name, table in tables.items():
+        rows, inputs = by_inputs(table).shape
+        is_transposed = isinstance(unwrapped(model).get_submodule(name), TRANSPOSED)
+        if not is_transposed and rows % height == 0 and inputs % width == 0:
+            found[name] = table
     return found
 
 
