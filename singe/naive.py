@@ -216,7 +216,7 @@ def _weight_scores(
                     weight, grad = textbook.weight_entries(member)
                     value = (weight * grad).double()
                     if criterion.integrand == "gradient":
-                        scale = scales.get(member.name, torch.ones(len(grad)))
+                        scale = scales.get(member.name, torch.ones(len(grad))).to(grad.device)
                         value = grad.double() * scale.view(-1, *[1] * (grad.dim() - 1))
                     rows = member.channels[chosen].flatten()
                     total = scores.setdefault((group.name, member.name), torch.zeros_like(value))

@@ -454,15 +454,27 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(tmp_path):
                 yield batch
 
     expected = score(model, batches)
-    killed, path = Killed(batches), tmp_path / "run"
+    killed, path, before = Killed(batches), tmp_path / "run", snapshot(model)
     with pytest.raises(KeyboardInterrupt):
         score(model, killed, checkpoint=path)
+    assert_unchanged(model, before)
     assert path.exists()
     killed.broken = False
     with pytest.raises(singe.CheckpointError, match="granularity"):
         singe.score(model, killed, checkpoint=path, progress=False)
     found = score(model, killed, checkpoint=path)
     assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_autocast_and_half_precision_models():
+    """Nearly the float32 scores; the tolerances are a few roundings of bf16 (2^-8)."""
+    case = CASES["vgg"]
+    model, batches = case.model(dtype=torch.float32), case.batches(dtype=torch.float32)
+    expected = score(model, batches, criterion="taylor")
+    lowered = score(model, batches, criterion="taylor", autocast=torch.bfloat16)
+    assert_close(lowered, expected, 0.1)
+    half = [(x.bfloat16(), y) for x, y in batches]
+    assert_close(score(model.bfloat16(), half, criterion="taylor"), expected, 0.2)
 
 
 def test_a_torchvision_network():
