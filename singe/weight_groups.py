@@ -69,7 +69,7 @@ def find_weight_groups(
         if why is not None:
             rejected[name] = why
         elif isinstance(names[name], SCORED) and name in wanted:
-            alone += _uncovered(name, names[name], groups)
+            alone += uncovered(name, names[name], groups)
     wrong = _not_gated(model, batch, replace(graph, groups=tuple(alone)))
     rejected |= dict.fromkeys(
         wrong, "something reads its weight without calling it: no gate can stand for its rows"
@@ -98,7 +98,7 @@ def _why_not(name: str, module: nn.Module, tied: set[str], ignored: frozenset[st
     return None
 
 
-def _uncovered(name: str, module: nn.Module, groups: Sequence[Group]) -> list[Group]:
+def uncovered(name: str, module: nn.Module, groups: Sequence[Group]) -> list[Group]:
     """A group of the rows that are in none of ``groups``, if there are any."""
     weight = module.weight
     assert isinstance(weight, Tensor)

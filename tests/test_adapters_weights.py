@@ -15,6 +15,10 @@ from helpers import (
 )
 from torch import nn
 from torch.nn.utils import prune
+from torch.sparse._semi_structured_conversions import (
+    sparse_semi_structured_from_dense_cutlass,
+    sparse_semi_structured_to_dense_cutlass,
+)
 
 import singe
 from singe.adapters import torch_ao, torch_prune, torch_pruning, weight_tables
@@ -159,6 +163,20 @@ def test_transposed_convolutions_are_masked_but_not_cut_into_blocks():
 def test_of_equal_scores_the_earlier_inputs_stay():
     mask = weight_tables.n_of_m_mask(torch.zeros(1, 4))
     assert mask.tolist() == [[1, 1, 0, 0]]
+
+
+def test_torchs_own_2_of_4_compression_takes_the_masked_weights(resnet20):
+    """Half the values and two bits each for their places: nothing is lost, of the dense weight much is."""
+    model, scores = resnet20
+    masked = clone(model)
+    torch_prune.n_of_m(masked, scores)
+    for source, is_kept in ((masked, True), (model, False)):
+        weight = source.layer3[1].conv1.weight.detach()
+        rows = weight.movedim(1, -1).flatten(1).half()  # [C_out, k * C_in], as in channels-last
+        values, places = sparse_semi_structured_from_dense_cutlass(rows)
+        assert values.shape == (64, 9 * 64 // 2)
+        again = sparse_semi_structured_to_dense_cutlass(values, places)
+        assert torch.equal(again, rows) is is_kept
 
 
 # ---------------------------------------------------------------------- torch.ao.pruning

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,8 +32,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import singe
 from singe.data import first_batch
+from singe.graph import Group, Member
 from singe.units import find_groups
-from singe.weight_groups import find_weight_groups
+from singe.weight_groups import find_weight_groups, uncovered
 
 FLOAT64 = 1e-9
 PATHS = ("layer", "neuron", "network")
@@ -51,8 +53,8 @@ def score(model, batches, **options):
     return singe.score(model, batches, granularity="weight", progress=False, **options)
 
 
-def assert_engines_agree(model, batches, **options):
-    graph = find_weight_groups(model, first_batch(batches, CPU))
+def assert_engines_agree(model, batches, graph=None, **options):
+    graph = graph or find_weight_groups(model, first_batch(batches, CPU))
     fused = weights_of(model, batches, graph=graph, **options).scores
     naive = weights_of(model, batches, graph=graph, engine="naive", **options).scores
     assert_close(fused, naive, FLOAT64)
@@ -374,6 +376,27 @@ def test_layers_and_ignore():
         score(model, batches, layers=["4.linaer"])
     with pytest.raises(singe.ModelError, match="no weights to score"):
         score(model, batches, layers=["2"])
+
+
+def test_a_parameter_whose_rows_are_not_all_scored_is_left_out():
+    """Rows may be shared out among groups; each moves with its own."""
+    model, batches = CASES["mlp"].model(), CASES["mlp"].batches()
+    graph = find_weight_groups(model, first_batch(batches, CPU), layers=["0"])
+
+    def part(name, units):
+        channels = torch.tensor(units)[:, None]
+        return Group(name, len(units), channels, (Member("0", "rows", channels),))
+
+    lower, upper = part("lower", [0, 2, 4, 6]), part("upper", [1, 3, 5, 7])
+    both = replace(graph, groups=(lower, upper))
+    found = assert_engines_agree(model, batches, graph=both)
+    assert list(found) == ["0.weight"]
+    assert not torch.allclose(
+        found["0.weight"], weights_of(model, batches, graph=graph).scores["0.weight"]
+    )
+    assert not weights_of(model, batches, graph=replace(graph, groups=(lower,))).scores
+    rest = uncovered("0", model[0], [lower])
+    assert rest[0].root_channels.flatten().tolist() == [1, 3, 5, 7]
 
 
 def test_a_single_layer_needs_no_removable_channels():
