@@ -25,6 +25,7 @@ from singe.pruning import PruneReport, prune
 from singe.quadrature import Quadrature
 from singe.scores import Scores
 from singe.scoring import score
+from singe.weight_scores import WeightScores
 
 try:
     __version__ = version("singe")
@@ -49,6 +50,7 @@ __all__ = [
     "SingeError",
     "Stage",
     "Timing",
+    "WeightScores",
     "adapters",
     "compress",
     "load_pruned",

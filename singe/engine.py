@@ -4,6 +4,7 @@ computed that the criterion does not use."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from singe.score_checkpoint import ScoreCheckpoint
 from singe.sums import Sums, set_of_units
 from singe.sweep import Sweep
 from singe.variants import variant
+from singe.weight_scores import by_parameter, row_scales
 
 MAX_VARIANTS = 64  # per pass; beyond that a pass only takes more memory
 # On a CPU a larger pass is a slower one once it outgrows the caches: ResNet-20, layer path, 4 nodes,
@@ -55,6 +57,7 @@ class FusedEngine:
         compile: run the passes through ``torch.compile``.
         on_pass: called after every finished pass with the number of its variants (a share of it, where
             a batch was cut).
+        granularity: ``"unit"``, or ``"weight"``: a score for every weight of the units' rows.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class FusedEngine:
         checkpoint: ScoreCheckpoint | None = None,
         compile: bool = False,
         on_pass: Callable[[float], None] = lambda variants: None,
+        granularity: str = "unit",
     ) -> None:
         self.groups = graph.groups
         self.objective = objective
@@ -86,6 +90,7 @@ class FusedEngine:
         self.checkpoint = checkpoint
         self.autocast = autocast
         self.on_pass = on_pass
+        self.granularity = granularity
         self.device = device_of(model)
         self.network = Network(model, graph.groups, graph.folds)
         if autocast is not None:
@@ -111,6 +116,7 @@ class FusedEngine:
             self.sets,
             self.nodes_in_one,
             self.gates_only,
+            row_scales(self.network.module, graph.folds),
         )
         self.sweep = Sweep(
             self.network,
@@ -402,6 +408,13 @@ class FusedEngine:
             "stacked": self.sweep.runner.stacked,
             "evaluations": self.evaluated,
         }
+        if self.granularity == "weight":
+            module, sums = self.network.module, self.sums
+            result.scores = by_parameter(module, self.groups, partial(self.reduction.weights, sums))
+            if len(sums.used_folds()) > 1:
+                stderr = partial(self.reduction.weights_stderr, sums)
+                result.stderr = by_parameter(module, self.groups, stderr)
+            return result
         if self.decision is not None:
             self.sums.samples[0] = n_samples  # what was not seen counts as adding nothing
         for group in self.groups:

@@ -328,12 +328,12 @@ def _is_foreign(module: nn.Module) -> bool:
     return weight is not None and weight.dim() >= 2 and not is_torchs and registered(module) is None
 
 
-def _is_plain(row: nn.Module) -> bool:
+def _is_plain(row: nn.Module, bases: tuple[type[nn.Module], ...] = ROWS) -> bool:
     """Whether a conv or linear computes what torch's does: its weight gradient is taken for granted."""
     return any(
         type(row).forward is base.forward
         and getattr(base, "_conv_forward", None) is getattr(type(row), "_conv_forward", None)
-        for base in ROWS
+        for base in bases
     )
 
 

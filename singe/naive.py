@@ -6,7 +6,7 @@ must equal it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from singe.network import Network, site_key
 from singe.objectives import Objective
 from singe.quadrature import Quadrature
 from singe.result import Result, UnitSet, unit_sets
+from singe.rows import rows_of, weight_of
+from singe.weight_scores import by_parameter, row_scales
 
 
 class TextbookNetwork:
@@ -54,8 +56,14 @@ class TextbookNetwork:
             for member in group.members:
                 channels = member.channels[chosen].flatten()
                 key = site_key(member)
+                module = self.network.sites[key].module
                 for tensor, full in zip(self._tensors(key), self.full[key], strict=True):
-                    tensor[channels] = mu * full[channels]
+                    if tensor.dim() == 1:
+                        tensor[channels] = mu * full[channels]
+                        continue
+                    rows = rows_of(module, tensor).clone()
+                    rows[channels] = mu * rows_of(module, full)[channels]
+                    tensor.copy_(weight_of(module, rows))
 
     def zero_grad(self) -> None:
         for parameter in self.network.module.parameters():
@@ -63,6 +71,13 @@ class TextbookNetwork:
         for site in self.network.sites.values():
             if site.gate is not None:
                 site.gate.grad = None
+
+    def weight_entries(self, member: Member) -> tuple[Tensor, Tensor]:
+        """The rows of a layer's folded weight and their gradient, after ``backward``."""
+        weight, full = self._tensors(member.name)[0], self.full[member.name][0]
+        grad = torch.zeros_like(full) if weight.grad is None else weight.grad
+        module = self.network.sites[member.name].module
+        return rows_of(module, full), rows_of(module, grad)
 
     def entries(self, group: Group, with_gates: bool) -> tuple[Tensor, Tensor]:
         """``(W_u, grad_u)``, each [U, K], of all units of a group, after ``backward``."""
@@ -93,15 +108,17 @@ def naive_scores(
     quadrature: Quadrature,
     p: int | str,
     norm: str,
+    granularity: str = "unit",
 ) -> Result:
-    """Scores of every unit of every group by the definition.
+    """Scores of every unit of every group, or of every weight of their rows, by the definition.
 
     Args:
         batches: read once and kept.
         p: 1, 2 or ``"sum"``.
 
     Returns:
-        Scores [U] per group, and for ``signed`` its distance from the true loss change.
+        Scores [U] per group, and for ``signed`` its distance from the true loss change; for weights
+        a tensor per parameter.
     """
     batches = list(batches)
     textbook = TextbookNetwork(model, graph)
@@ -130,17 +147,22 @@ def naive_scores(
         textbook.set_scale(units, 1.0)
         return loss
 
-    def gradients_at(units: UnitSet, mu: float) -> dict[str, tuple[Tensor, Tensor]]:
+    def backward_at(units: UnitSet, mu: float) -> None:
         textbook.set_scale(units, mu)
         textbook.zero_grad()
         mean_loss(backward=True)
         textbook.set_scale(units, 1.0)
+
+    def gradients_at(units: UnitSet, mu: float) -> dict[str, tuple[Tensor, Tensor]]:
+        backward_at(units, mu)
         with_gates = criterion.integrand != "gradient"
         return {group.name: textbook.entries(group, with_gates) for group, _ in units}
 
     result = Result.empty(graph.groups, n_samples)
     full_loss = loss_at([], 1.0)
     nodes = list(zip(quadrature.nodes, quadrature.weights, strict=True))
+    if granularity == "weight":
+        return _weight_scores(textbook, graph, backward_at, criterion, path, nodes, norm, n_samples)
     for units in unit_sets(graph.groups, path):
         if criterion.integrand == "loss":
             (group, chosen), *_ = units
@@ -166,6 +188,45 @@ def naive_scores(
             result.scores[group.name][chosen] = score
         if criterion.integrand == "derivative":
             result.note_completeness(units, path, signed_sum - (loss_at(units, 0.0) - full_loss))
+    return result
+
+
+def _weight_scores(
+    textbook: TextbookNetwork,
+    graph: ModelGraph,
+    backward_at: Callable[[UnitSet, float], None],
+    criterion: Criterion,
+    path: str,
+    nodes: Sequence[tuple[float, float]],
+    norm: str,
+    n_samples: int,
+) -> Result:
+    """Of every weight ``sum_s omega_s |D_k(mu_s)|`` (inside) or ``|sum_s omega_s D_k(mu_s)|``.
+
+    ``D_k`` is weight times gradient, the same before and after folding; or, for criteria of the
+    gradient alone, the gradient with respect to the weight before folding.
+    """
+    scores: dict[tuple[str, str], Tensor] = {}
+    scales = row_scales(textbook.network.module, graph.folds)
+    for units in unit_sets(graph.groups, path):
+        for mu, omega in nodes:
+            backward_at(units, mu)
+            for group, chosen in units:
+                for member in group.rows:
+                    weight, grad = textbook.weight_entries(member)
+                    value = (weight * grad).double()
+                    if criterion.integrand == "gradient":
+                        scale = scales.get(member.name, torch.ones(len(grad))).to(grad.device)
+                        value = grad.double() * scale.view(-1, *[1] * (grad.dim() - 1))
+                    rows = member.channels[chosen].flatten()
+                    total = scores.setdefault((group.name, member.name), torch.zeros_like(value))
+                    total[rows] += omega * (value.abs() if norm == "inside" else value)[rows]
+    result = Result.empty((), n_samples)
+    result.scores = by_parameter(
+        textbook.network.module,
+        graph.groups,
+        lambda group, member: scores[group.name, member.name][member.channels].abs().cpu(),
+    )
     return result
 
 

@@ -30,6 +30,7 @@ from singe.gates import BATCH_NORMS, REGISTRY, Dialect, dialect
 from singe.graph import Group, Member, private_copy
 from singe.kernels.masked_forward import masked_forward
 from singe.prefix import PrefixCache
+from singe.rows import rows_of
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Site:
 
     Attributes:
         key: ``name`` for rows and norms, ``name + ":input"`` for input gates.
-        full: the module's weight and bias before any change of precision (rows only).
+        full: the module's rows and bias before any change of precision (rows only).
         gate: [C], one factor per channel, or None for the plain network.
         probes: one zero tensor per call of the module, in the shape of its output, or empty.
         inputs: what the module was called with in this pass (rows only, when it has probes).
@@ -189,7 +190,7 @@ class Network:
         if member.kind == "input":
             channels = getattr(module, "in_channels", None) or module.in_features
         elif member.kind == "rows":
-            channels = module.weight.shape[0]
+            channels = rows_of(module, module.weight).shape[0]
         elif member.kind == "custom":
             channels = REGISTRY[type(module)].pruner.get_out_channels(module)
         elif isinstance(module, nn.LayerNorm):
@@ -198,7 +199,8 @@ class Network:
             channels = getattr(module, "num_features", None) or module.num_channels
         full: tuple[Tensor, ...] = ()
         if member.kind == "rows":
-            full = tuple(t.detach() for t in (module.weight, module.bias) if t is not None)
+            full = (rows_of(module, module.weight.detach()),)
+            full += () if module.bias is None else (module.bias.detach(),)
         site = Site(key, member.kind, module, int(channels), full)
         module.forward = _GATED[member.kind](self, site, module.forward)
         self.sites[key] = site
@@ -260,8 +262,8 @@ Forward = Callable[..., Tensor]
 
 
 def _gated_rows(network: Network, site: Site, forward: Forward) -> Forward:
-    def gated(input: Tensor) -> Tensor:
-        y = forward(input)
+    def gated(input: Tensor, *more: Any, **named: Any) -> Tensor:  # ``output_size``
+        y = forward(input, *more, **named)
         call, site.calls = site.calls, site.calls + 1
         if network.is_recording:
             dtype = network.cache.dtype or y.dtype

@@ -23,7 +23,7 @@ from singe.graph import ModelGraph, private_copy, unwrapped
 from singe.latency import Stopwatch, Timing
 from singe.limits import MAX_PRUNING_RATIO, Limits, Share, absolute, limits_of, target_of
 from singe.removal import remove_units
-from singe.scores import Scores
+from singe.scores import Scores, require_units
 from singe.units import find_groups, small
 
 FORMAT = "singe-plan-1"
@@ -174,6 +174,7 @@ def plan(
         BudgetError: the target cannot be met; names the smallest that can.
         OptionError: not exactly one target, or a value out of range.
     """
+    require_units(scores)
     scores.check(model)
     kind, value = target_of(macs=macs, params=params, channels=channels, latency=latency)
     choose("ranking", ranking, RANKINGS)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from singe.errors import ModelError, ScoresError
 from singe.graph import unwrapped
-from singe.scores import Scores
+from singe.scores import Scores, require_units
 
 
 def channel_scores(scores: Scores, model: nn.Module, check: bool = True) -> dict[str, Tensor]:
@@ -36,6 +36,7 @@ def channel_scores(scores: Scores, model: nn.Module, check: bool = True) -> dict
     Raises:
         ScoresError: scores of another model.
     """
+    require_units(scores)
     if check:
         scores.check(model)
     modules = dict(unwrapped(model).named_modules())
