@@ -31,6 +31,7 @@ from benchmarks.architectures import ARCHITECTURES, Architecture
 from benchmarks.record import RESULTS, ROOT, write
 from singe.criteria import as_criterion
 from singe.data import as_batch
+from singe.definition import Definition
 from singe.engine import FusedEngine
 from singe.graph import ModelGraph, private_copy
 from singe.naive import naive_scores
@@ -119,16 +120,16 @@ def _checks(model: nn.Module, raw: Any, objective: Any) -> dict[str, Any]:
         "find_seconds": found,
         "removal_error": _removal_error(model, batch, graph),
     }
-    singe_criterion, rule = as_criterion("singe"), as_quadrature(2)
-    options = (as_objective(objective), singe_criterion, "layer", rule, 1, "inside")
-    fused = FusedEngine(model, ends, *options).run([batch]).scores
-    naive = naive_scores(model, ends, [batch], *options).scores
+    target, criterion = as_objective(objective), as_criterion("singe")
+    definition = Definition(target, criterion, "layer", as_quadrature(2))
+    fused = FusedEngine(model, ends, definition).run([batch]).scores
+    naive = naive_scores(model, ends, [batch], definition).scores
     row["fused_error"] = max(_relative(fused[name], naive[name]) for name in naive)
     del fused, naive
     model.float()
     single = as_batch(_single(raw), 0, torch.device("cpu"))
-    options = (as_objective(objective), singe_criterion, "network", as_quadrature(4), 1, "inside")
-    engine = FusedEngine(model, graph, *options)
+    definition = Definition(target, criterion, "network", as_quadrature(4))
+    engine = FusedEngine(model, graph, definition)
     start = time.perf_counter()
     result = engine.run([single])
     row["score_seconds"] = time.perf_counter() - start

@@ -8,11 +8,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from singe.criteria import Criterion
+from singe.definition import Definition
 from singe.graph import Group, Member
 from singe.kernels.integral import Norm, accumulate
 from singe.network import Network, site_key
-from singe.quadrature import Quadrature
 from singe.sums import Sums
 
 
@@ -21,28 +20,23 @@ class Reduction:
 
     Args:
         sets: per group [U], see :func:`singe.sums.set_of_units`.
-        nodes_in_one: the sums hold the weighted sum over the nodes already (``norm="outside"``).
-        gates_only: the sums hold derivatives along gates, whose weight is 1.
         row_scales: layer -> [C], by which folding has multiplied the rows of its weight.
     """
 
     def __init__(
         self,
         network: Network,
-        criterion: Criterion,
-        quadrature: Quadrature,
-        p: int | str,
+        definition: Definition,
         sets: dict[str, Tensor],
-        nodes_in_one: bool,
-        gates_only: bool,
         row_scales: Mapping[str, Tensor],
     ) -> None:
         self.network = network
-        self.integrand = criterion.integrand
-        self.omega = [1.0] if nodes_in_one else list(quadrature.weights)
-        self.p = p
+        self.integrand = definition.criterion.integrand
+        # With ``norm="outside"`` the sums hold the weighted sum over the nodes already.
+        self.omega = [1.0] if definition.nodes_in_one else list(definition.quadrature.weights)
+        self.p = definition.p
         self.sets = sets
-        self.gates_only = gates_only
+        self.gates_only = definition.gates_only  # the sums hold derivatives along gates
         self.row_scales = row_scales
 
     def scores(self, sums: Sums, group: Group) -> Tensor:

@@ -27,6 +27,7 @@ from singe.criteria import (
 from singe.data import check_reiterable, device_of, first_batch, read_batches
 from singe.data_free import of_units, of_weights
 from singe.decision import EarlyDecision
+from singe.definition import Definition
 from singe.engine import FusedEngine
 from singe.errors import OptionError
 from singe.graph import ModelGraph
@@ -206,7 +207,7 @@ def score(
             else:
                 result = of_weights(model, graph, chosen, seed)
         else:
-            definition = (target, chosen, path, rule, p, norm)
+            definition = Definition(target, chosen, path, rule, p, norm, granularity)
             decision = None
             if tolerance is not None:
                 assert pruning_ratio is not None
@@ -236,9 +237,7 @@ def score(
                 }
                 saved = ScoreCheckpoint(checkpoint, signature)
             options = (max_memory, autocast, decision, saved, compile)
-            result = _sweep(
-                model, graph, batches, definition, engine, options, progress, granularity
-            )
+            result = _sweep(model, graph, batches, definition, engine, options, progress)
     end = time.perf_counter()
     meta = {
         "model": type(model).__name__,
@@ -281,26 +280,25 @@ def _sweep(
     model: nn.Module,
     graph: ModelGraph,
     batches: Iterable[Any],
-    definition: tuple[Objective, Criterion, str, Quadrature, int | str, str],
+    definition: Definition,
     engine: str,
     options: tuple[
         int | None, torch.dtype | None, EarlyDecision | None, ScoreCheckpoint | None, bool
     ],
     progress: bool,
-    granularity: str,
 ) -> Result:
     data = read_batches(batches, device_of(model))
     if engine == "naive":
-        return naive_scores(model, graph, data, *definition, granularity)
+        return naive_scores(model, graph, data, definition)
     count = _length(batches)
     max_memory, autocast, decision, checkpoint, compile = options
     fused = FusedEngine(
-        model, graph, *definition, max_memory, autocast, count, decision, checkpoint, compile,
-        granularity=granularity,
-    )  # fmt: skip
+        model, graph, definition, max_memory, autocast, count, decision, checkpoint, compile
+    )
     looks = count if decision is None else None
     total = None if looks is None else looks * fused.variants_per_batch()
-    with _progress(f"{definition[1].name}, {definition[2]} path", total, progress) as advance:
+    what = f"{definition.criterion.name}, {definition.path} path"
+    with _progress(what, total, progress) as advance:
         fused.on_pass = advance
         return fused.run(data)
 

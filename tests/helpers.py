@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from singe.criteria import as_criterion
 from singe.data import Batch, as_batch, first_batch, read_batches
+from singe.definition import Definition
 from singe.engine import FusedEngine
 from singe.graph import ModelGraph
 from singe.naive import naive_scores
@@ -600,14 +601,11 @@ def run_engine(
     chosen = as_criterion(criterion)
     rule = ENDPOINT if chosen.endpoint else as_quadrature(quadrature)
     path = "network" if chosen.endpoint else "neuron" if criterion == "ablation" else path
-    arguments = (as_objective(objective), chosen, path, rule, p, norm)
+    definition = Definition(as_objective(objective), chosen, path, rule, p, norm, granularity)
     data = read_batches(batches, CPU)
     if engine == "naive":
-        return naive_scores(model, graph, data, *arguments, granularity)
-    fused = FusedEngine(
-        model, graph, *arguments, max_memory, n_batches=n_batches, compile=compile,
-        granularity=granularity,
-    )  # fmt: skip
+        return naive_scores(model, graph, data, definition)
+    fused = FusedEngine(model, graph, definition, max_memory, n_batches=n_batches, compile=compile)
     return fused.run(data)
 
 
