@@ -58,7 +58,7 @@ def compress(
     schedule: Schedule = "linear",
     order: str = "global",
     visit: str = "forward",
-    ranking: str = "global",
+    ranking: str = "cost",
     round_to: int = 1,
     min_keep: Share | None = None,
     max_keep: Share | None = None,
