@@ -68,22 +68,18 @@ class PassCompiler:
         overrides: Mapping[str, Tensor],
     ) -> Any:
         """As ``stacked``."""
-        varying = (
-            dict(gates),
-            dict(probes),
-            dict(overrides),
-            dict(self.network.cache.outputs),
-            batch.args,
-            batch.kwargs,
-        )
+        calls = tuple(self.network.cache.outputs)
+        remembered = list(self.network.cache.outputs.values())
+        varying = dict(gates), dict(probes), dict(overrides), remembered, batch.args, batch.kwargs
         leaves, spec = tree_flatten(varying)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        signature = (str(spec), tuple(map(_described, leaves)), self.network.channels_last)
+        layout = self.network.channels_last
+        signature = (str(spec), calls, tuple(map(_described, leaves)), layout)
         if signature in self._passes:
             known = self._passes[signature]
             return known(tensors) if known else self.stacked(batch, gates, probes, overrides)
         try:
-            compiled = self._compiled(batch, leaves, spec)
+            compiled = self._compiled(batch, calls, leaves, spec)
             result = compiled(tensors)
         except Exception as error:  # whatever a tracer or a compiler raises
             if isinstance(error, SingeError) or is_out_of_memory(error):
@@ -99,14 +95,16 @@ class PassCompiler:
         self._passes[signature] = compiled
         return result
 
-    def _compiled(self, batch: Batch, leaves: list[Any], spec: TreeSpec) -> CompiledPass:
+    def _compiled(
+        self, batch: Batch, calls: tuple[Any, ...], leaves: list[Any], spec: TreeSpec
+    ) -> CompiledPass:
         of_result: list[tuple[list[Any], TreeSpec]] = []
 
         def run(*tensors: Tensor) -> list[Tensor]:
             given = iter(tensors)
             values = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             gates, probes, overrides, remembered, args, kwargs = tree_unflatten(values, spec)
-            with self.network.cache.replacing(remembered):
+            with self.network.cache.replacing(dict(zip(calls, remembered, strict=True))):
                 result = self.stacked(
                     replace(batch, args=args, kwargs=kwargs), gates, probes, overrides
                 )
