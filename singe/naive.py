@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from singe.criteria import Criterion
 from singe.data import Batch
-from singe.graph import Group, Member, ModelGraph
+from singe.graph import Group, Member, ModelGraph, unwrapped
 from singe.network import Network, site_key
 from singe.objectives import Objective
 from singe.quadrature import Quadrature
@@ -162,7 +162,9 @@ def naive_scores(
     full_loss = loss_at([], 1.0)
     nodes = list(zip(quadrature.nodes, quadrature.weights, strict=True))
     if granularity == "weight":
-        return _weight_scores(textbook, graph, backward_at, criterion, path, nodes, norm, n_samples)
+        return _weight_scores(
+            model, textbook, graph, backward_at, criterion, path, nodes, norm, n_samples
+        )
     for units in unit_sets(graph.groups, path):
         if criterion.integrand == "loss":
             (group, chosen), *_ = units
@@ -192,6 +194,7 @@ def naive_scores(
 
 
 def _weight_scores(
+    model: nn.Module,
     textbook: TextbookNetwork,
     graph: ModelGraph,
     backward_at: Callable[[UnitSet, float], None],
@@ -223,7 +226,7 @@ def _weight_scores(
                     total[rows] += omega * (value.abs() if norm == "inside" else value)[rows]
     result = Result.empty((), n_samples)
     result.scores = by_parameter(
-        textbook.network.module,
+        unwrapped(model),
         graph.groups,
         lambda group, member: scores[group.name, member.name][member.channels].abs().cpu(),
     )
