@@ -75,7 +75,7 @@ def find_weight_groups(
             rejected[name] = why
         elif isinstance(names[name], SCORED) and name in wanted:
             alone += uncovered(name, names[name], groups)
-    wrong = _not_gated(model, batch, replace(graph, groups=tuple(alone)))
+    wrong = _not_gated(model, batch, replace(graph, groups=(*groups, *alone)), alone)
     rejected |= dict.fromkeys(
         wrong, "something reads its weight without calling it: no gate can stand for its rows"
     )
@@ -120,8 +120,10 @@ def uncovered(name: str, module: nn.Module, groups: Sequence[Group]) -> list[Gro
 
 
 @torch.no_grad()
-def _not_gated(model: nn.Module, batch: Batch, graph: ModelGraph) -> set[str]:
-    """Layers whose gates at 1/2 give something else than half their weights and biases do."""
+def _not_gated(
+    model: nn.Module, batch: Batch, graph: ModelGraph, alone: Sequence[Group]
+) -> set[str]:
+    """Layers of ``alone`` whose gates at 1/2 give something else than half their weights and biases."""
     model, batch = _full_precision(model, small(batch))
     gated = Network(model, graph.groups, graph.folds)
 
@@ -149,7 +151,7 @@ def _not_gated(model: nn.Module, batch: Batch, graph: ModelGraph) -> set[str]:
         middle = len(groups) // 2
         return found(groups[:middle]) | found(groups[middle:])
 
-    return found(graph.groups)
+    return found(alone)
 
 
 def _require(
