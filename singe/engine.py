@@ -16,7 +16,7 @@ from singe.data import Batch, cut, device_of, first_samples, shapes_of
 from singe.decision import EarlyDecision, hardest_first
 from singe.definition import Definition
 from singe.errors import DataError, OptionError
-from singe.graph import ModelGraph
+from singe.graph import ModelGraph, unwrapped
 from singe.memory import PeakMemory, free_memory, is_out_of_memory
 from singe.network import Network, site_key
 from singe.passes import Variant, all_variants, gates_of, merged
@@ -70,6 +70,7 @@ class FusedEngine:
         compile: bool = False,
         on_pass: Callable[[float], None] = lambda variants: None,
     ) -> None:
+        self.model = unwrapped(model)
         self.groups = graph.groups
         self.definition = definition
         self.objective = definition.objective
@@ -373,11 +374,11 @@ class FusedEngine:
             "evaluations": self.evaluated,
         }
         if self.definition.granularity == "weight":
-            module, sums = self.network.module, self.sums
-            result.scores = by_parameter(module, self.groups, partial(self.reduction.weights, sums))
-            if len(sums.used_folds()) > 1:
-                stderr = partial(self.reduction.weights_stderr, sums)
-                result.stderr = by_parameter(module, self.groups, stderr)
+            scores = partial(self.reduction.weights, self.sums)
+            result.scores = by_parameter(self.model, self.groups, scores)
+            if len(self.sums.used_folds()) > 1:
+                stderr = partial(self.reduction.weights_stderr, self.sums)
+                result.stderr = by_parameter(self.model, self.groups, stderr)
             return result
         if self.decision is not None:
             self.sums.samples[0] = n_samples  # what was not seen counts as adding nothing

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from singe.data import Batch
 from singe.definition import Definition
-from singe.graph import Group, Member, ModelGraph
+from singe.graph import Group, Member, ModelGraph, unwrapped
 from singe.network import Network, site_key
 from singe.result import Result, UnitSet, unit_sets
 from singe.rows import rows_of, weight_of
@@ -153,7 +153,7 @@ def naive_scores(
     result = Result.empty(graph.groups, n_samples)
     full_loss = loss_at([], 1.0)
     if definition.granularity == "weight":
-        return _weight_scores(textbook, graph, backward_at, definition, n_samples)
+        return _weight_scores(model, textbook, graph, backward_at, definition, n_samples)
     for units in unit_sets(graph.groups, definition.path):
         if integrand == "loss":
             (group, chosen), *_ = units
@@ -184,6 +184,7 @@ def naive_scores(
 
 
 def _weight_scores(
+    model: nn.Module,
     textbook: TextbookNetwork,
     graph: ModelGraph,
     backward_at: Callable[[UnitSet, float], None],
@@ -214,7 +215,7 @@ def _weight_scores(
                     total[rows] += omega * (value.abs() if inside else value)[rows]
     result = Result.empty((), n_samples)
     result.scores = by_parameter(
-        textbook.network.module,
+        unwrapped(model),
         graph.groups,
         lambda group, member: scores[group.name, member.name][member.channels].abs().cpu(),
     )

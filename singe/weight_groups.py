@@ -60,7 +60,12 @@ def find_weight_groups(
     roots = None if layers is None else _resolve(names, layers, "layers")
     wanted = set(names) if roots is None else _expand(names, roots)
     graph = checked_groups(model, batch, ignored)
-    groups = [g for g in graph.groups if wanted.intersection((g.name, *g.layers))]
+    groups = [
+        g
+        for g in graph.groups
+        if wanted.intersection((g.name, *g.layers))
+        and all(isinstance(names[m.name], SCORED) for m in g.rows)
+    ]
     rejected: dict[str, str] = {}
     tied = _tied(model)
     alone = []
@@ -70,13 +75,13 @@ def find_weight_groups(
             rejected[name] = why
         elif isinstance(names[name], SCORED) and name in wanted:
             alone += uncovered(name, names[name], groups)
-    wrong = _not_gated(model, batch, replace(graph, groups=tuple(alone)))
+    wrong = _not_gated(model, batch, replace(graph, groups=(*groups, *alone)), alone)
     rejected |= dict.fromkeys(
         wrong, "something reads its weight without calling it: no gate can stand for its rows"
     )
-    groups += [group for group in alone if group.name not in wrong]
+    groups += [group for group in alone if group.layers[0] not in wrong]
     order = {name: i for i, name in enumerate(names)}
-    groups.sort(key=lambda group: order[group.name])
+    groups.sort(key=lambda group: order[group.rows[0].name])
     found = replace(graph, groups=tuple(groups), rejected=rejected, rejected_layers={})
     _require(type(model).__name__, names, roots, found)
     return found
@@ -110,12 +115,15 @@ def uncovered(name: str, module: nn.Module, groups: Sequence[Group]) -> list[Gro
     channels = torch.nonzero(free)  # [U, 1]
     if not len(channels):
         return []
-    return [Group(name, len(channels), channels, (Member(name, "rows", channels),))]
+    title = name if bool(free.all()) else f"{name}:rest"  # another group may have the layer's name
+    return [Group(title, len(channels), channels, (Member(name, "rows", channels),))]
 
 
 @torch.no_grad()
-def _not_gated(model: nn.Module, batch: Batch, graph: ModelGraph) -> set[str]:
-    """Groups whose gates at 1/2 give something else than half their weights and biases do."""
+def _not_gated(
+    model: nn.Module, batch: Batch, graph: ModelGraph, alone: Sequence[Group]
+) -> set[str]:
+    """Layers of ``alone`` whose gates at 1/2 give something else than half their weights and biases."""
     model, batch = _full_precision(model, small(batch))
     gated = Network(model, graph.groups, graph.folds)
 
@@ -123,7 +131,7 @@ def _not_gated(model: nn.Module, batch: Batch, graph: ModelGraph) -> set[str]:
         set_gates(gated, [(g, range(g.n_units)) for g in groups], 0.5)
         halved = Network(model, (), graph.folds)
         for group in groups:
-            module: Any = halved.module.get_submodule(group.name)
+            module: Any = halved.module.get_submodule(group.layers[0])
             channels = group.root_channels.flatten()
             rows = rows_of(module, module.weight.detach()).clone()
             rows[channels] *= 0.5
@@ -139,17 +147,17 @@ def _not_gated(model: nn.Module, batch: Batch, graph: ModelGraph) -> set[str]:
         if not groups or not differs(groups):
             return set()
         if len(groups) == 1:
-            return {groups[0].name}
+            return set(groups[0].layers)
         middle = len(groups) // 2
         return found(groups[:middle]) | found(groups[middle:])
 
-    return found(graph.groups)
+    return found(alone)
 
 
 def _require(
     model: str, names: dict[str, nn.Module], roots: Sequence[str] | None, graph: ModelGraph
 ) -> None:
-    scored = {name for group in graph.groups for name in group.layers}
+    scored = {member.name for group in graph.groups for member in group.rows}
     for root in roots or ():
         inside = _expand(names, [root])
         if not inside & scored:

@@ -62,7 +62,7 @@ def by_parameter(
     """What is known of the rows of groups, put into the shapes of the parameters they come from.
 
     Args:
-        model: the user's, or a copy with the same names and shapes.
+        model: the user's.
         of_rows: float64 [U, m, *row] of one layer's m rows per unit of a group.
 
     Returns:

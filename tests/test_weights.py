@@ -396,6 +396,7 @@ def test_a_parameter_whose_rows_are_not_all_scored_is_left_out():
     )
     assert not weights_of(model, batches, graph=replace(graph, groups=(lower,))).scores
     rest = uncovered("0", model[0], [lower])
+    assert rest[0].name == "0:rest"
     assert rest[0].root_channels.flatten().tolist() == [1, 3, 5, 7]
 
 
