@@ -30,6 +30,7 @@ from singe.gates import BATCH_NORMS, REGISTRY, Dialect, dialect
 from singe.graph import Group, Member, private_copy
 from singe.kernels.masked_forward import masked_forward
 from singe.prefix import PrefixCache
+from singe.slim import open_attention
 
 
 @dataclass
@@ -161,7 +162,11 @@ class Network:
     """
 
     def __init__(self, model: nn.Module, groups: Iterable[Group], folds: dict[str, str]) -> None:
+        groups = tuple(groups)
         self.module = private_copy(model)
+        for group in groups:
+            if group.heads is not None:
+                open_attention(self.module.get_submodule(group.heads.module))
         for submodule in self.module.modules():
             if getattr(submodule, "inplace", None) is True:
                 setattr(submodule, "inplace", False)  # noqa: B010 - in-place ops would overwrite what is shared by variants
@@ -185,6 +190,8 @@ class Network:
         if key in self.sites:
             return
         module: Any = self.module.get_submodule(member.name)
+        if isinstance(module, nn.MultiheadAttention):
+            module = module.in_proj
         if member.kind == "input":
             channels = getattr(module, "in_channels", None) or module.in_features
         elif member.kind == "rows":

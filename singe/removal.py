@@ -1,4 +1,6 @@
-"""Physical removal of channels, by Torch-Pruning, and what it does to tensors that mirror the model's."""
+"""Physical removal of channels, by Torch-Pruning, and of heads.
+
+Also what it does to tensors that mirror the model's."""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 
 from singe.data import Batch
 from singe.graph import Group, build_dependency_graph, private_copy, unwrapped
+from singe.heads import remove_heads
 
 Removals = Sequence[tuple[Group, Sequence[int]]]
 
@@ -35,15 +38,20 @@ def remove_units(
         if parameter.is_floating_point():
             parameter.requires_grad_(True)  # the trace follows grad_fns
     try:
-        graph = build_dependency_graph(model, batch)
+        by_graph = [(group, units) for group, units in removals if group.heads is None]
+        graph = build_dependency_graph(model, batch) if by_graph else None
         if once_traced is not None:
             once_traced(model)
         modules = dict(model.named_modules())
-        for group, units in removals:
+        for group, units in by_graph:
+            assert graph is not None
             channels = group.root_channels[list(units)].flatten().tolist()
             root = modules[group.name]
             prune = graph.get_pruner_of_module(root).prune_out_channels
             graph.get_pruning_group(root, prune, sorted(channels)).prune()
+        for group, units in removals:
+            if group.heads is not None:
+                remove_heads(model, group.heads, units)
     finally:
         _restore_flags(model, training, trainable)
 

@@ -32,6 +32,8 @@ class Scores(Mapping[str, Tensor]):
 
     Attributes:
         groups: per group the layers whose output channels its units are.
+        units: per group and layer int64 [C_out]: the unit of each output channel, -1 where it is none of
+            this group's; see :meth:`units_of`.
         meta: criterion, path, quadrature, objective, samples, versions, fingerprint, seconds.
         stderr: standard errors in the same mapping, or None where they were not computed.
         completeness: criterion ``signed`` only: integral minus true loss change, [U] per group on the
@@ -45,6 +47,7 @@ class Scores(Mapping[str, Tensor]):
         meta: Mapping[str, Any],
         stderr: Mapping[str, Tensor] | None = None,
         completeness: Mapping[str, Tensor] | None = None,
+        units: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
         self._values = {name: t.detach().to("cpu", torch.float32) for name, t in values.items()}
         for name, tensor in self._values.items():
@@ -57,6 +60,7 @@ class Scores(Mapping[str, Tensor]):
         self.meta = dict(meta)
         self.stderr = None if stderr is None else {k: t.float() for k, t in stderr.items()}
         self.completeness = None if completeness is None else dict(completeness)
+        self.units = {group: dict(layers) for group, layers in (units or {}).items()}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._values[name]
@@ -73,6 +77,18 @@ class Scores(Mapping[str, Tensor]):
         return (
             f"Scores({what}, {len(self)} groups, {units} units, {self.meta.get('samples')} samples)"
         )
+
+    def units_of(self, group: str, layer: str, channels: int) -> Tensor:
+        """int64 [channels]: the unit of ``group`` that each output channel of ``layer`` belongs to.
+
+        -1 for channels of other groups. Where nothing is known of the layer (scores made by hand), unit u
+        is channels u, u + U, ...
+        """
+        known = self.units.get(group, {}).get(layer)
+        if known is not None:
+            return known
+        count = len(self[group])
+        return torch.full((channels,), -1) if channels % count else torch.arange(channels) % count
 
     def check(self, model: nn.Module) -> None:
         """Raise unless these scores were computed on a model of the same names and shapes.
@@ -97,7 +113,10 @@ class Scores(Mapping[str, Tensor]):
         for kind in ("stderr", "completeness"):
             for name, t in (getattr(self, kind) or {}).items():
                 tensors[f"{kind}/{name}"] = t.detach().cpu().float().contiguous()
-        header = {"format": FORMAT, "groups": self.groups, "meta": self.meta}
+        maps = [(group, layer) for group, layers in self.units.items() for layer in layers]
+        for index, (group, layer) in enumerate(maps):
+            tensors[f"units/{index}"] = self.units[group][layer].int().contiguous()
+        header = {"format": FORMAT, "groups": self.groups, "meta": self.meta, "units": maps}
         with replacing(path) as partial:
             save_file(tensors, partial, metadata={"singe": json.dumps(header)})
 
@@ -108,7 +127,8 @@ class Scores(Mapping[str, Tensor]):
         Raises:
             ScoresError: not such a file, damaged, or the scores of another model.
         """
-        parts: dict[str, dict[str, Tensor]] = {"score": {}, "stderr": {}, "completeness": {}}
+        kinds = ("score", "stderr", "completeness", "units")
+        parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
         try:
             with safe_open(fspath(path), framework="pt") as file:
                 header = json.loads((file.metadata() or {}).get("singe", "null"))
@@ -120,6 +140,9 @@ class Scores(Mapping[str, Tensor]):
             order = [name for name in header["groups"] if name in parts["score"]]
             layers = {name: tuple(names) for name, names in header["groups"].items()}
             meta = dict(header["meta"])
+            units: dict[str, dict[str, Tensor]] = {}
+            for index, (group, layer) in enumerate(header.get("units", ())):
+                units.setdefault(group, {})[layer] = parts["units"][str(index)].long()
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             if isinstance(error, ScoresError):
                 raise
@@ -130,6 +153,7 @@ class Scores(Mapping[str, Tensor]):
             meta,
             parts["stderr"] or None,
             parts["completeness"] or None,
+            units,
         )
         if model is not None:
             scores.check(model)

@@ -197,7 +197,8 @@ def score(
             stacklevel=2,
         )
     layers_of = {g.name: g.layers for g in graph.groups}
-    return Scores(result.scores, layers_of, meta, result.stderr, result.completeness)
+    units = {g.name: g.units for g in graph.groups}
+    return Scores(result.scores, layers_of, meta, result.stderr, result.completeness, units)
 
 
 def _sweep(

@@ -149,7 +149,7 @@ class Importance:
             name = names.get(item[0].target.module)
             if name not in self.table or not _is_out(item[0].handler):
                 continue
-            parts.append(self._part(self.table[name], item, position))
+            parts.append(self._part(name, item, position))
         if not parts or not bool(torch.stack([seen for _, seen in parts]).any(0).all()):
             self._note_missing(names.get(group[0][0].target.module, "?"), len(parts))
             return None
@@ -185,19 +185,21 @@ class Importance:
             scores.check(model)
             self._use(scores)
 
-    @staticmethod
-    def _part(table: Tensor, item: Any, position: Mapping[int, int]) -> tuple[Tensor, Tensor]:
+    def _part(self, name: str, item: Any, position: Mapping[int, int]) -> tuple[Tensor, Tensor]:
         """[n] scores that one layer gives the root channels, and [n] which of them it gives any."""
+        table = self.table[name]
         idxs = torch.as_tensor(list(item[1]))
         root_idxs: Sequence[int] = getattr(item, "root_idxs", None) or list(position)
         places = torch.tensor([position.get(r, -1) for r in root_idxs])
+        channels = int(idxs.max()) + 1
+        units = self.scores.units_of(name, name, channels + -channels % len(table))[idxs]
+        known = (places >= 0) & (units >= 0)
         values = torch.zeros(len(position), dtype=table.dtype)
-        seen = torch.zeros(len(position), dtype=torch.bool)
-        known = places >= 0
-        # Unit u of a group is channels u, u + U, u + 2U, ... of its root layer.
-        values.index_add_(0, places[known], table[idxs[known] % len(table)])
-        seen[places[known]] = True
-        return values, seen
+        count = torch.zeros(len(position), dtype=table.dtype)
+        values.index_add_(0, places[known], table[units[known]])
+        count.index_add_(0, places[known], torch.ones_like(table[units[known]]))
+        # A head's q, k and v rows stand at one place: its score counts once.
+        return values / count.clamp(min=1), count > 0
 
     def _reduce(self, parts: list[Tensor]) -> Tensor:
         stacked = torch.stack(parts)
