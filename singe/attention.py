@@ -56,6 +56,7 @@ COUNTS = (
 )
 TABLES = {
     "relative_position_bias_table": 1,
+    "relative_position_bias.relative_position_bias_table": 1,
     "logit_scale": 0,
     "temperature": 0,
     "cpb_mlp.2.weight": 0,
@@ -71,7 +72,9 @@ KNOWN = (
     Attention("proj", qkv="qkv", heads="num_heads", sizes=COUNTS, per_head=TABLES),
     # transformers: Llama and its kin, OPT, CLIP, ViT
     *(
-        Attention(out, None, "q_proj", "k_proj", "v_proj", heads, size, sizes=COUNTS)
+        Attention(
+            out, None, "q_proj", "k_proj", "v_proj", heads, size, sizes=COUNTS, per_head=TABLES
+        )
         for out in ("o_proj", "out_proj")
         for heads, size in ((None, "head_dim"), ("num_heads", None))
     ),

@@ -13,6 +13,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from singe.conv1d import with_linears
 from singe.data import Batch
 from singe.dependencies import build_dependency_graph, coupled
 from singe.errors import ModelError
@@ -156,7 +157,7 @@ def read_graph(
         ignore: layers that must keep all their channels.
         fold: treat a BatchNorm that directly follows a row as part of it.
     """
-    twin = private_copy(model, trainable=True)
+    twin = with_linears(private_copy(model, trainable=True))
     names = {module: name for name, module in twin.named_modules()}
     dg = build_dependency_graph(twin, batch)
     folds = _find_folds(dg, names) if fold else {}
@@ -369,7 +370,7 @@ def _group_of(heads: Heads, model: nn.Module, tied: set[str]) -> Group | str:
 
 
 def _is_foreign(module: nn.Module) -> bool:
-    """A matrix of somebody's own (the Conv1D of GPT-2): its outputs are in nobody's group."""
+    """A matrix of somebody's own: its outputs are in nobody's group."""
     weight = module._parameters.get("weight")
     bases = [base for base in type(module).__mro__ if base is not nn.Module]
     is_torchs = any(base.__module__.startswith("torch.") for base in bases)

@@ -16,6 +16,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from singe.attention import TABLES, Attention, attention_of, attribute
+from singe.errors import ModelError
 from singe.slim import SlimMultiheadAttention, take_slim
 
 PACKED = Attention(  # nn.MultiheadAttention; in_proj is a layer in private copies only
@@ -49,6 +50,11 @@ class Heads:
     @property
     def n_units(self) -> int:
         return len(self.value_rows)
+
+    @property
+    def queries(self) -> int:
+        """Query heads of each unit: 1, or more where they share keys and values."""
+        return self.columns.shape[1] // self.value_rows.shape[1]
 
 
 def find_heads(model: nn.Module) -> Iterator[tuple[str, Heads | str]]:
@@ -115,7 +121,8 @@ def remove_heads(model: nn.Module, heads: Heads, units: Sequence[int]) -> None:
     for name, rows in heads.rows.items():
         _cut(model.get_submodule(name), rows[gone].flatten().tolist(), out=True)
     _cut(model.get_submodule(heads.proj), heads.columns[gone].flatten().tolist(), out=False)
-    for name, dim in heads.attention.per_head.items():
+    for name in tables_of(module, heads.attention):
+        dim = heads.attention.per_head[name]
         _keep_entries(module, name, dim, kept, heads.n_units)
     for name in heads.attention.sizes:
         count = attribute(module, name)
@@ -148,13 +155,25 @@ def _cut(layer: Any, channels: list[int], out: bool) -> None:
 def _keep_entries(module: Any, name: str, dim: int, kept: list[int], units: int) -> None:
     """Keep the entries of some units in a parameter or buffer with one entry per query head."""
     tensor = attribute(module, name)
-    if not isinstance(tensor, Tensor):
-        if name in TABLES:
-            return  # a common name that this module does not use
-        raise AttributeError(f"{type(module).__name__} has no {name!r}")
     owner, _, leaf = name.rpartition(".")
     entries = torch.arange(tensor.shape[dim]).view(units, -1)[kept].flatten().tolist()
     setattr(module.get_submodule(owner), leaf, _narrowed(tensor, dim, entries))
+
+
+def tables_of(module: nn.Module, attention: Attention) -> dict[str, Tensor]:
+    """Parameters and buffers with one entry per head; of the common names those that it uses.
+
+    Raises:
+        ModelError: it has none of a name that was registered.
+    """
+    found = {}
+    for name in attention.per_head:
+        tensor = attribute(module, name)
+        if isinstance(tensor, Tensor):
+            found[name] = tensor
+        elif attention.per_head is not TABLES:
+            raise ModelError(f"{type(module).__name__} has no {name!r} with an entry per head")
+    return found
 
 
 def _narrowed(tensor: Tensor, dim: int, kept: list[int]) -> Tensor:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from singe.conv1d import with_linears
 from singe.data import Batch, in_channels_last
 from singe.gates import BATCH_NORMS, REGISTRY, Dialect, dialect
 from singe.graph import Group, Member, private_copy
@@ -163,7 +164,7 @@ class Network:
 
     def __init__(self, model: nn.Module, groups: Iterable[Group], folds: dict[str, str]) -> None:
         groups = tuple(groups)
-        self.module = private_copy(model)
+        self.module = with_linears(private_copy(model))
         for group in groups:
             if group.heads is not None:
                 open_attention(self.module.get_submodule(group.heads.module))

@@ -186,6 +186,7 @@ def score(
         "seconds": {"groups": found - start, "sweep": end - found},
         "device": str(device),
         "rejected": graph.rejected,
+        "heads": {g.name: g.heads.queries for g in graph.groups if g.heads is not None},
         "versions": _versions(),
         **result.meta,
     }
