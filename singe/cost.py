@@ -68,7 +68,7 @@ class _Layer:
     per_pair: float  # kernel elements / groups; 0 for norms and depthwise convolutions
     per_out: float
     params_per_out: float
-    positions: int
+    positions: float
     seconds_per_mac: float = 0.0
 
     def macs(self, gone_outputs: int, gone_inputs: int) -> float:
@@ -131,6 +131,8 @@ class CostModel:
         inputs: Counter[str] = Counter()
         if group.heads is not None:
             outputs[products_of(group.heads)] += 1
+            for layer, entries in group.heads.entries(self._layers).items():
+                outputs[layer] += entries
             for layer, rows in group.heads.rows.items():
                 outputs[layer] += rows.shape[1]
         for member in group.members:
@@ -210,17 +212,20 @@ def _measure(model: nn.Module, batch: Batch, heads: Sequence[Heads]) -> dict[str
         batch.call(twin)
     for one in heads:
         module = twin.get_submodule(one.module)
-        entries = [t.numel() for t in tables_of(module, one.attention).values()]
+        in_layers = {f"{name}.weight" for name in one.entries(layers)}
+        tables = tables_of(module, one.attention)
+        entries = [t.numel() for n, t in tables.items() if f"{one.module}.{n}" not in in_layers]
         tokens = seen.get(one.module, Tokens())
         macs = products(module, tokens) / batch.size if one.module in whole else 0.0
         layers[products_of(one)] = _Layer(
             one.n_units, 0, 0.0, macs / one.n_units, sum(entries) / one.n_units, 1
         )
         if isinstance(module, nn.MultiheadAttention):  # calls none of its layers
-            size, positions = sizes_of(module), tokens.queries // batch.size
-            bias = float(size.bias)
-            layers[one.value] = _Layer(3 * size.width, size.inputs, 1.0, bias, bias, positions)
-            layers[one.proj] = _Layer(size.outputs, size.width, 1.0, 1.0, 1.0, positions)
+            size, bias = sizes_of(module), float(sizes_of(module).bias)
+            read = (tokens.queries + 2 * tokens.keys) / 3 / batch.size
+            written = tokens.queries / batch.size
+            layers[one.value] = _Layer(3 * size.width, size.inputs, 1.0, bias, bias, read)
+            layers[one.proj] = _Layer(size.outputs, size.width, 1.0, 1.0, 1.0, written)
     return layers
 
 
@@ -229,7 +234,10 @@ def _describe(layer: nn.Module, out: Tensor, samples: int) -> _Layer:
     if isinstance(layer, nn.Linear):
         positions = out.numel() // out.shape[-1] // samples
         bias = float(module.bias is not None)
-        return _Layer(module.out_features, module.in_features, 1.0, bias, bias, positions)
+        once = bias / max(
+            1, positions * samples
+        )  # Torch-Pruning counts it once for the whole batch
+        return _Layer(module.out_features, module.in_features, 1.0, once, bias, positions)
     if isinstance(layer, ROWS):
         positions = out[0, 0].numel()
         kernel = module.weight[0, 0].numel()

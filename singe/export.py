@@ -22,6 +22,7 @@ from singe.errors import ExportError, ModelError
 from singe.files import replacing
 from singe.graph import NORMS, ROWS, private_copy, unwrapped
 from singe.plan import Plan
+from singe.slim import slim_of, take_slim
 from singe.snapshot import Snapshot
 
 FORMAT = "singe-pruned-1"
@@ -204,6 +205,9 @@ def _resize(model: nn.Module, layers: dict[str, dict[str, Any]]) -> None:
     replaced: dict[int, Tensor] = {}  # tied parameters stay tied
     for name, layer in layers.items():
         module = modules[name]
+        slim = slim_of(module)
+        if slim is not None and slim.__name__ == layer["type"]:
+            take_slim(module)
         if type(module).__name__ != layer["type"]:
             raise KeyError(f"{name} is a {type(module).__name__}, not a {layer['type']}")
         for key, value in layer["sizes"].items():

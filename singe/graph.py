@@ -404,7 +404,7 @@ def units_by_channel(channels: Tensor, width: int) -> Tensor:
 
 def _channels_by_unit(idxs: list[int], root_idxs: list[int], n_units: int) -> Tensor | None:
     """[U, m] channels per unit, or None if units hold different numbers of channels."""
-    if len(idxs) % n_units:
+    if len(idxs) % n_units or None in root_idxs:  # Torch-Pruning lost track of some
         return None
     unit = torch.tensor(root_idxs) % n_units
     order = torch.argsort(unit, stable=True)

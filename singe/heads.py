@@ -7,7 +7,7 @@ these rows (``blocks.0.attn.qkv``, ``layers.0.self_attn.v_proj``, or the ``nn.Mu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,12 @@ class Heads:
     def queries(self) -> int:
         """Query heads of each unit: 1, or more where they share keys and values."""
         return self.columns.shape[1] // self.value_rows.shape[1]
+
+    def entries(self, layers: Container[str]) -> dict[str, int]:
+        """Layer -> output channels of each unit, for those of ``layers`` that give an entry per head."""
+        owners = (name.removesuffix(".weight") for name in self.attention.per_head)
+        named = (f"{self.module}.{owner}" if self.module else owner for owner in owners)
+        return {layer: self.queries for layer in named if layer in layers}
 
 
 def find_heads(model: nn.Module) -> Iterator[tuple[str, Heads | str]]:

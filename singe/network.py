@@ -207,8 +207,19 @@ class Network:
         if member.kind == "rows":
             full = tuple(t.detach() for t in (module.weight, module.bias) if t is not None)
         site = Site(key, member.kind, module, int(channels), full)
-        module.forward = _GATED[member.kind](self, site, module.forward)
+        module.forward = self._counted(module, _GATED[member.kind](self, site, module.forward))
         self.sites[key] = site
+
+    def _counted(self, module: nn.Module, gated: Forward) -> Forward:
+        """Some gates compute what the module would without calling it: its calls count all the same."""
+
+        def counted(input: Tensor) -> Tensor:
+            calls = self.cache.calls(module)
+            out = gated(input)
+            self.cache.passed_over(module, calls + 1)
+            return out
+
+        return counted
 
     def __call__(self, batch: Batch) -> Any:
         """Outputs with whatever gates and probes are set."""

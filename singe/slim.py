@@ -48,7 +48,7 @@ class SlimMultiheadAttention(nn.MultiheadAttention):
         mask = _merged(attn_mask, key_padding_mask, q)
         dropout = self.dropout if self.training else 0.0
         weights: Tensor | None = None
-        if need_weights:
+        if need_weights or hasattr(self, "in_proj"):  # torch.vmap has no rule for CPU kernels
             similarity = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
             weights = (similarity if mask is None else similarity + mask).softmax(-1)
             weights = F.dropout(weights, dropout) if dropout else weights
@@ -58,7 +58,9 @@ class SlimMultiheadAttention(nn.MultiheadAttention):
         out = F.linear(
             out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias
         )  # [B, L, E]
-        if weights is not None:
+        if not need_weights:
+            weights = None
+        elif weights is not None:
             weights = weights.mean(1) if average_attn_weights else weights
             weights = weights if is_batched else weights.squeeze(0)
         if not is_batched:

@@ -1,0 +1,556 @@
+"""Attention heads as units, for every way of writing attention that is claimed to work.
+
+All parameters are random, tables of relative positions included: with those at zero a test would not
+see heads that change places.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    CLASSES,
+    assert_close,
+    assert_unchanged,
+    batch_of,
+    clone,
+    make_batches,
+    mean_loss,
+    one_thread,  # noqa: F401 - autouse
+    run_engine,
+    snapshot,
+    torchvision_models,
+)
+from torch import Tensor, nn
+
+import singe
+from singe.attention import unregister_attention
+from singe.cost import CostModel, count
+from singe.network import Network
+from singe.removal import kept_elements, remove_units, take
+from singe.units import find_groups, set_gates
+
+WIDTH, EXACT = 12, 1e-9
+
+
+class Fused(nn.Module):
+    """timm's way: one layer for q, k and v."""
+
+    def __init__(self, heads: int = 3, size: int = 4) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = heads, size
+        self.qkv = nn.Linear(WIDTH, 3 * heads * size)
+        self.proj = nn.Linear(heads * size, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        split = (3, self.num_heads, self.head_dim)
+        q, k, v = self.qkv(x).unflatten(-1, split).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class GroupedQueries(nn.Module):
+    """Llama's way: three query heads for every key/value head; sizes from the widths."""
+
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.head_dim, self.num_key_value_groups = 2, 3
+        self.q_proj = nn.Linear(WIDTH, 12, bias=bias)
+        self.k_proj = nn.Linear(WIDTH, 4, bias=bias)
+        self.v_proj = nn.Linear(WIDTH, 4, bias=bias)
+        self.o_proj = nn.Linear(12, WIDTH, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        k, v = (t.repeat_interleave(self.num_key_value_groups, 1) for t in (k, v))
+        attention = (q @ k.transpose(-2, -1) * self.head_dim**-0.5).softmax(-1)
+        return self.o_proj((attention @ v).transpose(1, 2).flatten(2))
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_attention_heads, self.attention_head_size, self.all_head_size = 4, 3, 12
+        self.query, self.key = nn.Linear(WIDTH, 12), nn.Linear(WIDTH, 12)
+        self.value = nn.Linear(WIDTH, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (self.num_attention_heads, self.attention_head_size)
+        q, k, v = (
+            layer(x).unflatten(-1, shape).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return out.reshape(*x.shape[:2], self.all_head_size)
+
+
+class Outer(nn.Module):
+    """BERT's way: the projection lies in another module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.self, self.output = Inner(), nn.Module()
+        self.output.dense = nn.Linear(12, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output.dense(self.self(x))
+
+
+class Torchs(nn.Module):
+    def __init__(self, batch_first: bool, bias: bool = True) -> None:
+        super().__init__()
+        options = {"batch_first": batch_first, "bias": bias}
+        self.attention = nn.MultiheadAttention(WIDTH, 3, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.attention.batch_first else x.transpose(0, 1)
+        mask = torch.ones(len(x) if not self.attention.batch_first else x.shape[1], 1).bool()
+        causal = ~mask.expand(-1, len(mask)).tril()
+        out, weights = self.attention(x, x, x, attn_mask=causal)
+        assert weights is not None
+        return out if self.attention.batch_first else out.transpose(0, 1)
+
+
+class Crossed(nn.Module):
+    """Keys and values from elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 3, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x[:, :2] * 2, x[:, :2].tanh(), need_weights=False)[0]
+
+
+class Unusual(nn.Module):
+    """Written like nobody else's, with a scale for every head, and the width of all heads by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = 3
+        self.everything = nn.Linear(WIDTH, 36, bias=False)
+        self.out = nn.Linear(12, WIDTH)
+        self.scale = nn.Parameter(torch.rand(1, 3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.everything(x).unflatten(-1, (3, self.parts, -1)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q * self.scale, k, v).transpose(1, 2)
+        return self.out(out.reshape(x.shape))  # no other width but that of the input
+
+
+class UnusualSlim(Unusual):
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.everything(x).unflatten(-1, (3, self.parts, -1)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q * self.scale, k, v).transpose(1, 2)
+        return self.out(out.flatten(2))
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward layer, each with its norm and a way around it."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(WIDTH), attention
+        self.norm2, self.up = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 6)
+        self.down = nn.Linear(6, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Encoder(nn.Module):
+    """Blocks over [B, N, 5] tokens."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.embed, self.blocks = nn.Linear(5, WIDTH), nn.Sequential(*blocks)
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.embed(x)).mean(1))
+
+
+def encoder(attention: Callable[[], nn.Module], blocks: int = 2) -> Callable[[], nn.Module]:
+    return lambda: Encoder(*(Block(attention()) for _ in range(blocks)))
+
+
+def torchs_layers(**options: Any) -> Callable[[], nn.Module]:
+    layer = {"dim_feedforward": 6, "dropout": 0.0, "batch_first": True, **options}
+    return lambda: Encoder(*(nn.TransformerEncoderLayer(WIDTH, 3, **layer) for _ in range(2)))
+
+
+def vision_transformer() -> nn.Module:
+    options = {"image_size": 16, "patch_size": 8, "num_layers": 2, "num_heads": 3}
+    return torchvision_models().VisionTransformer(
+        **options, hidden_dim=12, mlp_dim=10, num_classes=CLASSES
+    )
+
+
+def swin(version: str) -> nn.Module:
+    models = torchvision_models().swin_transformer
+    options: dict[str, Any] = {"patch_size": [2, 2], "embed_dim": 8, "num_classes": CLASSES}
+    if version == "2":
+        options |= {
+            "block": models.SwinTransformerBlockV2,
+            "downsample_layer": models.PatchMergingV2,
+        }
+    return models.SwinTransformer(
+        **options, depths=[2, 1], num_heads=[2, 4], window_size=[4, 4], stochastic_depth_prob=0.0
+    )
+
+
+@dataclass(frozen=True)
+class Family:
+    """A way of writing attention, the shape of a sample, and {group of heads: their number}."""
+
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    heads: dict[str, int]
+
+    def model(self, dtype: torch.dtype = torch.float64) -> nn.Module:
+        torch.manual_seed(0)
+        model = self.build().to(dtype)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.randn_like(parameter) * 0.5 + 0.1)
+        return model.eval()
+
+    def batches(self, dtype: torch.dtype = torch.float64) -> list[Any]:
+        return make_batches(self.shape, (3, 2), dtype=dtype)
+
+
+def in_blocks(name: str, heads: int) -> dict[str, int]:
+    return {f"blocks.{i}.{name}": heads for i in range(2)}
+
+
+TOKENS = (4, 5)
+FAMILIES = {
+    "fused": Family(encoder(Fused), TOKENS, in_blocks("attn.qkv", 3)),
+    "wide": Family(encoder(lambda: Fused(2, 5)), TOKENS, in_blocks("attn.qkv", 2)),
+    "grouped": Family(encoder(GroupedQueries), TOKENS, in_blocks("attn.v_proj", 2)),
+    "no_bias": Family(encoder(lambda: GroupedQueries(False)), TOKENS, in_blocks("attn.v_proj", 2)),
+    "apart": Family(encoder(Outer), TOKENS, in_blocks("attn.self.value", 4)),
+    "torch": Family(encoder(lambda: Torchs(True)), TOKENS, in_blocks("attn.attention", 3)),
+    "sequence_first": Family(
+        encoder(lambda: Torchs(False, False)), TOKENS, in_blocks("attn.attention", 3)
+    ),
+    "crossed": Family(encoder(Crossed), TOKENS, in_blocks("attn.attention", 3)),
+    "torch_layer": Family(torchs_layers(), TOKENS, in_blocks("self_attn", 3)),
+    "norm_first": Family(
+        torchs_layers(norm_first=True, activation="gelu"), TOKENS, in_blocks("self_attn", 3)
+    ),
+    "torchvision_vit": Family(
+        vision_transformer,
+        (3, 16, 16),
+        {f"encoder.layers.encoder_layer_{i}.self_attention": 3 for i in range(2)},
+    ),
+    "torchvision_swin": Family(
+        lambda: swin("1"),
+        (3, 16, 16),
+        {"features.1.0.attn.qkv": 2, "features.1.1.attn.qkv": 2, "features.3.0.attn.qkv": 4},
+    ),
+    "torchvision_swin_v2": Family(
+        lambda: swin("2"),
+        (3, 16, 16),
+        {"features.1.0.attn.qkv": 2, "features.1.1.attn.qkv": 2, "features.3.0.attn.qkv": 4},
+    ),
+}
+
+
+def graph_of(model: nn.Module, batches: list[Any]) -> Any:
+    return find_groups(model, batch_of(batches[0]))
+
+
+@torch.no_grad()
+def gated(network: Network, units: Any, batches: list[Any]) -> list[Tensor]:
+    set_gates(network, units, 0.0)
+    return [network(batch_of(batch)) for batch in batches]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gating_a_head_is_removing_it(name):
+    """Every head alone, then one of every module with half of all channels."""
+    family = FAMILIES[name]
+    model, batches = family.model(), family.batches()
+    graph = graph_of(model, batches)
+    heads = [group for group in graph.groups if group.heads is not None]
+    assert {group.name: group.n_units for group in heads} == family.heads, graph.rejected
+    assert len(graph.groups) > len(heads), "the feed-forward layers are gone"
+    network = Network(model, graph.groups, graph.folds)
+    full = gated(network, [], batches)
+    single = [[(group, [unit])] for group in heads for unit in range(group.n_units)]
+    half = [(g, [0] if g.heads else list(range(g.n_units // 2))) for g in graph.groups]
+    for units in [*single, half]:
+        small = clone(model)
+        remove_units(small, batch_of(batches[0]), units)
+        closed = gated(network, units, batches)
+        for (x, _), found, before in zip(batches, closed, full, strict=True):
+            expected = small(x)
+            assert torch.allclose(found, expected, rtol=EXACT, atol=EXACT)
+            assert not torch.allclose(expected, before, rtol=1e-6), "this head does nothing"
+
+
+@pytest.mark.parametrize("path", ["layer", "network", "neuron"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_fused_equals_the_definition(name, path):
+    family = FAMILIES[name]
+    model, batches = family.model(), family.batches()
+    graph = graph_of(model, batches)
+    before = snapshot(model)
+    options = {"graph": graph, "path": path, "quadrature": 2}
+    fused = run_engine(model, batches, **options)
+    assert fused.meta["stacked"], "the variants did not run in one pass"
+    assert_close(fused.scores, run_engine(model, batches, engine="naive", **options).scores, EXACT)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("criterion", ["ig", "signed", "taylor", "ablation"])
+@pytest.mark.parametrize("name", ["fused", "grouped", "torch"])
+def test_other_criteria(name, criterion):
+    family = FAMILIES[name]
+    model, batches = family.model(), family.batches()
+    options = {"graph": graph_of(model, batches), "criterion": criterion, "path": "neuron"}
+    fused = run_engine(model, batches, **options)
+    assert_close(fused.scores, run_engine(model, batches, engine="naive", **options).scores, EXACT)
+
+
+@pytest.mark.parametrize("name", ["fused", "grouped", "torchvision_vit"])
+def test_signed_is_the_damage_of_removal(name):
+    """Invariant 2, against physical removal itself."""
+    family = FAMILIES[name]
+    model, batches = family.model(), family.batches()
+    graph = graph_of(model, batches)
+    signed = run_engine(model, batches, criterion="signed", path="neuron", quadrature=64,
+                        layers=list(family.heads))  # fmt: skip
+    full = mean_loss(model, batches)
+    for group in (g for g in graph.groups if g.heads is not None):
+        for unit in range(group.n_units):
+            small = clone(model)
+            remove_units(small, batch_of(batches[0]), [(group, [unit])])
+            damage = mean_loss(small, batches) - full
+            assert signed.scores[group.name][unit].item() == pytest.approx(damage, rel=1e-5)
+
+
+def test_what_a_head_is_made_of():
+    """``W_u`` is its value rows with their bias: magnitude says so."""
+    family = FAMILIES["fused"]
+    model = family.model()
+    scores = singe.score(model, family.batches(), criterion="magnitude", progress=False)
+    qkv = model.blocks[1].attn.qkv
+    rows = torch.cat([qkv.weight, qkv.bias[:, None]], 1).detach().abs().sum(1)[24:]
+    assert torch.allclose(scores["blocks.1.attn.qkv"], rows.view(3, 4).sum(1).float())
+
+
+# ---------------------------------------------------------------------- plans
+
+
+def scored(name: str) -> tuple[nn.Module, Tensor, singe.Scores]:
+    family = FAMILIES[name]
+    model, batches = family.model(), family.batches()
+    return model, batches[0][0], singe.score(model, batches, path="network", progress=False)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_plan_from_end_to_end(name, tmp_path):
+    """Scores and plan through their files, the budget met, the pruned model runs and trains on."""
+    model, x, scores = scored(name)
+    scores.save(tmp_path / "scores")
+    scores = singe.Scores.load(tmp_path / "scores", model)
+    heads = FAMILIES[name].heads
+    assert set(heads) <= set(scores.meta["heads"])
+    plan = singe.plan(model, scores, x, macs=0.75, ranking="cost", max_pruning_ratio=0.8)
+    assert plan.meta["after"]["macs"] <= 0.75 * plan.meta["before"]["macs"]
+    plan = singe.Plan({**plan, **{group: [units - 1] for group, units in heads.items()}})
+    plan.save(tmp_path / "plan")
+    other = clone(model)
+    report = singe.prune(model, singe.Plan.load(tmp_path / "plan"), x)
+    singe.prune(other, plan, x)
+    assert all(report.kept[group] == units - 1 for group, units in heads.items())
+    assert report.params_after == sum(p.numel() for p in model.parameters())
+    assert torch.equal(model(x), other(x))
+    assert all(p.requires_grad for p in model.parameters())
+    model.train()(x).square().sum().backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "attn" in n)
+    again = singe.score(model.eval(), [(x, torch.zeros(len(x)).long())], progress=False)
+    assert all(len(again[group]) == units - 1 for group, units in heads.items() if units > 2)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_cost_of_removal_is_foreseen(name):
+    """Parameters exactly; MACs but for activations, as the count of the pruned network has them."""
+    family = FAMILIES[name]
+    model, batch = family.model(), batch_of(family.batches()[0])
+    graph = find_groups(model, batch)
+    cost = CostModel(model, graph, batch)
+    groups = [group for group in graph.groups if group.heads is not None]
+    small = clone(model)
+    remove_units(small, batch, [(group, [0]) for group in groups])
+    macs, params = count(small, batch)
+    foreseen = cost({group.name: 1 for group in groups})
+    assert foreseen["params"] == params
+    assert foreseen["macs"] == pytest.approx(macs, rel=0.02)
+    assert macs < cost({})["macs"]
+
+
+@pytest.mark.parametrize("name", ["fused", "torch", "torchvision_swin"])
+def test_a_failure_leaves_the_model_as_it_was(name, monkeypatch):
+    model, x, scores = scored(name)
+    before, kinds = snapshot(model), [type(m) for m in model.modules()]
+    expected = model(x)
+    removed = singe.removal.remove_heads
+    done: list[str] = []
+
+    def fail(target: nn.Module, heads: Any, units: Any) -> None:
+        removed(target, heads, units)
+        done.append(heads.module)
+        if target is model:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("singe.removal.remove_heads", fail)
+    with pytest.raises(KeyboardInterrupt):
+        singe.prune(model, singe.Plan({group: [0] for group in scores.meta["heads"]}), x)
+    assert done
+    assert [type(m) for m in model.modules()] == kinds
+    assert_unchanged(model, before, versions=False)
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("name", ["fused", "grouped", "torch", "torchvision_swin_v2"])
+def test_where_every_element_came_from(name):
+    """What optimizer states follow: tables of heads and packed weights included."""
+    family = FAMILIES[name]
+    model, batch = family.model(), batch_of(family.batches()[0])
+    graph = find_groups(model, batch)
+    removals = [(group, [1]) for group in graph.groups]
+    kept = kept_elements(model, batch, removals)
+    before = {k: v.clone() for k, v in (*model.named_parameters(), *model.named_buffers())}
+    remove_units(model, batch, removals)
+    after = dict((*model.named_parameters(), *model.named_buffers()))
+    assert kept.keys() == after.keys()
+    for key, value in after.items():
+        assert torch.equal(take(before[key], kept[key]), value), key
+
+
+@pytest.mark.parametrize("name", ["torch", "torch_layer", "torchvision_vit", "torchvision_swin"])
+def test_pruned_models_travel(name, tmp_path):
+    """Copies, pickles, saved folders and torch's own inference kernels see the same network."""
+    model, x, scores = scored(name)
+    fresh = clone(model)
+    singe.prune(model, singe.Plan({group: [0] for group in scores.meta["heads"]}), x)
+    expected = model(x)
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
+    with torch.inference_mode():
+        assert torch.allclose(model(x), expected, rtol=1e-12)
+    singe.save_pruned(model, tmp_path / "small")
+    assert torch.equal(singe.load_pruned(fresh, tmp_path / "small")(x), expected)
+
+
+# ---------------------------------------------------------------------- who is asked, who is refused
+
+
+def test_layers_and_ignore_choose():
+    family = FAMILIES["grouped"]
+    model, batch = family.model(), batch_of(family.batches()[0])
+    for layer in ("v_proj", "q_proj"):
+        chosen = find_groups(model, batch, layers=[f"blocks.0.attn.{layer}"])
+        assert [group.name for group in chosen.groups] == ["blocks.0.attn.v_proj"]
+    left = find_groups(model, batch, ignore=["blocks.0.attn", "blocks.1.attn"])
+    assert [group.name for group in left.groups] == ["blocks.0.up", "blocks.1.up"]
+    assert "is in `ignore`" in left.rejected["blocks.0.attn.v_proj"]
+
+
+def test_heads_that_read_the_width_of_the_input_are_left_out_until_they_are_taught():
+    torch.manual_seed(0)
+    model, batch = encoder(Unusual)().double().eval(), batch_of(make_batches(TOKENS, (3,))[0])
+    assert not [g for g in find_groups(model, batch).groups if g.heads]
+    described = {"proj": "out", "qkv": "everything", "heads": "parts", "sizes": ("parts",)}
+    try:
+        singe.register_attention(Unusual, **described, per_head={"scale": 1})
+        assert (
+            "removing one of its units fails"
+            in (find_groups(model, batch).rejected["blocks.0.attn.everything"])
+        )
+        singe.register_attention(Unusual, **described, per_head={"scale": 1}, slim=UnusualSlim)
+        graph = find_groups(model, batch)
+        heads = [group for group in graph.groups if group.heads]
+        assert [group.name for group in heads] == list(in_blocks("attn.everything", 3))
+        small = clone(model)
+        remove_units(small, batch, [(group, [1]) for group in heads])
+        network = Network(model, graph.groups, graph.folds)
+        set_gates(network, [(group, [1]) for group in heads], 0.0)
+        assert torch.allclose(network(batch), batch.call(small), rtol=EXACT, atol=EXACT)
+        again = find_groups(small, batch)
+        assert [g.n_units for g in again.groups if g.heads] == [2, 2]
+    finally:
+        unregister_attention(Unusual)
+    assert not [g for g in find_groups(model, batch).groups if g.heads]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"attention_type": 3, "proj": "p", "qkv": "x", "heads": "h"}, "subclass of nn.Module"),
+        ({"attention_type": Unusual, "proj": "p", "heads": "h"}, "either qkv="),
+        ({"attention_type": Unusual, "proj": "p", "query": "x", "heads": "h"}, "either qkv="),
+        ({"attention_type": Unusual, "proj": "p", "qkv": "x"}, "either heads="),
+        (
+            {"attention_type": Unusual, "proj": "p", "qkv": "x", "heads": "h", "slim": Fused},
+            "subclass of Unusual",
+        ),
+    ],
+)
+def test_descriptions_are_checked(arguments, message):
+    with pytest.raises(singe.OptionError, match=message):
+        singe.register_attention(**arguments)
+
+
+def test_what_no_head_can_leave():
+    class Biased(Torchs):
+        def __init__(self) -> None:
+            super().__init__(True)
+            self.attention = nn.MultiheadAttention(WIDTH, 3, add_bias_kv=True, batch_first=True)
+
+    torch.manual_seed(0)
+    model, batch = encoder(Biased)().double().eval(), batch_of(make_batches(TOKENS, (3,))[0])
+    assert "entries of their own" in find_groups(model, batch).rejected["blocks.0.attn.attention"]
+    single = encoder(lambda: Fused(1, 12))().double().eval()
+    assert not [g for g in find_groups(single, batch).groups if g.heads]
+
+
+def test_masks_close_heads():
+    """torch.nn.utils.prune: the masked network computes what the pruned one does."""
+    from singe.adapters import torch_prune
+
+    for name in ("fused", "torch"):
+        family = FAMILIES[name]
+        model, batches = family.model(), family.batches()
+        layers = [*family.heads, "blocks.0.up"]
+        scores = singe.score(model, batches, layers=layers, progress=False)
+        small, masked, x = clone(model), clone(model), batches[0][0]
+        chosen = torch_prune.local_structured(masked, scores, x, amount=0.4)
+        assert set(chosen) == set(layers)
+        singe.prune(small, singe.Plan(chosen), x)
+        assert torch.allclose(masked(x), small(x), rtol=EXACT, atol=EXACT)
+
+
+def test_channels_know_their_head():
+    from singe.adapters.channel_scores import channel_scores
+
+    model, _, scores = scored("grouped")
+    name = "blocks.0.attn.v_proj"
+    low, high = scores[name]
+    by_layer = channel_scores(scores, model)
+    assert by_layer["blocks.0.attn.q_proj"].tolist() == [low] * 6 + [high] * 6
+    assert by_layer["blocks.0.attn.k_proj"].tolist() == [low] * 2 + [high] * 2
+    assert by_layer[name].tolist() == [low] * 2 + [high] * 2
