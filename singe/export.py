@@ -166,12 +166,12 @@ def check_onnx() -> None:
 
 
 def _layers(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Per layer its sizes: integer attributes such as ``out_channels``, and shapes of its tensors."""
+    """Per module its sizes: integers such as ``out_channels`` or ``num_heads``, and shapes of its tensors."""
     found = {}
     for name, module in model.named_modules():
         tensors = dict(_tensors(module))
-        if tensors or isinstance(module, (*ROWS, *NORMS)):
-            sizes = {k: v for k, v in vars(module).items() if not k.startswith("_") and _is_size(v)}
+        sizes = {k: v for k, v in vars(module).items() if not k.startswith("_") and _is_size(v)}
+        if tensors or sizes or isinstance(module, (*ROWS, *NORMS)):
             shapes = {k: list(t.shape) for k, t in tensors.items()}
             found[name] = {"type": type(module).__name__, "sizes": sizes, "shapes": shapes}
     return found

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -17,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from helpers import (
     CLASSES,
-    assert_close,
     assert_unchanged,
     batch_of,
     clone,
@@ -28,6 +26,14 @@ from helpers import (
     snapshot,
     torchvision_models,
 )
+from helpers_heads import (
+    EXACT,
+    Family,
+    assert_a_plan_works,
+    assert_engines_agree,
+    assert_gates_are_removals,
+    scored,
+)
 from torch import Tensor, nn
 
 import singe
@@ -37,7 +43,7 @@ from singe.network import Network
 from singe.removal import kept_elements, remove_units, take
 from singe.units import find_groups, set_gates
 
-WIDTH, EXACT = 12, 1e-9
+WIDTH = 12
 
 
 class Fused(nn.Module):
@@ -209,26 +215,6 @@ def swin(version: str) -> nn.Module:
     )
 
 
-@dataclass(frozen=True)
-class Family:
-    """A way of writing attention, the shape of a sample, and {group of heads: their number}."""
-
-    build: Callable[[], nn.Module]
-    shape: tuple[int, ...]
-    heads: dict[str, int]
-
-    def model(self, dtype: torch.dtype = torch.float64) -> nn.Module:
-        torch.manual_seed(0)
-        model = self.build().to(dtype)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.copy_(torch.randn_like(parameter) * 0.5 + 0.1)
-        return model.eval()
-
-    def batches(self, dtype: torch.dtype = torch.float64) -> list[Any]:
-        return make_batches(self.shape, (3, 2), dtype=dtype)
-
-
 def in_blocks(name: str, heads: int) -> dict[str, int]:
     return {f"blocks.{i}.{name}": heads for i in range(2)}
 
@@ -267,61 +253,21 @@ FAMILIES = {
 }
 
 
-def graph_of(model: nn.Module, batches: list[Any]) -> Any:
-    return find_groups(model, batch_of(batches[0]))
-
-
-@torch.no_grad()
-def gated(network: Network, units: Any, batches: list[Any]) -> list[Tensor]:
-    set_gates(network, units, 0.0)
-    return [network(batch_of(batch)) for batch in batches]
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gating_a_head_is_removing_it(name):
-    """Every head alone, then one of every module with half of all channels."""
-    family = FAMILIES[name]
-    model, batches = family.model(), family.batches()
-    graph = graph_of(model, batches)
-    heads = [group for group in graph.groups if group.heads is not None]
-    assert {group.name: group.n_units for group in heads} == family.heads, graph.rejected
-    assert len(graph.groups) > len(heads), "the feed-forward layers are gone"
-    network = Network(model, graph.groups, graph.folds)
-    full = gated(network, [], batches)
-    single = [[(group, [unit])] for group in heads for unit in range(group.n_units)]
-    half = [(g, [0] if g.heads else list(range(g.n_units // 2))) for g in graph.groups]
-    for units in [*single, half]:
-        small = clone(model)
-        remove_units(small, batch_of(batches[0]), units)
-        closed = gated(network, units, batches)
-        for (x, _), found, before in zip(batches, closed, full, strict=True):
-            expected = small(x)
-            assert torch.allclose(found, expected, rtol=EXACT, atol=EXACT)
-            assert not torch.allclose(expected, before, rtol=1e-6), "this head does nothing"
+    assert_gates_are_removals(FAMILIES[name])
 
 
 @pytest.mark.parametrize("path", ["layer", "network", "neuron"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_fused_equals_the_definition(name, path):
-    family = FAMILIES[name]
-    model, batches = family.model(), family.batches()
-    graph = graph_of(model, batches)
-    before = snapshot(model)
-    options = {"graph": graph, "path": path, "quadrature": 2}
-    fused = run_engine(model, batches, **options)
-    assert fused.meta["stacked"], "the variants did not run in one pass"
-    assert_close(fused.scores, run_engine(model, batches, engine="naive", **options).scores, EXACT)
-    assert_unchanged(model, before)
+    assert_engines_agree(FAMILIES[name], path=path, quadrature=2)
 
 
 @pytest.mark.parametrize("criterion", ["ig", "signed", "taylor", "ablation"])
 @pytest.mark.parametrize("name", ["fused", "grouped", "torch"])
 def test_other_criteria(name, criterion):
-    family = FAMILIES[name]
-    model, batches = family.model(), family.batches()
-    options = {"graph": graph_of(model, batches), "criterion": criterion, "path": "neuron"}
-    fused = run_engine(model, batches, **options)
-    assert_close(fused.scores, run_engine(model, batches, engine="naive", **options).scores, EXACT)
+    assert_engines_agree(FAMILIES[name], criterion=criterion, path="neuron")
 
 
 @pytest.mark.parametrize("name", ["fused", "grouped", "torchvision_vit"])
@@ -329,7 +275,7 @@ def test_signed_is_the_damage_of_removal(name):
     """Invariant 2, against physical removal itself."""
     family = FAMILIES[name]
     model, batches = family.model(), family.batches()
-    graph = graph_of(model, batches)
+    graph = find_groups(model, batch_of(batches[0]))
     signed = run_engine(model, batches, criterion="signed", path="neuron", quadrature=64,
                         layers=list(family.heads))  # fmt: skip
     full = mean_loss(model, batches)
@@ -354,35 +300,9 @@ def test_what_a_head_is_made_of():
 # ---------------------------------------------------------------------- plans
 
 
-def scored(name: str) -> tuple[nn.Module, Tensor, singe.Scores]:
-    family = FAMILIES[name]
-    model, batches = family.model(), family.batches()
-    return model, batches[0][0], singe.score(model, batches, path="network", progress=False)
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_plan_from_end_to_end(name, tmp_path):
-    """Scores and plan through their files, the budget met, the pruned model runs and trains on."""
-    model, x, scores = scored(name)
-    scores.save(tmp_path / "scores")
-    scores = singe.Scores.load(tmp_path / "scores", model)
-    heads = FAMILIES[name].heads
-    assert set(heads) <= set(scores.meta["heads"])
-    plan = singe.plan(model, scores, x, macs=0.75, ranking="cost", max_pruning_ratio=0.8)
-    assert plan.meta["after"]["macs"] <= 0.75 * plan.meta["before"]["macs"]
-    plan = singe.Plan({**plan, **{group: [units - 1] for group, units in heads.items()}})
-    plan.save(tmp_path / "plan")
-    other = clone(model)
-    report = singe.prune(model, singe.Plan.load(tmp_path / "plan"), x)
-    singe.prune(other, plan, x)
-    assert all(report.kept[group] == units - 1 for group, units in heads.items())
-    assert report.params_after == sum(p.numel() for p in model.parameters())
-    assert torch.equal(model(x), other(x))
-    assert all(p.requires_grad for p in model.parameters())
-    model.train()(x).square().sum().backward()
-    assert all(p.grad is not None for n, p in model.named_parameters() if "attn" in n)
-    again = singe.score(model.eval(), [(x, torch.zeros(len(x)).long())], progress=False)
-    assert all(len(again[group]) == units - 1 for group, units in heads.items() if units > 2)
+    assert_a_plan_works(FAMILIES[name], tmp_path)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -404,7 +324,7 @@ def test_the_cost_of_removal_is_foreseen(name):
 
 @pytest.mark.parametrize("name", ["fused", "torch", "torchvision_swin"])
 def test_a_failure_leaves_the_model_as_it_was(name, monkeypatch):
-    model, x, scores = scored(name)
+    model, x, scores = scored(FAMILIES[name])
     before, kinds = snapshot(model), [type(m) for m in model.modules()]
     expected = model(x)
     removed = singe.removal.remove_heads
@@ -444,7 +364,7 @@ def test_where_every_element_came_from(name):
 @pytest.mark.parametrize("name", ["torch", "torch_layer", "torchvision_vit", "torchvision_swin"])
 def test_pruned_models_travel(name, tmp_path):
     """Copies, pickles, saved folders and torch's own inference kernels see the same network."""
-    model, x, scores = scored(name)
+    model, x, scores = scored(FAMILIES[name])
     fresh = clone(model)
     singe.prune(model, singe.Plan({group: [0] for group in scores.meta["heads"]}), x)
     expected = model(x)
@@ -547,7 +467,7 @@ def test_masks_close_heads():
 def test_channels_know_their_head():
     from singe.adapters.channel_scores import channel_scores
 
-    model, _, scores = scored("grouped")
+    model, _, scores = scored(FAMILIES["grouped"])
     name = "blocks.0.attn.v_proj"
     low, high = scores[name]
     by_layer = channel_scores(scores, model)
