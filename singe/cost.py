@@ -26,7 +26,7 @@ from singe.conv1d import with_linears
 from singe.data import Batch
 from singe.graph import NORMS, ROWS, Group, ModelGraph, private_copy
 from singe.heads import Heads, tables_of
-from singe.slim import take_slim
+from singe.slim import open_attention
 
 
 @torch.no_grad()
@@ -55,7 +55,7 @@ def _countable(model: nn.Module) -> nn.Module:
     twin = with_linears(private_copy(model))
     for module in twin.modules():
         if not isinstance(module, nn.MultiheadAttention):
-            take_slim(module)
+            open_attention(module)
     return twin
 
 

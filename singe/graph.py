@@ -70,8 +70,8 @@ class Group:
     members: tuple[Member, ...]
     consumers: tuple[Member, ...] = field(default=(), repr=False)
     suspicious: bool = field(default=False, repr=False)
-    units: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
-    heads: Heads | None = field(default=None, repr=False)
+    units: Mapping[str, Tensor] = field(default_factory=dict, repr=False, hash=False)
+    heads: Heads | None = field(default=None, repr=False, hash=False)
 
     @property
     def rows(self) -> tuple[Member, ...]:
@@ -345,6 +345,8 @@ def _describe(
 
 def _group_of(heads: Heads, model: nn.Module, tied: set[str]) -> Group | str:
     """The group of an attention module's heads, or the reason why they cannot be offered."""
+    if heads.n_units < 2:
+        return "it has a single head, and attention cannot lose all its heads"
     units: dict[str, Tensor] = {}
     for name, rows in heads.rows.items():
         if name in tied:

@@ -133,3 +133,5 @@ def open_attention(module: Any) -> None:
         layer.weight, layer.bias = module.in_proj_weight, module.in_proj_bias
         layer.out_features, layer.in_features = layer.weight.shape
         module.in_proj = layer
+    elif hasattr(module, "is_open"):
+        module.is_open = True

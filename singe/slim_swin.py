@@ -1,4 +1,4 @@
-"""torchvision's window attention with any number of heads; its layers are called as modules.
+"""torchvision's window attention with any number of heads.
 
 Shifted windows as in Swin (arXiv 2103.14030) and Swin v2 (arXiv 2111.09883).
 """
@@ -9,7 +9,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.swin_transformer import (
     ShiftedWindowAttention,
     ShiftedWindowAttentionV2,
@@ -17,7 +17,15 @@ from torchvision.models.swin_transformer import (
 
 
 class SlimShiftedWindowAttention(ShiftedWindowAttention):
-    """[B, H, W, C] -> [B, H, W, C]."""
+    """[B, H, W, C] -> [B, H, W, C].
+
+    Attributes:
+        is_open: whether it calls its layers, so that gates in them are seen. Otherwise it reads their
+            weights, as torchvision's class does: Torch-Pruning then couples the same layers before and
+            after heads have gone.
+    """
+
+    is_open = False
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
@@ -38,7 +46,7 @@ class SlimShiftedWindowAttention(ShiftedWindowAttention):
         if any(shift):
             similarity = similarity + self._forbidden(size, shift, x)
         attention = F.dropout(similarity.softmax(-1), self.attention_dropout, self.training)
-        out = self.proj((attention @ v).transpose(2, 3).flatten(3))
+        out = self._linear(self.proj, (attention @ v).transpose(2, 3).flatten(3))
         out = F.dropout(out, self.dropout, self.training)
         out = _joined(out, rows, columns, size[1] // columns)
         if any(shift):
@@ -46,7 +54,10 @@ class SlimShiftedWindowAttention(ShiftedWindowAttention):
         return out[:, :height, :width].contiguous()
 
     def _projected(self, windows: Tensor) -> tuple[Tensor, ...]:
-        return self.qkv(windows).chunk(3, -1)
+        return self._linear(self.qkv, windows).chunk(3, -1)
+
+    def _linear(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        return layer(x) if self.is_open else F.linear(x, layer.weight, layer.bias)
 
     def _similarity(self, q: Tensor, k: Tensor) -> Tensor:
         return (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)

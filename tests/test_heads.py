@@ -376,6 +376,27 @@ def test_pruned_models_travel(name, tmp_path):
     assert torch.equal(singe.load_pruned(fresh, tmp_path / "small")(x), expected)
 
 
+@pytest.mark.parametrize("name", ["apart", "grouped", "torch", "torchvision_swin"])
+def test_the_loop_down_to_one_head(name):
+    """Rounds of scoring, pruning and fine-tuning; the plan of the whole run gives the same shapes."""
+    family = FAMILIES[name]
+    model, batches = family.model().float(), family.batches()
+    batches = [(x.float(), y) for x, y in batches]
+    original = clone(model)
+    report = singe.compress(
+        model, train=batches, calibrate=batches, evaluate=batches, channels=0.6, rounds=3,
+        max_pruning_ratio=1.0, max_keep={group: 1 / units for group, units in family.heads.items()},
+        finetune_steps=2, final_steps=2, path="network", progress=False,
+    )  # fmt: skip
+    left = {name: units - len(report.plan.get(name, ())) for name, units in family.heads.items()}
+    assert set(left.values()) == {1}
+    singe.prune(original, report.plan, batches[0][0])
+    shapes = {key: value.shape for key, value in original.state_dict().items()}
+    assert {key: value.shape for key, value in model.state_dict().items()} == shapes
+    original.load_state_dict(model.state_dict())
+    assert torch.equal(original.eval()(batches[0][0]), model.eval()(batches[0][0]))
+
+
 # ---------------------------------------------------------------------- who is asked, who is refused
 
 
@@ -445,7 +466,15 @@ def test_what_no_head_can_leave():
     model, batch = encoder(Biased)().double().eval(), batch_of(make_batches(TOKENS, (3,))[0])
     assert "entries of their own" in find_groups(model, batch).rejected["blocks.0.attn.attention"]
     single = encoder(lambda: Fused(1, 12))().double().eval()
-    assert not [g for g in find_groups(single, batch).groups if g.heads]
+    assert "a single head" in find_groups(single, batch).rejected["blocks.0.attn.qkv"]
+    patched = encoder(lambda: Torchs(True))().double().eval()
+    attention = patched.blocks[0].attn.attention
+    attention.forward = lambda *args, **options: type(attention).forward(
+        attention, *args, **options
+    )
+    graph = find_groups(patched, batch)
+    assert graph.rejected["blocks.0.attn.attention"] == "its forward was replaced"
+    assert [g.name for g in graph.groups if g.heads] == ["blocks.1.attn.attention"]
 
 
 def test_masks_close_heads():
