@@ -17,8 +17,8 @@ from helpers import (
     torchvision_models,
     trained_resnet20,
 )
+from helpers_attention import FAMILIES
 from helpers_heads import scored
-from test_heads import FAMILIES
 from torch import nn
 
 import singe
@@ -100,7 +100,7 @@ def test_global_pruning_removes_the_lowest_half(name):
 
 
 def heads_of(name: str):
-    """A family of :mod:`test_heads`, its scores, and how BasePruner is told of its heads."""
+    """A family of :mod:`helpers_attention`, its scores, and how BasePruner is told of its heads."""
     model, inputs, scores = scored(FAMILIES[name])
     modules = dict(model.named_modules())
     heads = {
