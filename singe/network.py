@@ -31,7 +31,7 @@ from singe.gates import BATCH_NORMS, REGISTRY, Dialect, dialect
 from singe.graph import Group, Member, private_copy
 from singe.kernels.masked_forward import masked_forward
 from singe.prefix import PrefixCache
-from singe.slim import open_attention
+from singe.slim import SlimMultiheadAttention, open_attention
 
 
 @dataclass
@@ -165,9 +165,10 @@ class Network:
     def __init__(self, model: nn.Module, groups: Iterable[Group], folds: dict[str, str]) -> None:
         groups = tuple(groups)
         self.module = with_linears(private_copy(model))
-        for group in groups:
-            if group.heads is not None:
-                open_attention(self.module.get_submodule(group.heads.module))
+        gated = {group.heads.module for group in groups if group.heads is not None}
+        for name, module in list(self.module.named_modules()):
+            if name in gated or isinstance(module, SlimMultiheadAttention):
+                open_attention(module)
         for submodule in self.module.modules():
             if getattr(submodule, "inplace", None) is True:
                 setattr(submodule, "inplace", False)  # noqa: B010 - in-place ops would overwrite what is shared by variants
