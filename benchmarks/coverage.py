@@ -116,6 +116,7 @@ def _checks(model: nn.Module, raw: Any, objective: Any) -> dict[str, Any]:
     row = {
         "groups": len(graph.groups),
         "units": sum(g.n_units for g in graph.groups),
+        "heads": sum(g.n_units for g in graph.groups if g.heads is not None),
         "rejected": dict(Counter(graph.rejected.values())),
         "find_seconds": found,
         "removal_error": _removal_error(model, batch, graph),
@@ -174,15 +175,17 @@ def _removal_error(model: nn.Module, batch: Any, graph: ModelGraph) -> float:
 def table(rows: list[dict[str, Any]]) -> str:
     """docs/models.md's table and list of failures."""
     lines = [
-        "| architecture | groups | units | left out | gating = removing | fused = naive | score, s |",
-        "|---|---|---|---|---|---|---|",
+        "| architecture | groups | units | of these heads | left out | gating = removing | "
+        "fused = naive | score, s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         if not row["passes"]:
             continue
         left_out = sum(n for why, n in row["rejected"].items() if "output" not in why)
         lines.append(
-            f"| {row['name']} | {row['groups']} | {row['units']:,} | {left_out or ''} | "
+            f"| {row['name']} | {row['groups']} | {row['units']:,} | "
+            f"{row.get('heads') or ''} | {left_out or ''} | "
             f"{row['removal_error']:.0e} | {row['fused_error']:.0e} | {row['score_seconds']:.1f}"
             f"{'' if row['stacked'] else ' (one by one)'} |"
         )

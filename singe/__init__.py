@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from singe import adapters, quadrature
+from singe.attention import register_attention
 from singe.compress import CompressReport, compress
 from singe.errors import (
     BudgetError,
@@ -57,6 +58,7 @@ __all__ = [
     "plan",
     "prune",
     "quadrature",
+    "register_attention",
     "register_layer",
     "save_pruned",
     "score",

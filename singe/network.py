@@ -25,12 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from singe.conv1d import with_linears
 from singe.data import Batch, in_channels_last
 from singe.gates import BATCH_NORMS, REGISTRY, Dialect, dialect
 from singe.graph import Group, Member, private_copy
 from singe.kernels.masked_forward import masked_forward
 from singe.prefix import PrefixCache
 from singe.rows import rows_of
+from singe.slim import SlimMultiheadAttention, open_attention
 
 
 @dataclass
@@ -162,7 +164,12 @@ class Network:
     """
 
     def __init__(self, model: nn.Module, groups: Iterable[Group], folds: dict[str, str]) -> None:
-        self.module = private_copy(model)
+        groups = tuple(groups)
+        self.module = with_linears(private_copy(model))
+        gated = {group.heads.module for group in groups if group.heads is not None}
+        for name, module in list(self.module.named_modules()):
+            if name in gated or isinstance(module, SlimMultiheadAttention):
+                open_attention(module)
         for submodule in self.module.modules():
             if getattr(submodule, "inplace", None) is True:
                 setattr(submodule, "inplace", False)  # noqa: B010 - in-place ops would overwrite what is shared by variants
@@ -187,6 +194,8 @@ class Network:
         if key in self.sites:
             return
         module: Any = self.module.get_submodule(member.name)
+        if isinstance(module, nn.MultiheadAttention):
+            module = module.in_proj
         if member.kind == "input":
             channels = getattr(module, "in_channels", None) or module.in_features
         elif member.kind == "rows":
@@ -202,8 +211,19 @@ class Network:
             full = (rows_of(module, module.weight.detach()),)
             full += () if module.bias is None else (module.bias.detach(),)
         site = Site(key, member.kind, module, int(channels), full)
-        module.forward = _GATED[member.kind](self, site, module.forward)
+        module.forward = self._counted(module, _GATED[member.kind](self, site, module.forward))
         self.sites[key] = site
+
+    def _counted(self, module: nn.Module, gated: Forward) -> Forward:
+        """Some gates compute what the module would without calling it: its calls count all the same."""
+
+        def counted(*args: Tensor, **named: Any) -> Tensor:
+            calls = self.cache.calls(module)
+            out = gated(*args, **named)
+            self.cache.passed_over(module, calls + 1)
+            return out
+
+        return counted
 
     def __call__(self, batch: Batch) -> Any:
         """Outputs with whatever gates and probes are set."""

@@ -87,7 +87,8 @@ class ScoreTable(Mapping[str, Tensor]):
         tensors = {}
         for kind, named in {"score": self._values, "stderr": self.stderr, **parts}.items():
             for name, t in (named or {}).items():
-                tensors[f"{kind}/{name}"] = t.detach().cpu().float().contiguous()
+                t = t.detach().cpu().contiguous()
+                tensors[f"{kind}/{name}"] = t.float() if t.is_floating_point() else t
         text = json.dumps({"format": self.FORMAT, "meta": self.meta, **header})
         with replacing(path) as partial:
             save_file(tensors, partial, metadata={"singe": text})
@@ -97,7 +98,8 @@ class ScoreTable(Mapping[str, Tensor]):
         cls, path: str | PathLike[str]
     ) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
         """Header and parts (kind -> name -> tensor) of a file; call it inside of :func:`reading`."""
-        parts: dict[str, dict[str, Tensor]] = {"score": {}, "stderr": {}, "completeness": {}}
+        kinds = ("score", "stderr", "completeness", "units")
+        parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
         with safe_open(fspath(path), framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("singe", "null"))
             if not header or header.get("format") != cls.FORMAT:
@@ -127,6 +129,8 @@ class Scores(ScoreTable):
 
     Attributes:
         groups: per group the layers whose output channels its units are.
+        units: per group and layer int64 [C_out]: the unit of each output channel, -1 where it is none of
+            this group's; see :meth:`units_of`.
         meta: criterion, path, quadrature, objective, samples, versions, fingerprint, seconds.
         stderr: standard errors in the same mapping, or None where they were not computed.
         completeness: criterion ``signed`` only: integral minus true loss change, [U] per group on the
@@ -143,10 +147,12 @@ class Scores(ScoreTable):
         meta: Mapping[str, Any],
         stderr: Mapping[str, Tensor] | None = None,
         completeness: Mapping[str, Tensor] | None = None,
+        units: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
         super().__init__(values, meta, stderr)
         self.groups = dict(groups)
         self.completeness = None if completeness is None else dict(completeness)
+        self.units = {group: dict(layers) for group, layers in (units or {}).items()}
 
     def __repr__(self) -> str:
         units = sum(len(t) for t in self._values.values())
@@ -155,12 +161,27 @@ class Scores(ScoreTable):
             f"Scores({what}, {len(self)} groups, {units} units, {self.meta.get('samples')} samples)"
         )
 
+    def units_of(self, group: str, layer: str, channels: int) -> Tensor:
+        """int64 [channels]: the unit of ``group`` that each output channel of ``layer`` belongs to.
+
+        -1 for channels of other groups. Where nothing is known of the layer (scores made by hand), unit u
+        is channels u, u + U, ...
+        """
+        known = self.units.get(group, {}).get(layer)
+        if known is not None:
+            return known
+        count = len(self[group])
+        return torch.full((channels,), -1) if channels % count else torch.arange(channels) % count
+
     def save(self, path: str | PathLike[str]) -> None:
         """Write a safetensors file; everything but the tensors goes into its metadata as JSON.
 
         An existing file is replaced at once or not at all.
         """
-        self._write(path, {"groups": self.groups}, {"completeness": self.completeness})
+        maps = [(group, layer) for group, layers in self.units.items() for layer in layers]
+        units = {str(i): self.units[group][layer].int() for i, (group, layer) in enumerate(maps)}
+        header = {"groups": self.groups, "units": maps}
+        self._write(path, header, {"completeness": self.completeness, "units": units})
 
     @classmethod
     def load(cls, path: str | PathLike[str], model: nn.Module | None = None) -> Scores:
@@ -174,7 +195,11 @@ class Scores(ScoreTable):
             groups = {name: tuple(names) for name, names in header["groups"].items()}
             values = {name: parts["score"][name] for name in groups if name in parts["score"]}
             meta = dict(header["meta"])
-        scores = cls(values, groups, meta, parts["stderr"] or None, parts["completeness"] or None)
+            units: dict[str, dict[str, Tensor]] = {}
+            for index, (group, layer) in enumerate(header.get("units", ())):
+                units.setdefault(group, {})[layer] = parts["units"][str(index)].long()
+        stderr, completeness = parts["stderr"] or None, parts["completeness"] or None
+        scores = cls(values, groups, meta, stderr, completeness, units)
         if model is not None:
             scores.check(model)
         return scores

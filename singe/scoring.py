@@ -260,6 +260,7 @@ def score(
         "seconds": {"groups": found - start, "sweep": end - found},
         "device": str(device),
         "rejected": graph.rejected,
+        "heads": {g.name: g.heads.queries for g in graph.groups if g.heads is not None},
         "versions": _versions(),
         **result.meta,
     }
@@ -273,7 +274,8 @@ def score(
     if granularity == "weight":
         return WeightScores(result.scores, meta, result.stderr)
     layers_of = {g.name: g.layers for g in graph.groups}
-    return Scores(result.scores, layers_of, meta, result.stderr, result.completeness)
+    units = {g.name: g.units for g in graph.groups}
+    return Scores(result.scores, layers_of, meta, result.stderr, result.completeness, units)
 
 
 def _sweep(

@@ -243,7 +243,8 @@ def _verified(model: nn.Module, batch: Batch, graph: ModelGraph) -> ModelGraph:
         halve(groups[:middle])
         halve(groups[middle:])
 
-    halve([g for g in graph.groups if not g.suspicious])
+    halve([g for g in graph.groups if g.heads])  # on their own: without a trace they are cheap
+    halve([g for g in graph.groups if not g.suspicious and not g.heads])
     for group in graph.groups:
         if group.suspicious:
             halve([group])

@@ -28,6 +28,7 @@ from torch.nn.utils import prune
 from singe.adapters.channel_scores import channel_scores, of_layer
 from singe.adapters.ranking import ranking
 from singe.adapters.weight_tables import cut_into_blocks, n_of_m_mask, weight_tables
+from singe.conv1d import is_transposed
 from singe.data import device_of, example_batch
 from singe.errors import BudgetError, ModelError, OptionError, ScoresError
 from singe.graph import BATCH_NORMS, Group, ModelGraph, unwrapped
@@ -214,10 +215,14 @@ def _mask_group(
                 )
             close(member.name, "weight", channels, 1)
             continue
+        if isinstance(module, nn.MultiheadAttention):
+            close(member.name, "in_proj_weight", channels)
+            close(member.name, "in_proj_bias", channels)
+            continue
         for name in (member.name, graph.folds.get(member.name)):
             if name is not None:
                 _require_affine(model.get_submodule(name), name)
-                close(name, "weight", channels)
+                close(name, "weight", channels, int(is_transposed(model.get_submodule(name))))
                 close(name, "bias", channels)
 
 
