@@ -373,6 +373,8 @@ class FusedEngine:
             "stacked": self.sweep.runner.stacked,
             "evaluations": self.evaluated,
         }
+        if (compiler := self.sweep.runner.compiler) is not None:
+            result.meta |= {"compiled": compiler.compiled, "uncompiled": compiler.refused}
         if self.definition.granularity == "weight":
             scores = partial(self.reduction.weights, self.sums)
             result.scores = by_parameter(self.model, self.groups, scores)

@@ -182,6 +182,11 @@ def score(
     _check_autocast(autocast, model, engine)
     if engine == "naive" and (tolerance is not None or checkpoint is not None or compile):
         raise OptionError("tolerance, checkpoint and compile belong to engine='fused'")
+    if compile and checkpoint is not None:
+        raise OptionError(
+            "checkpoint promises the same bits, and compile=True cannot keep that: its first passes run "
+            "plainly, and after a kill these are others; choose one of them"
+        )
     if max_memory is not None and max_memory <= 0:
         raise OptionError(f"max_memory must be a positive number of bytes, got {max_memory!r}")
     rule = ENDPOINT if chosen.endpoint else as_quadrature(quadrature)
@@ -227,7 +232,6 @@ def score(
                     "granularity": granularity,
                     "max_memory": max_memory,
                     "autocast": str(autocast),
-                    "compile": compile,
                     "tolerance": tolerance,
                     "pruning_ratio": getattr(pruning_ratio, "__qualname__", pruning_ratio),
                     "batches": _length(batches),

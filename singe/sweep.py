@@ -51,7 +51,7 @@ class Sweep:
         self.nodes_in_one = definition.nodes_in_one
         self.sums = sums
         self.device = device
-        self.runner = VariantRunner(network, compile)
+        self.runner = VariantRunner(network, compile, definition.path == "network")
         self.recorded_shapes: list[Any] = []  # of the inputs of the last recorded batch
 
     def add(self, variants: Sequence[Variant], batch: Batch, reference: Any, fold: int) -> None:
