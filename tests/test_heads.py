@@ -154,7 +154,7 @@ def test_a_failure_leaves_the_model_as_it_was(name, monkeypatch):
     assert torch.equal(model(x), expected)
 
 
-@pytest.mark.parametrize("name", ["fused", "grouped", "torch", "torchvision_swin_v2"])
+@pytest.mark.parametrize("name", ["fused", "grouped", "transposed", "torch", "torchvision_swin_v2"])
 def test_where_every_element_came_from(name):
     """What optimizer states follow: tables of heads and packed weights included."""
     family = FAMILIES[name]
