@@ -46,6 +46,7 @@ class SlimShiftedWindowAttention(ShiftedWindowAttention):
         if any(shift):
             similarity = similarity + self._forbidden(size, shift, x)
         attention = F.dropout(similarity.softmax(-1), self.attention_dropout, self.training)
+        attention = attention.to(v.dtype)  # the table of positions may have more precision
         out = self._linear(self.proj, (attention @ v).transpose(2, 3).flatten(3))
         out = F.dropout(out, self.dropout, self.training)
         out = _joined(out, rows, columns, size[1] // columns)

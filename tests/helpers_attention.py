@@ -79,6 +79,39 @@ class Outer(nn.Module):
         return self.output.dense(self.self(x))
 
 
+class Conv1D(nn.Module):
+    """transformers' linear layer with weight [C_in, C_out], for where transformers is not installed."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight, self.bias = nn.Parameter(torch.rand(nx, nf)), nn.Parameter(torch.rand(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
+        return out.view(*x.shape[:-1], self.nf)
+
+
+Conv1D.__module__ = "transformers.pytorch_utils"
+
+
+class Transposed(nn.Module):
+    """GPT-2's way, with such layers, and the split by a number of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.split_size = 3, 4, 12
+        self.c_attn, self.c_proj = Conv1D(36, WIDTH), Conv1D(WIDTH, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for t in self.c_attn(x).split(self.split_size, 2)
+        )
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.c_proj(out.transpose(1, 2).flatten(2))
+
+
 class Torchs(nn.Module):
     def __init__(self, batch_first: bool, bias: bool = True) -> None:
         super().__init__()
@@ -194,6 +227,7 @@ FAMILIES = {
     "grouped": Family(encoder(GroupedQueries), TOKENS, in_blocks("attn.v_proj", 2)),
     "no_bias": Family(encoder(lambda: GroupedQueries(False)), TOKENS, in_blocks("attn.v_proj", 2)),
     "apart": Family(encoder(Outer), TOKENS, in_blocks("attn.self.value", 4)),
+    "transposed": Family(encoder(Transposed), TOKENS, in_blocks("attn.c_attn", 3)),
     "torch": Family(encoder(lambda: Torchs(True)), TOKENS, in_blocks("attn.attention", 3)),
     "sequence_first": Family(
         encoder(lambda: Torchs(False, False)), TOKENS, in_blocks("attn.attention", 3)

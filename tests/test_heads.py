@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
+    assert_close,
     assert_unchanged,
     batch_of,
     clone,
@@ -94,6 +95,17 @@ def test_what_a_head_is_made_of():
     assert torch.allclose(scores["blocks.1.attn.qkv"], rows.view(3, 4).sum(1).float())
 
 
+@pytest.mark.parametrize("name", ["fused", "torch", "torchvision_swin"])
+def test_reduced_precision_keeps_the_scores(name):
+    """bfloat16 has 8 bits: single scores move by up to a few of its roundings (4e-3)."""
+    family = FAMILIES[name]
+    batches = [(x.float(), y) for x, y in family.batches()]
+    options = {"path": "network", "layers": list(family.heads), "progress": False}
+    full = singe.score(family.model().float(), batches, **options)
+    low = singe.score(family.model().float(), batches, autocast=torch.bfloat16, **options)
+    assert_close(low, full, 2e-2)
+
+
 # ---------------------------------------------------------------------- plans
 
 
@@ -142,7 +154,7 @@ def test_a_failure_leaves_the_model_as_it_was(name, monkeypatch):
     assert torch.equal(model(x), expected)
 
 
-@pytest.mark.parametrize("name", ["fused", "grouped", "torch", "torchvision_swin_v2"])
+@pytest.mark.parametrize("name", ["fused", "grouped", "transposed", "torch", "torchvision_swin_v2"])
 def test_where_every_element_came_from(name):
     """What optimizer states follow: tables of heads and packed weights included."""
     family = FAMILIES[name]
