@@ -166,6 +166,11 @@ def compress(
         raise OptionError(f"checkpoint_every must be >= 1, got {checkpoint_every}")
     if resume and checkpoint is None:
         raise OptionError("resume=True needs checkpoint=, the folder to continue from")
+    if score_options.get("granularity", "unit") != "unit" or score_options.get("compile"):
+        raise OptionError(
+            "compress ranks units on a network that changes its shapes every round: granularity must "
+            "be 'unit' and compile False"
+        )
     choose("order", order, ("global", "layerwise"))
     choose("visit", visit, ("forward", "damage"))
     choose("ranking", ranking, RANKINGS)

@@ -75,6 +75,11 @@ def find_weight_groups(
             rejected[name] = why
         elif isinstance(names[name], SCORED) and name in wanted:
             alone += uncovered(name, names[name], groups)
+    for name, parameter in model.named_parameters():
+        owner = name.rpartition(".")[0]
+        matrix_of_a_layer = name.endswith("weight") and isinstance(names[owner], SCORED)
+        if parameter.dim() >= 2 and not matrix_of_a_layer:
+            rejected.setdefault(owner or name, _foreign(name, names[owner]))
     wrong = _not_gated(model, batch, replace(graph, groups=(*groups, *alone)), alone)
     rejected |= dict.fromkeys(
         wrong, "something reads its weight without calling it: no gate can stand for its rows"
@@ -85,6 +90,10 @@ def find_weight_groups(
     found = replace(graph, groups=tuple(groups), rejected=rejected, rejected_layers={})
     _require(type(model).__name__, names, roots, found)
     return found
+
+
+def _foreign(name: str, owner: nn.Module) -> str:
+    return f"{name} belongs to a {type(owner).__name__}; scored are convolutions and Linear"
 
 
 def _why_not(name: str, module: nn.Module, tied: set[str], ignored: frozenset[str]) -> str | None:

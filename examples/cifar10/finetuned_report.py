@@ -62,8 +62,8 @@ def cell(runs: list[dict[str, Any]], what: str) -> str:
 
 def section(setting: Setting, cells: Cells) -> str:
     rankings = [r for r in RANKINGS if any(r in of for of in cells.values())]
-    shown = ["last", "best"] + (["pruned"] if setting[2] == 1 else [])
-    names = {"last": "last", "best": "best seen", "pruned": "right after"}
+    shown = ["last", "best"] + (["pruned"] if setting[2] == 1 else []) + ["params"]
+    names = {"last": "last", "best": "best seen", "pruned": "right after", "params": "parameters"}
     header = ["criterion", *(f"{r}: {names[what]}" for what in shown for r in rankings)]
     rows = [
         [c, *(cell(cells[c].get(r, []), what) for what in shown for r in rankings)]
@@ -100,11 +100,14 @@ def main() -> None:
     document = json.loads((RESULTS / f"{NAME}.json").read_text())
     settings = by_setting(document["results"]["runs"])
     draw(settings, ROOT / "docs" / "img" / f"{NAME}.png")
-    used = document["results"]["settings"]
+    used, runs = document["results"]["settings"], document["results"]["runs"]
+    rates = ", ".join(f"{rate:g}" for rate in sorted({run["lr"] for run in runs}))
+    commits = ", ".join(f"`{commit}`" for commit in sorted({run["commit"] for run in runs}))
     note = (
-        f"{used['samples']} calibration images, batches of {used['batch']}, learning rate {used['lr']} "
+        f"{used['samples']} calibration images, batches of {used['batch']}, learning rate {rates} "
         f'with a cosine to zero; {used["test_images"]:,} test images ("best seen" and "right after": '
-        f"the first {used['quick_images']:,}); the whole network has {100 * used['base']:.1f} %. Mean ± "
+        f"the first {used['quick_images']:,}); the whole network has {100 * used['base']:.1f} %. "
+        '"parameters": the share that is left; a plan for MACs is free to keep more of them. Mean ± '
         "sample deviation over three seeds, in percent; in brackets the number of seeds where it is "
         "another. MACs are equal to within one unit's step."
     )
@@ -112,6 +115,7 @@ def main() -> None:
         note,
         f"![Accuracy after fine-tuning](img/{NAME}.png)",
         *(section(setting, cells) for setting, cells in settings.items()),
+        f"Commits of the runs: {commits}. Last write:",
         provenance(document, f"{NAME}.json"),
     ]
     page = ROOT / "docs" / "cifar10.md"

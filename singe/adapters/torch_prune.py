@@ -27,7 +27,12 @@ from torch.nn.utils import prune
 
 from singe.adapters.channel_scores import channel_scores, of_layer
 from singe.adapters.ranking import ranking
-from singe.adapters.weight_tables import cut_into_blocks, n_of_m_mask, weight_tables
+from singe.adapters.weight_tables import (
+    check_n_of_m,
+    cut_into_blocks,
+    n_of_m_mask,
+    weight_tables,
+)
 from singe.conv1d import is_transposed
 from singe.data import device_of, example_batch
 from singe.errors import BudgetError, ModelError, OptionError, ScoresError
@@ -149,9 +154,13 @@ def n_of_m(model: nn.Module, scores: WeightScores, n: int = 2, m: int = 4) -> li
 
     Raises:
         OptionError: not 0 < n < m.
+        ModelError: no layer's inputs can be cut into blocks of m.
         ScoresError: scores of units, or of another model.
     """
+    check_n_of_m(n, m)
     tables = cut_into_blocks(weight_tables(scores, model), model, width=m)
+    if not tables:
+        raise ModelError(f"no scored layer has inputs that can be cut into blocks of {m}")
     masks = {name: n_of_m_mask(table, n, m) for name, table in tables.items()}
     for name, mask in masks.items():
         prune.custom_from_mask(unwrapped(model).get_submodule(name), "weight", mask)

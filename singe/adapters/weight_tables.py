@@ -65,6 +65,12 @@ def from_inputs(rows: Tensor, shape: torch.Size) -> Tensor:
     return rows.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
 
 
+def check_n_of_m(n: int, m: int) -> None:
+    """Raise OptionError unless 0 < n < m."""
+    if not 0 < n < m:
+        raise OptionError(f"n of m needs 0 < n < m, got {n} of {m}")
+
+
 def n_of_m_mask(table: Tensor, n: int = 2, m: int = 4) -> Tensor:
     """1 for the n highest of every m neighbouring inputs, 0 for the others, in the shape of ``table``.
 
@@ -74,8 +80,7 @@ def n_of_m_mask(table: Tensor, n: int = 2, m: int = 4) -> Tensor:
     Raises:
         OptionError: not 0 < n < m, or inputs that cannot be cut into blocks of m.
     """
-    if not 0 < n < m:
-        raise OptionError(f"n of m needs 0 < n < m, got {n} of {m}")
+    check_n_of_m(n, m)
     if table.shape[1] % m:
         raise OptionError(f"{table.shape[1]} inputs cannot be cut into blocks of {m}")
     blocks = by_inputs(table).unflatten(1, (-1, m))
