@@ -60,16 +60,24 @@ def cell(runs: list[dict[str, Any]], what: str) -> str:
     )
 
 
+COLUMNS = {"last": "last", "best": "best seen", "pruned": "right after", "params": "parameters"}
+
+
 def section(setting: Setting, cells: Cells) -> str:
+    """Accuracies after fine-tuning; then what there was before, and how many parameters are left."""
+    before = ["pruned", "params"] if setting[2] == 1 else ["params"]
+    tables = [columns(cells, shown) for shown in (["last", "best"], before)]
+    return "\n\n".join([f"### {title(setting)}", *tables])
+
+
+def columns(cells: Cells, shown: list[str]) -> str:
     rankings = [r for r in RANKINGS if any(r in of for of in cells.values())]
-    shown = ["last", "best"] + (["pruned"] if setting[2] == 1 else []) + ["params"]
-    names = {"last": "last", "best": "best seen", "pruned": "right after", "params": "parameters"}
-    header = ["criterion", *(f"{r}: {names[what]}" for what in shown for r in rankings)]
+    header = ["criterion", *(f"{r}: {COLUMNS[what]}" for what in shown for r in rankings)]
     rows = [
         [c, *(cell(cells[c].get(r, []), what) for what in shown for r in rankings)]
         for c in ordered(cells)
     ]
-    return f"### {title(setting)}\n\n{table(header, rows)}"
+    return table(header, rows)
 
 
 def draw(settings: dict[Setting, Cells], path: Path) -> None:
