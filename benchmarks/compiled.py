@@ -22,7 +22,7 @@ import singe
 from benchmarks.models import work
 from benchmarks.record import synchronize, write
 
-WARM_UP = 3  # batches until nothing new is compiled: one is recorded, the next ones differ from it
+WARM_UP = 3  # batches until nothing new is compiled or checked
 CASES: dict[str, dict[str, Any]] = {
     "resnet20, network path": {"model": "resnet20", "path": "network"},
     "resnet20, network path, bf16": {
