@@ -144,8 +144,9 @@ def score(
         autocast: ``torch.bfloat16`` or ``torch.float16``: convolutions and linear layers compute in
             it, sums stay float32. Float32 models and the fused engine only.
         compile: run the passes through ``torch.compile``. Every group's pass is compiled once for every
-            shape of batch, which takes seconds each: for large data, and the network path before all
-            (one pass); see ``docs/scoring.md``. What cannot be compiled runs as it is, with a warning.
+            shape of batch, which takes seconds each, and compared with the plain one on two batches:
+            for large data, and the network path before all (one pass); see ``docs/scoring.md``. What
+            cannot be compiled runs as it is, with a warning.
         tolerance: in [0, 1), or None: see every unit through. Else units stop being evaluated once
             ``pruning_ratio`` could not take another view of them; samples come hardest first. 0 keeps
             the whole bound on what is still to come, 0.5 half of it; see :mod:`singe.decision`.
