@@ -60,6 +60,7 @@ step suite 120 "${matrix[@]}" --benchmark-json="$OUT/suite-cuda.json" \
   -k "(resnet50 or mobilenet_v2 or resnet20) and (layer-4 or network-4 or network-16)"
 step sanitizer 120 compute-sanitizer --tool memcheck --error-exitcode 9 \
   "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_integral.py -m gpu -k "not large and not 64"
+step compiled 60 "$PYTHON" -m benchmarks.compiled --device cuda --batches 8
 step peers 60 "$PYTHON" -m pytest -p no:cacheprovider benchmarks/bench_peers.py --device cuda \
   --benchmark-json="$OUT/peers-cuda.json"
 step growth 60 "$PYTHON" -m benchmarks.growth --device cuda --axes nodes samples depth
