@@ -24,8 +24,8 @@ demo: $(INSTALLED)  ## prune a small network with every criterion: table and pic
 test: $(INSTALLED)  ## the whole suite, ruff and mypy included; ARGS="-k name" chooses
 	$(BIN)/python -m pytest $(ARGS)
 
-test-adapters: $(ADAPTERS_INSTALLED)  ## adapters beside the libraries that no test dependency brings
-	$(VENV)-adapters/bin/python -m pytest tests/test_adapters_libraries.py $(ARGS)
+test-adapters: $(ADAPTERS_INSTALLED)  ## adapters and attention of the libraries that no test dependency brings
+	$(VENV)-adapters/bin/python -m pytest tests/test_adapters_libraries.py tests/test_heads_libraries.py $(ARGS)
 
 models: $(ADAPTERS_INSTALLED)  ## check the invariants on every architecture of docs/models.md (an hour)
 	$(VENV)-adapters/bin/python -m benchmarks.coverage $(ARGS)
