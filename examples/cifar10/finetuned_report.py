@@ -65,8 +65,10 @@ COLUMNS = {"last": "last", "best": "best seen", "pruned": "right after", "params
 
 def section(setting: Setting, cells: Cells) -> str:
     """Accuracies after fine-tuning; then what there was before, and how many parameters are left."""
-    before = ["pruned", "params"] if setting[2] == 1 else ["params"]
-    tables = [columns(cells, shown) for shown in (["last", "best"], before)]
+    shown_together = (
+        [["last", "best"], ["pruned", "params"]] if setting[2] == 1 else [["last", "params"]]
+    )
+    tables = [columns(cells, shown) for shown in shown_together]
     return "\n\n".join([f"### {title(setting)}", *tables])
 
 
@@ -85,8 +87,9 @@ def draw(settings: dict[Setting, Cells], path: Path) -> None:
     rows = max(map(len, settings.values()))
     figure, axes = new(5.2 * len(settings), 0.32 * rows + 1.4, len(settings))
     for one, (setting, cells) in zip(axes, settings.items(), strict=True):
-        names = ordered(cells)[::-1]
-        for height, name in enumerate(names):
+        names = ordered(cells)
+        heights = range(rows - 1, rows - 1 - len(names), -1)
+        for height, name in zip(heights, names, strict=True):
             for shift, (ranking, color) in zip((0.22, 0, -0.22), RANKINGS.items(), strict=True):
                 values = [100 * run["last"] for run in cells[name].get(ranking, [])]
                 if not values:
@@ -94,8 +97,9 @@ def draw(settings: dict[Setting, Cells], path: Path) -> None:
                 y = height + shift
                 one.plot(values, [y] * len(values), "o", color=color, markersize=3.5, alpha=0.6)
                 one.plot([statistics.mean(values)] * 2, [y - 0.11, y + 0.11], color=color, lw=2)
-        one.set_yticks(range(len(names)), names, fontsize="small")
-        one.set_title(title(setting), fontsize="medium")
+        one.set_yticks(heights, names, fontsize="small")
+        one.set_ylim(-0.6, rows - 0.4)
+        one.set_title(title(setting).replace(", ", "\n", 1), fontsize="medium")
         one.set_xlabel("top-1 accuracy after the last step, %")
         one.grid(axis="x", alpha=0.3)
     for ranking, color in RANKINGS.items():
