@@ -1,56 +1,99 @@
-"""What torch.compile could save of a stacked pass, and what compiling it costs.
+"""What `compile=True` saves of a scoring run, and what compiling costs.
 
-    python -m benchmarks.compiled [--images 256] [--device cpu]
+    python -m benchmarks.compiled [--batches 10] [--device cpu]
 
-The pass behind a group is made of the network's own operations, so the network itself stands for it:
-ResNet-20, BatchNorms folded, channels-last, a forward and a backward pass for the gradient of its
-input, at the size of 4 variants of 64 images. Every group has another pass to compile, and every shape.
+Seconds per batch, once everything is compiled, without and with `compile=True`, in turn; and the time
+that the first batches take beyond that, which is compiling (Inductor's caches are off). It pays once a
+run has more batches than `pays_after`.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch._inductor.config
-import torch.nn.functional as F
 
-from benchmarks.models import folded, work
-from benchmarks.record import median_ratio, paired, seconds, write
+import singe
+from benchmarks.models import work
+from benchmarks.record import synchronize, write
+
+WARM_UP = 3  # batches until nothing new is compiled: one is recorded, the next ones differ from it
+CASES: dict[str, dict[str, Any]] = {
+    "resnet20, network path": {"model": "resnet20", "path": "network"},
+    "resnet20, network path, bf16": {
+        "model": "resnet20", "path": "network", "autocast": torch.bfloat16,
+    },
+    "resnet20, layer path": {"model": "resnet20", "path": "layer"},
+    "resnet20, layer path, bf16": {"model": "resnet20", "path": "layer", "autocast": torch.bfloat16},
+    "mixer, network path": {"model": "mixer", "path": "network"},
+}  # fmt: skip
+
+
+class Clocked:
+    """The same batch again and again, and when each was asked for."""
+
+    def __init__(self, batch: Any, count: int) -> None:
+        self.batch, self.count = batch, count
+        self.times: list[float] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        self.times = []
+        for _ in range(self.count):
+            synchronize()
+            self.times.append(time.perf_counter())
+            yield self.batch
+        synchronize()
+        self.times.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        return [b - a for a, b in zip(self.times, self.times[1:], strict=False)]
+
+
+def measured(case: dict[str, Any], images: int, count: int, device: str) -> dict[str, Any]:
+    """Seconds per batch of both kinds, two runs of each in turn."""
+    todo = work(case["model"], images, images, device)
+    options = {key: value for key, value in case.items() if key != "model"}
+    steady: dict[bool, list[float]] = {False: [], True: []}
+    first: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(2):
+        for compile in (False, True):
+            torch.compiler.reset()
+            data = Clocked(todo.batches[0], WARM_UP + count)
+            singe.score(
+                todo.model, data, layers=todo.layers, compile=compile, progress=False, **options
+            )
+            seconds = data.seconds()
+            first[compile].append(sum(seconds[:WARM_UP]))
+            steady[compile] += seconds[WARM_UP:]
+    plain, compiled = (statistics.median(steady[kind]) for kind in (False, True))
+    compiling = statistics.median(first[True]) - WARM_UP * compiled
+    return {
+        "seconds_per_batch": {"plain": plain, "compiled": compiled},
+        "all_seconds": {"plain": steady[False], "compiled": steady[True]},
+        "plain_over_compiled": plain / compiled,
+        "compiling_seconds": compiling,
+        "pays_after": compiling / (plain - compiled) if plain > compiled else None,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--batches", type=int, default=10)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    todo = folded(work("resnet20", args.images, args.images, args.device))
-    x, y = todo.batches[0]
-    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
-    for parameter in todo.model.parameters():
-        parameter.requires_grad_(False)
     torch._inductor.config.force_disable_caches = True  # what a first run pays
-    compiled = torch.compile(todo.model, dynamic=False)
-
-    def run(model: torch.nn.Module) -> None:
-        torch.autograd.grad(F.cross_entropy(model(x), y), x)
-
-    first = seconds(lambda: run(compiled))
-    times = paired(
-        {"eager": lambda: run(todo.model), "compiled": lambda: run(compiled)}, args.rounds
-    )
-    ratio = median_ratio(times, "eager", "compiled")
-    saved = times["eager"]["median"] - times["compiled"]["median"]
-    results = {
-        "settings": vars(args),
-        "seconds": times,
-        "eager_over_compiled": ratio,
-        "compiling_seconds": first,
-        "passes_until_it_pays": first / saved if saved > 0 else None,
-    }
-    print(f"eager / compiled {ratio:.2f}, compiling {first:.1f} s, pays after "
-          f"{results['passes_until_it_pays']} passes of one group")  # fmt: skip
+    results: dict[str, Any] = {"settings": vars(args)}
+    for name, case in CASES.items():
+        results[name] = measured(case, args.images, args.batches, args.device)
+        row = results[name]
+        print(f"{name:32s} {row['plain_over_compiled']:.2f} x, compiling "
+              f"{row['compiling_seconds']:.0f} s, pays after {row['pays_after']} batches")  # fmt: skip
     write(f"compiled-{args.device}", results)
 
 

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.record import interleaved, median_ratio, synchronize, write
-from singe.kernels.integral import accumulate, accumulate_reference
+from singe.kernels import native
+from singe.kernels.integral import _DTYPES, _NORMS, accumulate, accumulate_reference
 from singe.kernels.masked_forward import masked_forward
 
 SHAPES = {  # ResNet-50 at 224 pixels: (channels, side), and K of the layer's rows
@@ -35,6 +36,7 @@ SHAPES = {  # ResNet-50 at 224 pixels: (channels, side), and K of the layer's ro
     "layer3.conv2": (256, 14, 2304),
     "layer4.conv2": (512, 7, 4608),
 }
+ALONE = "kernel alone"  # without the call from Python: checks, dispatcher, pointers
 KERNELS = ("integral", "masked forward", "masked backward")
 REFERENCE_CALLS = 4  # the float64 reference is slow: a few buffers tell its rate
 MOST_SETS = 512
@@ -88,6 +90,15 @@ def integral_sets(name: str, device: str, nodes: int, total: int) -> tuple[list[
     return fill(
         make, lambda score, grad, weight, omega, p: nbytes(grad, weight, score, score), total
     )
+
+
+def pointers(sets: Sequence[tuple[Any, ...]]) -> list[tuple[int, ...]]:
+    """The same arguments as the compiled kernel takes them: float32, p = 1."""
+    float32, l1, threads = _DTYPES[torch.float32], _NORMS["1"], torch.get_num_threads()
+    return [
+        (*(t.data_ptr() for t in (score, grad, weight, omega)), *grad.shape, float32, l1, threads)
+        for score, grad, weight, omega, _ in sets
+    ]
 
 
 def masked_sets(
@@ -152,17 +163,22 @@ def rows(
         run()
     times = interleaved({name: run for name, (run, _) in runs.items()}, rounds)
     rates = {name: runs[name][1] / times[name]["median"] / 1e9 for name in runs}
-    scale = runs[ours][1] / runs["yardstick"][1]
+
+    def share(name: str) -> float:
+        scale = runs[name][1] / runs["yardstick"][1]
+        return scale * median_ratio(times, "yardstick", name)
+
     return {
         "GB/s": rates,
-        "share": scale * median_ratio(times, "yardstick", ours),
+        "share": share(ours),
+        **({f"share of the {ALONE}": share(ALONE)} if ALONE in runs else {}),
         "seconds": {
             name: {k: spent[k] for k in ("median", "min")} for name, spent in times.items()
         },
         "over ours": {
             name: median_ratio(times, name, ours)
             for name in runs
-            if name not in (ours, "yardstick")
+            if name not in (ours, ALONE, "yardstick")
         },
     }
 
@@ -178,6 +194,8 @@ def integral(args: argparse.Namespace, total: int) -> dict[str, Any]:
             "ours": (cycle(accumulate, sets), each),
             "torch reference": (cycle(accumulate_reference, sets[:REFERENCE_CALLS]), each),
         }
+        if args.device == "cpu" and (core := native.core()) is not None:
+            runs[ALONE] = (cycle(core.accumulate_cpu, pointers(sets)), each)
         if args.compile:
             compiled = torch.compile(integral_expression, dynamic=False)
             runs["torch.compile"] = (cycle(compiled, sets), each)

@@ -55,8 +55,8 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
-def percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
+def percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.0f} %"
 
 
 def mebibytes(count: float) -> str:
@@ -270,14 +270,18 @@ def kernels(document: dict[str, Any]) -> str:
             rows.append(
                 (f"{kernel}, {layer}", "x".join(map(str, row["shape"])),
                  f"{row['GB/s']['ours']:.1f}", f"{row['GB/s']['yardstick']:.1f}",
-                 percent(row["share"]), times(reference), times(versus))
+                 percent(row.get(plots.ALONE)), percent(row["share"]), times(reference), times(versus))
             )  # fmt: skip
-    header = ("kernel, layer", "shape", "GB/s", f"{stick}, GB/s", f"of the {stick}",
-              "torch reference takes", "torch.compile takes")  # fmt: skip
+    header = ("kernel, layer", "shape", "GB/s", f"{stick}, GB/s", f"kernel alone, of the {stick}",
+              f"of the {stick}", "torch reference takes", "torch.compile takes")  # fmt: skip
     device = document["results"]["settings"]["device"]
     goal, held = plots.KERNEL_TARGET[device], plots.KERNELS_HELD_TO_IT[device]
     found = document["results"]["kernels"]
-    shares = [row["share"] for kernel in held for row in found.get(kernel, {}).values()]
+    shares = [
+        row.get(plots.ALONE, row["share"])
+        for kernel in held
+        for row in found.get(kernel, {}).values()
+    ]
     met = sum(share >= goal for share in shares)
     note = (
         f"Target: {percent(goal)} of the {stick} ({', '.join(held)}); met in {met} of {len(shares)} "
@@ -285,8 +289,9 @@ def kernels(document: dict[str, Any]) -> str:
     )
     note += (
         f"Bytes that must move over time, beside a plain {stick} on arrays far larger than the last "
-        "cache, in turn; every call works on buffers that no call before it touched. The integral is "
-        "compiled; "
+        "cache, in turn; every call works on buffers that no call before it touched. `kernel alone` is "
+        "the compiled function without the call from Python, which counts at the smallest size; the "
+        "target is meant for it. The integral is compiled; "
     )
     note += (
         "the masked forward is a Triton kernel."

@@ -52,6 +52,7 @@ class FusedEngine:
         n_batches: how many batches there are, or None if that is not known.
         decision: stops feeding units whose side of a cut is settled.
         checkpoint: where the state of the run is kept between batches.
+        compile: run the passes through ``torch.compile``.
         on_pass: called after every finished pass with the number of its variants (a share of it, where
             a batch was cut).
     """
@@ -71,6 +72,7 @@ class FusedEngine:
         n_batches: int | None = None,
         decision: EarlyDecision | None = None,
         checkpoint: ScoreCheckpoint | None = None,
+        compile: bool = False,
         on_pass: Callable[[float], None] = lambda variants: None,
     ) -> None:
         self.groups = graph.groups
@@ -121,6 +123,7 @@ class FusedEngine:
             self.nodes_in_one,
             self.sums,
             self.device,
+            compile,
         )
         self.active = torch.ones(self.n_sets, dtype=torch.bool)
         self.budget = max_memory or free_memory(self.device) // 4

@@ -174,6 +174,7 @@ class Network:
         self.lowered: list[tuple[nn.Parameter, Tensor]] = []  # with their float32 values
         self.overrides: dict[str, Tensor] = {}  # modules whose output is given, for this pass
         self.is_recording = False
+        self.is_traced = False  # for a compiler, which makes its own kernels of plain operations
         self.channels_last = False
         self.sites: dict[str, Site] = {}
         members = [m for group in groups for m in group.members]
@@ -270,6 +271,9 @@ def _gated_rows(network: Network, site: Site, forward: Forward) -> Forward:
         if site.gate is None:
             return y
         probe = site.probes[call] if site.probes else None
+        if network.is_traced:
+            out = per_channel(site.gate.to(y.dtype), y, site.channel_dim) * y
+            return out if probe is None else out + probe
         return gate_rows(y, site.gate, probe, site.channel_dim)
 
     return gated

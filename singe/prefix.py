@@ -7,6 +7,8 @@ whose input does not depend on a gate returns what it remembers; functional oper
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -85,6 +87,20 @@ class PrefixCache:
     def replay(self) -> None:
         """Start a pass that reuses."""
         self._mode, self._call = "replay", 0
+
+    @property
+    def outputs(self) -> Mapping[int, Tensor]:
+        """What is remembered, by the number of the call."""
+        return self._outputs
+
+    @contextmanager
+    def replacing(self, outputs: Mapping[int, Tensor]) -> Iterator[None]:
+        """Something else is remembered in here."""
+        kept, self._outputs = self._outputs, dict(outputs)
+        try:
+            yield
+        finally:
+            self._outputs = kept
 
     def skip(self) -> None:
         """A leaf is passed over: its call counts all the same."""

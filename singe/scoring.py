@@ -81,7 +81,9 @@ def score(
             cut to fit, batches too where not even one variant fits.
         autocast: ``torch.bfloat16`` or ``torch.float16``: convolutions and linear layers compute in
             it, sums stay float32. Float32 models and the fused engine only.
-        compile: only False is offered: compiling every group's pass takes longer than a run saves.
+        compile: run the passes through ``torch.compile``. Every group's pass is compiled once for every
+            shape of batch, which takes seconds each: for large data, and the network path before all
+            (one pass); see ``docs/scoring.md``. What cannot be compiled runs as it is, with a warning.
         tolerance: in [0, 1), or None: see every unit through. Else units stop being evaluated once
             ``pruning_ratio`` could not take another view of them; samples come hardest first. 0 keeps
             the whole bound on what is still to come, 0.5 half of it; see :mod:`singe.decision`.
@@ -111,14 +113,9 @@ def score(
     choose("p", p, POWERS)
     p = "sum" if p == "sum" else int(p)  # 2.0 is as good as 2
     choose("engine", engine, ("fused", "naive"))
-    if compile:
-        raise OptionError(
-            "compile is not offered: compiling takes longer than a scoring run saves by it "
-            "(docs/scoring.md); leave it at False"
-        )
     _check_autocast(autocast, model, engine)
-    if engine == "naive" and (tolerance is not None or checkpoint is not None):
-        raise OptionError("tolerance and checkpoint belong to engine='fused'")
+    if engine == "naive" and (tolerance is not None or checkpoint is not None or compile):
+        raise OptionError("tolerance, checkpoint and compile belong to engine='fused'")
     if max_memory is not None and max_memory <= 0:
         raise OptionError(f"max_memory must be a positive number of bytes, got {max_memory!r}")
     rule = ENDPOINT if chosen.endpoint else as_quadrature(quadrature)
@@ -156,6 +153,7 @@ def score(
                     "norm": norm,
                     "max_memory": max_memory,
                     "autocast": str(autocast),
+                    "compile": compile,
                     "tolerance": tolerance,
                     "pruning_ratio": getattr(pruning_ratio, "__qualname__", pruning_ratio),
                     "batches": _length(batches),
@@ -164,7 +162,7 @@ def score(
                     "versions": _versions(),
                 }
                 saved = ScoreCheckpoint(checkpoint, signature)
-            options = (max_memory, autocast, decision, saved)
+            options = (max_memory, autocast, decision, saved, compile)
             result = _sweep(model, graph, batches, definition, engine, options, progress)
     end = time.perf_counter()
     meta = {
@@ -182,6 +180,7 @@ def score(
         "samples": result.n_samples,
         "seed": seed,
         "autocast": None if autocast is None else str(autocast),
+        "compile": compile,
         "tolerance": tolerance,
         "seconds": {"groups": found - start, "sweep": end - found},
         "device": str(device),
@@ -206,16 +205,18 @@ def _sweep(
     batches: Iterable[Any],
     definition: tuple[Objective, Criterion, str, Quadrature, int | str, str],
     engine: str,
-    options: tuple[int | None, torch.dtype | None, EarlyDecision | None, ScoreCheckpoint | None],
+    options: tuple[
+        int | None, torch.dtype | None, EarlyDecision | None, ScoreCheckpoint | None, bool
+    ],
     progress: bool,
 ) -> Result:
     data = read_batches(batches, device_of(model))
     if engine == "naive":
         return naive_scores(model, graph, data, *definition)
     count = _length(batches)
-    max_memory, autocast, decision, checkpoint = options
+    max_memory, autocast, decision, checkpoint, compile = options
     fused = FusedEngine(
-        model, graph, *definition, max_memory, autocast, count, decision, checkpoint
+        model, graph, *definition, max_memory, autocast, count, decision, checkpoint, compile
     )
     looks = count if decision is None else None
     total = None if looks is None else looks * fused.variants_per_batch()

@@ -32,6 +32,7 @@ class Sweep:
         updates: one-channel updates, on the neuron path.
         gates_only: only derivatives along the gates are needed, no weight gradients.
         nodes_in_one: the nodes are summed as they come, weighted (``norm="outside"``).
+        compile: run the variants through ``torch.compile``.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Sweep:
         nodes_in_one: bool,
         sums: Sums,
         device: torch.device,
+        compile: bool = False,
     ) -> None:
         self.network = network
         self.updates = updates
@@ -57,7 +59,7 @@ class Sweep:
         self.nodes_in_one = nodes_in_one
         self.sums = sums
         self.device = device
-        self.runner = VariantRunner(network)
+        self.runner = VariantRunner(network, compile)
         self.recorded_shapes: list[Any] = []  # of the inputs of the last recorded batch
 
     def add(self, variants: Sequence[Variant], batch: Batch, reference: Any, fold: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
+from singe.compiled import PassCompiler
 from singe.data import Batch
 from singe.errors import SingeError
 from singe.memory import is_out_of_memory
 from singe.network import Network
 
 Inputs = dict[str, list[Tensor]]
+Structure = tuple[list[Any], TreeSpec]
 
 
 def zero_probes(outputs: Sequence[Tensor], variants: int) -> list[Tensor]:
@@ -34,11 +37,15 @@ class VariantRunner:
     ``torch.vmap`` carries the variants: what does not depend on a gate stays unstacked. A model that
     vmap cannot run (data-dependent control flow, an operation without a batching rule) is run once
     per variant instead; the result is the same, and a warning says so.
+
+    Args:
+        compile: run the stacked passes through ``torch.compile``.
     """
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, compile: bool = False) -> None:
         self.network = network
         self.stacked = True
+        self.compiler = PassCompiler(network, self._stacked) if compile else None
 
     def __call__(
         self,
@@ -63,35 +70,10 @@ class VariantRunner:
             what all variants share is expanded (stride 0).
         """
 
-        structure: list[tuple[list[Any], TreeSpec]] = []  # of the outputs, None and floats included
-
-        def run(
-            gates: Mapping[str, Tensor],
-            probes: Mapping[str, list[Tensor]],
-            overrides: Mapping[str, Tensor],
-        ) -> Any:
-            network = self.network
-            network.clear()
-            try:
-                network.overrides = dict(overrides)
-                for key, gate in gates.items():
-                    network.sites[key].gate = gate
-                for key, probe in probes.items():
-                    network.sites[key].probes = probe
-                leaves, spec = tree_flatten(network(batch))
-                structure.append((leaves, spec))
-                outputs = [t for t in leaves if isinstance(t, Tensor)]
-                return outputs, {key: list(network.sites[key].inputs) for key in probes}
-            finally:
-                network.clear()
-
         if self.stacked:
-            self.network.cache.replay()
+            run = self._stacked if self.compiler is None else self.compiler
             try:
-                outputs, inputs = torch.vmap(run, randomness="same")(
-                    dict(gates), dict(probes), dict(overrides)
-                )
-                return _rebuilt(outputs, *structure[-1]), inputs
+                return run(batch, gates, probes, overrides)
             except (RuntimeError, ValueError) as error:
                 mixed = bool(self.network.lowered) and "dtype" in str(error)
                 if isinstance(error, SingeError) or is_out_of_memory(error) or mixed:
@@ -107,11 +89,12 @@ class VariantRunner:
                     f"model ({str(error).splitlines()[0]})",
                     stacklevel=2,
                 )
-            finally:
-                self.network.cache.stop()
         count = len(next(iter((*gates.values(), *overrides.values()))))
+        structure: list[Structure] = []
         runs = [
-            run(
+            self._run(
+                batch,
+                structure,
                 {key: gate[v] for key, gate in gates.items()},
                 {key: [t[v] for t in probe] for key, probe in probes.items()},
                 {key: output[v] for key, output in overrides.items()},
@@ -120,6 +103,46 @@ class VariantRunner:
         ]
         outputs, inputs = tree_map(lambda *slices: torch.stack(slices), *runs)
         return _rebuilt(outputs, *structure[-1]), inputs
+
+    def _stacked(
+        self,
+        batch: Batch,
+        gates: Mapping[str, Tensor],
+        probes: Mapping[str, list[Tensor]],
+        overrides: Mapping[str, Tensor],
+    ) -> tuple[Any, Inputs]:
+        structure: list[Structure] = []
+        run = torch.vmap(partial(self._run, batch, structure), randomness="same")
+        self.network.cache.replay()
+        try:
+            outputs, inputs = run(dict(gates), dict(probes), dict(overrides))
+        finally:
+            self.network.cache.stop()
+        return _rebuilt(outputs, *structure[-1]), inputs
+
+    def _run(
+        self,
+        batch: Batch,
+        structure: list[Structure],
+        gates: Mapping[str, Tensor],
+        probes: Mapping[str, list[Tensor]],
+        overrides: Mapping[str, Tensor],
+    ) -> tuple[list[Tensor], Inputs]:
+        """One variant; the shape of the model's outputs, None and floats included, to ``structure``."""
+        network = self.network
+        network.clear()
+        try:
+            network.overrides = dict(overrides)
+            for key, gate in gates.items():
+                network.sites[key].gate = gate
+            for key, probe in probes.items():
+                network.sites[key].probes = probe
+            leaves, spec = tree_flatten(network(batch))
+            structure.append((leaves, spec))
+            outputs = [t for t in leaves if isinstance(t, Tensor)]
+            return outputs, {key: list(network.sites[key].inputs) for key in probes}
+        finally:
+            network.clear()
 
 
 def _rebuilt(tensors: list[Tensor], leaves: list[Any], spec: TreeSpec) -> Any:

@@ -589,6 +589,7 @@ def run_engine(
     max_memory: int | None = None,
     graph: ModelGraph | None = None,
     n_batches: int | None = 1,
+    compile: bool = False,
 ) -> Result:
     """What :func:`singe.score` computes, before it is rounded to float32."""
     if graph is None:
@@ -600,7 +601,8 @@ def run_engine(
     data = read_batches(batches, CPU)
     if engine == "naive":
         return naive_scores(model, graph, data, *arguments)
-    return FusedEngine(model, graph, *arguments, max_memory, n_batches=n_batches).run(data)
+    fused = FusedEngine(model, graph, *arguments, max_memory, n_batches=n_batches, compile=compile)
+    return fused.run(data)
 
 
 def relative_error(left: Tensor, right: Tensor) -> float:

@@ -1,12 +1,15 @@
 """Which criterion is worth its name after fine-tuning, at equal MACs?
 
-    python examples/cifar10/finetuned.py [--steps 200] [--speedup 2.11] [--seeds 3] [--only TEXT]
+    python examples/cifar10/finetuned.py [--steps 200] [--speedup 2.11] [--seeds 3] [--criteria L1 ...]
+    python examples/cifar10/finetuned.py --rounds 5 --steps 1000 --ranking cost
 
 A trained ResNet-56 loses the channels between the two convolutions of its blocks until 2.11 or 2.57
 times fewer MACs are left. Pruner, guard, budget and fine-tuning are the same for all; the criterion
 differs, and the ranking that turns its scores into a plan. Every seed takes other calibration images
-and another order of the training images. A run that the results already hold is not repeated, so that
-the table can grow over days and machines; ``--part 0/2`` does every other run, for two processes.
+and another order of the training images. With more than one round (:func:`singe.compress`) half of
+the steps are shared out between the rounds, the other half follows the last one. A run that the results
+already hold is not repeated, so that the table can grow over days and machines; ``--part 0/2`` does
+every other run, for two processes.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from typing import Any
 import cifar10
 import torch
 import torch.nn.functional as F
-from importances import SCORERS, inner_layers
+from importances import OWN, SCORERS, inner_layers
 from torch import Tensor, nn
 
 import singe
@@ -111,8 +114,35 @@ class Experiment:
             self.scores[criterion, seed] = SCORERS[criterion](self.model, batches, seed)
         return self.scores[criterion, seed]
 
-    def run(self, criterion: str, ranking: str, speedup: float, steps: int, seed: int) -> Row:
+    def entwined(
+        self, criterion: str, ranking: str, speedup: float, steps: int, rounds: int, seed: int
+    ) -> Row:
+        """Score, prune and fine-tune in rounds."""
+        model = copy.deepcopy(self.model)
+        batches = self.data.training(seed)
+        calibration = [(x.to(DEVICE), y.to(DEVICE)) for x, y in self.data.calibration(seed)]
+        between = steps // (2 * rounds)
+        history: dict[int, float] = {}
+
+        def finetune(model: nn.Module, stage: singe.Stage) -> None:
+            train(model, batches, stage.steps, self.args.lr)
+            history[stage.round] = accuracy(model, self.data.quick)
+
+        torch.manual_seed(seed)
+        report = singe.compress(
+            model, train=calibration, calibrate=calibration, macs=1 / speedup, rounds=rounds,
+            ranking=ranking, finetune_steps=between, final_steps=steps - rounds * between,
+            finetune=finetune, layers=inner_layers(model), progress=False, seed=seed,
+            **OWN[criterion],
+        )  # fmt: skip
+        return self._row(model, report, history)
+
+    def run(
+        self, criterion: str, ranking: str, speedup: float, steps: int, rounds: int, seed: int
+    ) -> Row:
         """Prune at once, then fine-tune."""
+        if rounds > 1:
+            return self.entwined(criterion, ranking, speedup, steps, rounds, seed)
         example = self.data.example.to(DEVICE)
         plan = singe.plan(
             self.model, self.scored(criterion, seed), example, macs=1 / speedup, ranking=ranking
@@ -128,10 +158,12 @@ class Experiment:
 
         torch.manual_seed(seed)
         train(model, self.data.training(seed), steps, self.args.lr, look)
+        return {"pruned": pruned} | self._row(model, report, history)
+
+    def _row(self, model: nn.Module, report: Any, history: dict[int, float]) -> Row:
         return {
             "macs": report.macs_after / report.macs_before,
             "params": report.params_after / report.params_before,
-            "pruned": pruned,
             "history": history,
             "best": max(history.values()),
             "last": accuracy(model, self.data.test),
@@ -144,10 +176,9 @@ def jobs(args: argparse.Namespace) -> Iterator[Row]:
     for seed in range(args.seeds):
         for speedup in args.speedup:
             for ranking in args.ranking:
-                for criterion in SCORERS:
-                    if args.only in criterion:
-                        values = (criterion, ranking, speedup, args.steps, 1, seed)
-                        yield dict(zip(KEY, values, strict=True))
+                for criterion in args.criteria:
+                    values = (criterion, ranking, speedup, args.steps, args.rounds, seed)
+                    yield dict(zip(KEY, values, strict=True))
 
 
 def recorded() -> list[Row]:
@@ -172,13 +203,18 @@ def main() -> None:
     parser.add_argument("--speedup", type=float, nargs="+", default=SPEEDUPS)
     parser.add_argument("--ranking", nargs="+", default=RANKINGS, choices=RANKINGS)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", default="", help="criteria whose name holds this")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--criteria", nargs="+", help="default: all")
     parser.add_argument("--lr", type=float, default=LR)
     parser.add_argument("--test-images", type=int, default=5000)
     parser.add_argument("--quick-images", type=int, default=2000, help="while it trains")
     parser.add_argument("--part", default="0/1")
     args = parser.parse_args()
     part, parts = map(int, args.part.split("/"))
+    offered = SCORERS if args.rounds == 1 else OWN
+    args.criteria = args.criteria or list(offered)
+    if unknown := set(args.criteria) - set(offered):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; offered: {', '.join(offered)}")
     experiment = Experiment(args)
     settings = {
         "samples": SAMPLES, "batch": BATCH, "lr": args.lr, "test_images": args.test_images,
@@ -189,12 +225,12 @@ def main() -> None:
         if is_done(job):
             continue
         start = time.perf_counter()
-        run = experiment.run(**{k: job[k] for k in KEY if k != "rounds"})
+        run = experiment.run(**job)
         row = job | run | {"seconds": time.perf_counter() - start, "commit": commit}
         record(row, settings)
         print(
             f"{job['criterion']:30s} {job['ranking']:7s} {job['speedup']:.2f}x seed {job['seed']} "
-            f"macs {row['macs']:.3f} pruned {row['pruned']:.1%} last {row['last']:.1%}",
+            f"macs {row['macs']:.3f} last {row['last']:.1%}",
             flush=True,
         )
 

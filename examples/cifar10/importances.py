@@ -126,8 +126,17 @@ def _score(model: nn.Module, batches: Batches, **options: Any) -> singe.Scores:
     return singe.score(model, batches, layers=inner_layers(model), progress=False, **options)
 
 
+# What :func:`singe.compress` can score again between its rounds.
+OWN: dict[str, dict[str, Any]] = {
+    "random": {"criterion": "random"},
+    "gradient at 1 (singe, taylor)": {"criterion": "taylor"},
+    "SInGE, layer": {"path": "layer"},
+    "SInGE, network": {"path": "network"},
+    "SInGE, network, outside": {"path": "network", "norm": "outside"},
+    "SInGE, network, label-free": {"path": "network", "objective": "kl"},
+}
 SCORERS: dict[str, Scorer] = {
-    "random": by_singe(criterion="random"),
+    "random": by_singe(**OWN["random"]),
     "L1": by_torch_pruning(lambda m, b: tp.importance.GroupMagnitudeImportance(p=1)),
     "L2": by_torch_pruning(lambda m, b: tp.importance.GroupMagnitudeImportance(p=2)),
     "BNScale": by_torch_pruning(lambda m, b: tp.importance.BNScaleImportance()),
@@ -137,9 +146,5 @@ SCORERS: dict[str, Scorer] = {
     "Taylor, patched": by_torch_pruning(taylor_patched),
     "Hessian": by_torch_pruning(hessian),
     "Hessian, patched": by_torch_pruning(hessian_patched),
-    "gradient at 1 (singe, taylor)": by_singe(criterion="taylor"),
-    "SInGE, layer": by_singe(path="layer"),
-    "SInGE, network": by_singe(path="network"),
-    "SInGE, network, outside": by_singe(path="network", norm="outside"),
-    "SInGE, network, label-free": by_singe(path="network", objective="kl"),
+    **{name: by_singe(**options) for name, options in OWN.items() if name != "random"},
 }

@@ -148,6 +148,9 @@ class LongRunOptions:
     autocast: Annotated[
         str | None, _option(_SCORING, "bfloat16 or float16: convolutions and linear layers in it.")
     ] = None
+    compile: Annotated[
+        bool | None, _option(_SCORING, "Run the passes through torch.compile: for large data.")
+    ] = None
     tolerance: Annotated[
         float | None,
         _option(
