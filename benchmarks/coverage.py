@@ -31,6 +31,7 @@ from benchmarks.architectures import ARCHITECTURES, Architecture
 from benchmarks.record import RESULTS, ROOT, write
 from singe.criteria import as_criterion
 from singe.data import as_batch
+from singe.definition import Definition
 from singe.engine import FusedEngine
 from singe.graph import ModelGraph, private_copy
 from singe.naive import naive_scores
@@ -115,20 +116,21 @@ def _checks(model: nn.Module, raw: Any, objective: Any) -> dict[str, Any]:
     row = {
         "groups": len(graph.groups),
         "units": sum(g.n_units for g in graph.groups),
+        "heads": sum(g.n_units for g in graph.groups if g.heads is not None),
         "rejected": dict(Counter(graph.rejected.values())),
         "find_seconds": found,
         "removal_error": _removal_error(model, batch, graph),
     }
-    singe_criterion, rule = as_criterion("singe"), as_quadrature(2)
-    options = (as_objective(objective), singe_criterion, "layer", rule, 1, "inside")
-    fused = FusedEngine(model, ends, *options).run([batch]).scores
-    naive = naive_scores(model, ends, [batch], *options).scores
+    target, criterion = as_objective(objective), as_criterion("singe")
+    definition = Definition(target, criterion, "layer", as_quadrature(2))
+    fused = FusedEngine(model, ends, definition).run([batch]).scores
+    naive = naive_scores(model, ends, [batch], definition).scores
     row["fused_error"] = max(_relative(fused[name], naive[name]) for name in naive)
     del fused, naive
     model.float()
     single = as_batch(_single(raw), 0, torch.device("cpu"))
-    options = (as_objective(objective), singe_criterion, "network", as_quadrature(4), 1, "inside")
-    engine = FusedEngine(model, graph, *options)
+    definition = Definition(target, criterion, "network", as_quadrature(4))
+    engine = FusedEngine(model, graph, definition)
     start = time.perf_counter()
     result = engine.run([single])
     row["score_seconds"] = time.perf_counter() - start
@@ -173,15 +175,17 @@ def _removal_error(model: nn.Module, batch: Any, graph: ModelGraph) -> float:
 def table(rows: list[dict[str, Any]]) -> str:
     """docs/models.md's table and list of failures."""
     lines = [
-        "| architecture | groups | units | left out | gating = removing | fused = naive | score, s |",
-        "|---|---|---|---|---|---|---|",
+        "| architecture | groups | units | of these heads | left out | gating = removing | "
+        "fused = naive | score, s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         if not row["passes"]:
             continue
         left_out = sum(n for why, n in row["rejected"].items() if "output" not in why)
         lines.append(
-            f"| {row['name']} | {row['groups']} | {row['units']:,} | {left_out or ''} | "
+            f"| {row['name']} | {row['groups']} | {row['units']:,} | "
+            f"{row.get('heads') or ''} | {left_out or ''} | "
             f"{row['removal_error']:.0e} | {row['fused_error']:.0e} | {row['score_seconds']:.1f}"
             f"{'' if row['stacked'] else ' (one by one)'} |"
         )

@@ -74,7 +74,11 @@ def write(name: str, results: Any, folder: Path | None = None) -> Path:
     folder = folder or Path(os.environ.get("SINGE_RESULTS", RESULTS))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps({"environment": environment(), "results": results}, indent=1) + "\n")
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(
+        json.dumps({"environment": environment(), "results": results}, indent=1) + "\n"
+    )
+    partial.replace(path)  # whole or not at all: others may be reading it
     print(f"wrote {path.name}")
     return path
 

@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from singe import adapters, quadrature
+from singe.attention import register_attention
 from singe.compress import CompressReport, compress
 from singe.errors import (
     BudgetError,
@@ -25,6 +26,7 @@ from singe.pruning import PruneReport, prune
 from singe.quadrature import Quadrature
 from singe.scores import Scores
 from singe.scoring import score
+from singe.weight_scores import WeightScores
 
 try:
     __version__ = version("singe")
@@ -49,12 +51,14 @@ __all__ = [
     "SingeError",
     "Stage",
     "Timing",
+    "WeightScores",
     "adapters",
     "compress",
     "load_pruned",
     "plan",
     "prune",
     "quadrature",
+    "register_attention",
     "register_layer",
     "save_pruned",
     "score",

@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from singe.rows import TRANSPOSED, turned_over
+
 
 def row_gradients(module: Any, x: Tensor, adjoint: Tensor) -> Tensor:
     """Gradient with respect to every scaled row of a conv or linear, for every variant.
 
     Args:
-        module: Conv1d/2d/3d or Linear with weight [C, ...].
+        module: Conv1d/2d/3d, ConvTranspose1d/2d/3d or Linear.
         x: what it was called with: [V, B, C_in, *X] (conv) or [V, B, *, C_in] (linear).
         adjoint: gradient of the summed loss behind the gate: [V, B, C, *Y] or [V, B, *, C].
 
@@ -58,7 +60,7 @@ def unit_row_gradients(module: Any, x: Tensor, adjoint: Tensor, channels: Tensor
         if module.groups == 1:
             parts.append(_conv(module, x_v, a_v, groups=1))
         else:  # every row sees only its own block of inputs
-            width = module.weight.shape[1]
+            width = module.in_channels // module.groups
             block = rows // (module.out_channels // module.groups)
             seen = (block[:, None] * width + torch.arange(width, device=rows.device)).flatten()
             parts.append(_conv(module, x_v[:, seen], a_v, groups=len(rows)))
@@ -76,8 +78,14 @@ def _conv(module: Any, x: Tensor, adjoint: Tensor, groups: int) -> Tensor:
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
         padding = (0,) * len(module.kernel_size)
-    shape = (adjoint.shape[1], *module.weight.shape[1:])
+    transposed = isinstance(module, TRANSPOSED)
+    ends = (x.shape[1], adjoint.shape[1]) if transposed else (adjoint.shape[1], x.shape[1])
+    shape = (ends[0], ends[1] // groups, *module.kernel_size)
     like = adjoint.new_empty(()).expand(shape)
+    extra = [0] * (x.dim() - 2)
+    if transposed:  # given by the module, or by an ``output_size``
+        plain = _plain_output(module, x)
+        extra = [real - size for real, size in zip(adjoint.shape[2:], plain, strict=True)]
     gradient = torch.ops.aten.convolution_backward(
         adjoint,
         x,
@@ -86,12 +94,18 @@ def _conv(module: Any, x: Tensor, adjoint: Tensor, groups: int) -> Tensor:
         module.stride,
         padding,
         module.dilation,
-        False,
-        [0] * (x.dim() - 2),
+        transposed,
+        extra,
         groups,
         [False, True, False],
     )[1]
-    return gradient.flatten(1)
+    return (turned_over(gradient, groups) if transposed else gradient).flatten(1)
+
+
+def _plain_output(module: Any, x: Tensor) -> list[int]:
+    """Size of what a transposed convolution gives without output padding."""
+    numbers = (x.shape[2:], module.stride, module.padding, module.dilation, module.kernel_size)
+    return [(n - 1) * s - 2 * p + d * (k - 1) + 1 for n, s, p, d, k in zip(*numbers, strict=True)]
 
 
 def _with_bias(module: Any, weight: Tensor, adjoint: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def compress(
     schedule: Schedule = "linear",
     order: str = "global",
     visit: str = "forward",
-    ranking: str = "global",
+    ranking: str = "cost",
     round_to: int = 1,
     min_keep: Share | None = None,
     max_keep: Share | None = None,
@@ -166,6 +166,11 @@ def compress(
         raise OptionError(f"checkpoint_every must be >= 1, got {checkpoint_every}")
     if resume and checkpoint is None:
         raise OptionError("resume=True needs checkpoint=, the folder to continue from")
+    if score_options.get("granularity", "unit") != "unit" or score_options.get("compile"):
+        raise OptionError(
+            "compress ranks units on a network that changes its shapes every round: granularity must "
+            "be 'unit' and compile False"
+        )
     choose("order", order, ("global", "layerwise"))
     choose("visit", visit, ("forward", "damage"))
     choose("ranking", ranking, RANKINGS)

@@ -1,8 +1,10 @@
 """What a network costs, and what it will cost once units are gone.
 
 MACs are counted as Torch-Pruning counts them (convolutions, linear layers, norms, activations and
-pooling), so that targets mean the same as in its results. A closed formula predicts them for any number
-of removed units; the count on the pruned network is the last word.
+pooling), so that targets mean the same as in its results. Two exceptions: where heads are gone from an
+attention module that Torch-Pruning counts as a whole (see :mod:`singe.attention_cost`), and
+torchvision's Swin, whose projections it does not see. A closed formula predicts them for any number of
+removed units; the count on the pruned network is the last word.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,19 +20,43 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from singe.attention_cost import Tokens, counted_whole, products, sizes_of, watched
+from singe.attention_cost import macs as attention_macs
+from singe.conv1d import with_linears
 from singe.data import Batch
 from singe.graph import NORMS, ROWS, Group, ModelGraph, private_copy
+from singe.heads import Heads, tables_of
+from singe.slim import open_attention
 
 
 @torch.no_grad()
 def count(model: nn.Module, batch: Batch) -> tuple[float, int]:
     """``(MACs per sample, parameters)`` of a model."""
+    twin = _countable(model)
     inputs = batch.kwargs if batch.kwargs else batch.args
     with contextlib.redirect_stdout(io.StringIO()):  # it prints for keyword inputs,
-        macs, params = tp.utils.count_ops_and_params(private_copy(model), inputs)
+        macs, params, by_layer, _ = tp.utils.count_ops_and_params(twin, inputs, layer_wise=True)
     if batch.kwargs:  # and takes them for one sample
         macs /= batch.size
+    narrow = {
+        name: module for name, module in twin.named_modules()
+        if counted_whole(module) and sizes_of(module).width != sizes_of(module).inputs
+    }  # fmt: skip
+    if narrow:
+        with watched(narrow) as seen:
+            batch.call(twin)
+        for name, module in narrow.items():
+            macs += (attention_macs(module, seen[name]) - (by_layer[module] or 0)) / batch.size
     return float(macs), int(params)
+
+
+def _countable(model: nn.Module) -> nn.Module:
+    """A private copy whose linear layers are all modules that are called."""
+    twin = with_linears(private_copy(model))
+    for module in twin.modules():
+        if not isinstance(module, nn.MultiheadAttention):
+            open_attention(module)
+    return twin
 
 
 @dataclass
@@ -42,7 +68,7 @@ class _Layer:
     per_pair: float  # kernel elements / groups; 0 for norms and depthwise convolutions
     per_out: float
     params_per_out: float
-    positions: int
+    positions: float
     seconds_per_mac: float = 0.0
 
     def macs(self, gone_outputs: int, gone_inputs: int) -> float:
@@ -76,7 +102,8 @@ class CostModel:
     ) -> None:
         self.macs, self.params = count(model, batch)
         self.units = {g.name: g.n_units for g in graph.groups}
-        self._layers = _measure(model, batch)
+        heads = [group.heads for group in graph.groups if group.heads is not None]
+        self._layers = _measure(model, batch, heads)
         for name, layer in self._layers.items():
             full = layer.macs(0, 0)
             layer.seconds_per_mac = (seconds or {}).get(name, 0.0) / full if full else 0.0
@@ -102,8 +129,14 @@ class CostModel:
         """Layer -> (output channels, input channels) that one unit of the group takes from it."""
         outputs: Counter[str] = Counter()
         inputs: Counter[str] = Counter()
+        if group.heads is not None:
+            outputs[products_of(group.heads)] += 1
+            for layer, entries in group.heads.entries(self._layers).items():
+                outputs[layer] += entries
+            for layer, rows in group.heads.rows.items():
+                outputs[layer] += rows.shape[1]
         for member in group.members:
-            if member.kind == "input":
+            if member.kind == "input" or group.heads is not None:
                 continue
             for name in (member.name, folds.get(member.name)):
                 if name in self._layers:
@@ -152,9 +185,14 @@ class CostState:
         return macs * layer.seconds_per_mac if kind == "latency" else macs
 
 
-def _measure(model: nn.Module, batch: Batch) -> dict[str, _Layer]:
+def products_of(heads: Heads) -> str:
+    """The name under which the products of an attention module's heads count as one more layer."""
+    return f"{heads.module}:heads"
+
+
+def _measure(model: nn.Module, batch: Batch, heads: Sequence[Heads]) -> dict[str, _Layer]:
     layers: dict[str, _Layer] = {}
-    twin = private_copy(model)
+    twin = _countable(model)
 
     def hook(name: str) -> Callable[..., None]:
         def note(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
@@ -168,8 +206,26 @@ def _measure(model: nn.Module, batch: Batch) -> dict[str, _Layer]:
     for name, module in twin.named_modules():
         if isinstance(module, (*ROWS, *NORMS)):
             module.register_forward_hook(hook(name))
-    with torch.no_grad():
+    whole = {one.module: twin.get_submodule(one.module) for one in heads}
+    whole = {name: module for name, module in whole.items() if counted_whole(module)}
+    with torch.no_grad(), watched(whole) as seen:
         batch.call(twin)
+    for one in heads:
+        module = twin.get_submodule(one.module)
+        in_layers = {f"{name}.weight" for name in one.entries(layers)}
+        tables = tables_of(module, one.attention)
+        entries = [t.numel() for n, t in tables.items() if f"{one.module}.{n}" not in in_layers]
+        tokens = seen.get(one.module, Tokens())
+        macs = products(module, tokens) / batch.size if one.module in whole else 0.0
+        layers[products_of(one)] = _Layer(
+            one.n_units, 0, 0.0, macs / one.n_units, sum(entries) / one.n_units, 1
+        )
+        if isinstance(module, nn.MultiheadAttention):  # calls none of its layers
+            size, bias = sizes_of(module), float(sizes_of(module).bias)
+            read = (tokens.queries + 2 * tokens.keys) / 3 / batch.size
+            written = tokens.queries / batch.size
+            layers[one.value] = _Layer(3 * size.width, size.inputs, 1.0, bias, bias, read)
+            layers[one.proj] = _Layer(size.outputs, size.width, 1.0, 1.0, 1.0, written)
     return layers
 
 
@@ -178,7 +234,10 @@ def _describe(layer: nn.Module, out: Tensor, samples: int) -> _Layer:
     if isinstance(layer, nn.Linear):
         positions = out.numel() // out.shape[-1] // samples
         bias = float(module.bias is not None)
-        return _Layer(module.out_features, module.in_features, 1.0, bias, bias, positions)
+        once = bias / max(
+            1, positions * samples
+        )  # Torch-Pruning counts it once for the whole batch
+        return _Layer(module.out_features, module.in_features, 1.0, once, bias, positions)
     if isinstance(layer, ROWS):
         positions = out[0, 0].numel()
         kernel = module.weight[0, 0].numel()

@@ -47,6 +47,8 @@ CRITERIA = {
 PATHS = ("layer", "neuron", "network")
 NORMS = ("inside", "outside")
 POWERS = (1, 2, "sum")
+GRANULARITIES = ("unit", "weight")
+OF_WEIGHTS = ("singe", "ig", "taylor", "gradient", "magnitude", "random")  # offered for weights
 
 
 def choose(argument: str, value: object, offered: tuple) -> None:

@@ -4,6 +4,7 @@ computed that the criterion does not use."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,23 +12,22 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from singe.channel_update import ChannelUpdates
-from singe.criteria import Criterion
 from singe.data import Batch, cut, device_of, first_samples, shapes_of
 from singe.decision import EarlyDecision, hardest_first
+from singe.definition import Definition
 from singe.errors import DataError, OptionError
-from singe.graph import ModelGraph
+from singe.graph import ModelGraph, unwrapped
 from singe.memory import PeakMemory, free_memory, is_out_of_memory
 from singe.network import Network, site_key
-from singe.objectives import Objective
 from singe.passes import Variant, all_variants, gates_of, merged
 from singe.precision import lower
-from singe.quadrature import Quadrature
 from singe.reduction import Reduction
 from singe.result import Result, unit_sets
 from singe.score_checkpoint import ScoreCheckpoint
 from singe.sums import Sums, set_of_units
 from singe.sweep import Sweep
-from singe.variants import LayoutRefused, variant
+from singe.variants import variant
+from singe.weight_scores import by_parameter, row_scales
 
 MAX_VARIANTS = 64  # per pass; beyond that a pass only takes more memory
 # On a CPU a larger pass is a slower one once it outgrows the caches: ResNet-20, layer path, 4 nodes,
@@ -61,12 +61,7 @@ class FusedEngine:
         self,
         model: nn.Module,
         graph: ModelGraph,
-        objective: Objective,
-        criterion: Criterion,
-        path: str,
-        quadrature: Quadrature,
-        p: int | str,
-        norm: str,
+        definition: Definition,
         max_memory: int | None = None,
         autocast: torch.dtype | None = None,
         n_batches: int | None = None,
@@ -75,11 +70,10 @@ class FusedEngine:
         compile: bool = False,
         on_pass: Callable[[float], None] = lambda variants: None,
     ) -> None:
+        self.model = unwrapped(model)
         self.groups = graph.groups
-        self.objective = objective
-        self.criterion = criterion
-        self.path = path
-        self.quadrature = quadrature
+        self.definition = definition
+        self.objective = definition.objective
         self.max_memory = max_memory
         self.n_batches = n_batches
         self.decision = decision
@@ -93,38 +87,15 @@ class FusedEngine:
         if self.device.type == "cpu" and all(p.dtype == torch.float32 for p in model.parameters()):
             # ResNet-20, 64 images: the stacked pass takes 0.88 of the time in this layout.
             self.network.set_channels_last(True)
-        self.updates = ChannelUpdates(self.network, graph.groups) if path == "neuron" else None
-        integrand = criterion.integrand
-        # A sum over a unit's entries is the derivative along its gates: no weight gradient needed.
-        self.gates_only = integrand == "derivative" or (integrand == "variation" and p == "sum")
-        # norm="outside" sums the nodes before the norm, so one slot holds them all.
-        self.nodes_in_one = norm == "outside" and integrand != "derivative"
-        self.sets = set_of_units(self.groups, path)
-        self.jobs = all_variants(self.groups, path, criterion, quadrature)
+        one_by_one = definition.path == "neuron"
+        self.updates = ChannelUpdates(self.network, graph.groups) if one_by_one else None
+        self.sets = set_of_units(self.groups, definition.path)
+        self.jobs = all_variants(self.groups, definition)
         self.n_sets = 1 + max(int(index.max()) for index in self.sets.values())
         self.sums = Sums(self._folds(), self.n_sets)
-        self.reduction = Reduction(
-            self.network,
-            criterion,
-            quadrature,
-            p,
-            self.sets,
-            self.nodes_in_one,
-            self.gates_only,
-        )
-        self.sweep = Sweep(
-            self.network,
-            self.updates,
-            objective,
-            criterion,
-            path,
-            quadrature,
-            self.gates_only,
-            self.nodes_in_one,
-            self.sums,
-            self.device,
-            compile,
-        )
+        scales = row_scales(self.network.module, graph.folds)
+        self.reduction = Reduction(self.network, definition, self.sets, scales)
+        self.sweep = Sweep(self.network, self.updates, definition, self.sums, self.device, compile)
         self.active = torch.ones(self.n_sets, dtype=torch.bool)
         self.budget = max_memory or free_memory(self.device) // 4
         self.divisible: bool | None = None  # whether batches may be cut, once that is known
@@ -234,8 +205,8 @@ class FusedEngine:
         forward more than its S passes.
         """
         return (
-            self.path == "network"
-            and self.criterion.integrand in ("variation", "gradient")
+            self.definition.path == "network"
+            and self.definition.criterion.integrand in ("variation", "gradient")
             and not self.objective.needs_reference
             and self.autocast is None  # there the remembered prefix is in full precision
             and self.sweep.recorded_shapes == shapes_of(batch)
@@ -301,9 +272,6 @@ class FusedEngine:
             variants = job[done : done + self.chunk]
             try:
                 self.sweep.add(variants, batch, reference, fold)
-            except LayoutRefused:
-                self.sweep.record(batch)
-                continue
             except RuntimeError as error:
                 if len(variants) == 1 or not is_out_of_memory(error):
                     raise
@@ -318,14 +286,14 @@ class FusedEngine:
 
     def _sum_bytes(self) -> int:
         """What one fold of the gradient sums takes."""
-        if self.criterion.integrand == "loss":
+        if self.definition.criterion.integrand == "loss":
             return 0
-        slots = 1 if self.nodes_in_one else len(self.quadrature)
+        slots = 1 if self.definition.nodes_in_one else len(self.definition.quadrature)
         entries = 0
         for group in self.groups:
             for member in group.members:
                 site = self.network.sites[site_key(member)]
-                is_rows = site.kind == "rows" and not self.gates_only
+                is_rows = site.kind == "rows" and not self.definition.gates_only
                 entries += member.channels.numel() * (site.row_size if is_rows else 1)
         key = next(iter(self.network.sites))
         return slots * entries * self.network.open_gate(key).element_size()
@@ -380,12 +348,7 @@ class FusedEngine:
         # Nothing is hard for a divergence where nothing has moved.
         halfway = Variant([(g, list(range(g.n_units))) for g in self.groups], 0, 0, 0.5)
         gates = gates_of(self.network, [halfway])
-        try:
-            stacked, _ = self.sweep.runner(batch, gates, {})
-        except LayoutRefused:
-            self.sweep.record(batch)
-            stacked, _ = self.sweep.runner(batch, gates, {})
-        return variant(stacked, 0)
+        return variant(self.sweep.run(batch, gates, {})[0], 0)
 
     def _decide(self, batch: Batch, rest: Sequence[Batch]) -> None:
         assert self.decision is not None
@@ -410,6 +373,15 @@ class FusedEngine:
             "stacked": self.sweep.runner.stacked,
             "evaluations": self.evaluated,
         }
+        if (compiler := self.sweep.runner.compiler) is not None:
+            result.meta |= {"compiled": compiler.compiled, "uncompiled": compiler.refused}
+        if self.definition.granularity == "weight":
+            scores = partial(self.reduction.weights, self.sums)
+            result.scores = by_parameter(self.model, self.groups, scores)
+            if len(self.sums.used_folds()) > 1:
+                stderr = partial(self.reduction.weights_stderr, self.sums)
+                result.stderr = by_parameter(self.model, self.groups, stderr)
+            return result
         if self.decision is not None:
             self.sums.samples[0] = n_samples  # what was not seen counts as adding nothing
         for group in self.groups:
@@ -420,9 +392,11 @@ class FusedEngine:
             result.scores = dict(zip(result.scores, parts, strict=True))
         if self.decision is None and len(self.sums.used_folds()) > 1:
             result.stderr = {g.name: self.reduction.stderr(self.sums, g) for g in self.groups}
-        if self.criterion.integrand == "derivative":
+        if self.definition.criterion.integrand == "derivative":
             damage = self.reduction.damage(self.sums)
-            for index, units in enumerate(unit_sets(self.groups, self.path)):
+            for index, units in enumerate(unit_sets(self.groups, self.definition.path)):
                 integral = sum(float(result.scores[g.name][u].sum()) for g, u in units)
-                result.note_completeness(units, self.path, integral - float(damage[index]))
+                result.note_completeness(
+                    units, self.definition.path, integral - float(damage[index])
+                )
         return result

@@ -41,3 +41,8 @@ class KernelError(SingeError, RuntimeError):
 
 class ExportError(SingeError, RuntimeError):
     """A model cannot be exported, or its exported form computes something else."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says; empty where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), "")

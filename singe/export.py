@@ -22,6 +22,7 @@ from singe.errors import ExportError, ModelError
 from singe.files import replacing
 from singe.graph import NORMS, ROWS, private_copy, unwrapped
 from singe.plan import Plan
+from singe.slim import slim_of, take_slim
 from singe.snapshot import Snapshot
 
 FORMAT = "singe-pruned-1"
@@ -165,12 +166,12 @@ def check_onnx() -> None:
 
 
 def _layers(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Per layer its sizes: integer attributes such as ``out_channels``, and shapes of its tensors."""
+    """Per module its sizes: integers such as ``out_channels`` or ``num_heads``, and shapes of its tensors."""
     found = {}
     for name, module in model.named_modules():
         tensors = dict(_tensors(module))
-        if tensors or isinstance(module, (*ROWS, *NORMS)):
-            sizes = {k: v for k, v in vars(module).items() if not k.startswith("_") and _is_size(v)}
+        sizes = {k: v for k, v in vars(module).items() if not k.startswith("_") and _is_size(v)}
+        if tensors or sizes or isinstance(module, (*ROWS, *NORMS)):
             shapes = {k: list(t.shape) for k, t in tensors.items()}
             found[name] = {"type": type(module).__name__, "sizes": sizes, "shapes": shapes}
     return found
@@ -204,6 +205,9 @@ def _resize(model: nn.Module, layers: dict[str, dict[str, Any]]) -> None:
     replaced: dict[int, Tensor] = {}  # tied parameters stay tied
     for name, layer in layers.items():
         module = modules[name]
+        slim = slim_of(module)
+        if slim is not None and slim.__name__ == layer["type"]:
+            take_slim(module)
         if type(module).__name__ != layer["type"]:
             raise KeyError(f"{name} is a {type(module).__name__}, not a {layer['type']}")
         for key, value in layer["sizes"].items():

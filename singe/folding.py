@@ -2,12 +2,12 @@
 
 ``torch.vmap`` runs convolutions on the folded shape and everything else on the unfolded one, views in
 between. To a compiler that is a network in five dimensions: Inductor lays those out contiguously, the
-convolutions channels-last, and every element-wise kernel transposes. ResNet-20, network path, 64 images,
-4 nodes, one core: 0.65 s a pass unfolded, 0.41 s folded, 0.50 s without a compiler.
+convolutions channels-last, and every element-wise kernel transposes.
 """
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -54,6 +54,8 @@ def _is_elementwise(node: Node) -> bool:
 
 
 def _shape(node: Node) -> tuple[int, ...] | None:
+    if node.op == "get_attr":  # a parameter
+        return tuple(operator.attrgetter(str(node.target))(node.graph.owning_module).shape)
     shape = getattr(node.meta.get("tensor_meta"), "shape", None)
     return None if shape is None else tuple(shape)
 
@@ -67,7 +69,7 @@ def _fold(operand: Node, shape: tuple[int, ...], folded: dict[Node, Node]) -> An
     if operand in folded and _shape(operand) == shape:
         return folded[operand]
     own = _shape(operand)
-    assert own is not None
+    assert own is not None, f"no shape is known of {operand}"
     if own == ():
         return operand
     graph = operand.graph

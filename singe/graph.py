@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -13,10 +13,12 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from singe.conv1d import with_linears
 from singe.data import Batch
 from singe.dependencies import build_dependency_graph, coupled
 from singe.errors import ModelError
 from singe.gates import BATCH_NORMS, dialect, registered
+from singe.heads import Heads, find_heads
 
 ROWS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 NORMS = (*BATCH_NORMS, nn.LayerNorm, nn.GroupNorm)
@@ -57,6 +59,9 @@ class Group:
             grouped convolution or GroupNorm forces channels to go together).
         members: every layer that holds parameters or gates of the units.
         consumers: ``"input"`` members: the layers that read the units.
+        units: layer -> int64 [C_out], the unit that each of its output channels belongs to, -1 where it
+            is another group's. Channels of a unit need not be neighbours, nor at equal distances.
+        heads: where the units are the heads of an attention module, what each takes with it.
     """
 
     name: str
@@ -65,6 +70,8 @@ class Group:
     members: tuple[Member, ...]
     consumers: tuple[Member, ...] = field(default=(), repr=False)
     suspicious: bool = field(default=False, repr=False)
+    units: Mapping[str, Tensor] = field(default_factory=dict, repr=False, hash=False)
+    heads: Heads | None = field(default=None, repr=False, hash=False)
 
     @property
     def rows(self) -> tuple[Member, ...]:
@@ -73,7 +80,7 @@ class Group:
     @property
     def layers(self) -> tuple[str, ...]:
         """Names of the convs and linears whose output channels the units are."""
-        return tuple(m.name for m in self.rows)
+        return tuple(self.heads.rows) if self.heads else tuple(m.name for m in self.rows)
 
     def with_input_gates(self, names: set[str]) -> Group:
         """The same group with gates at the inputs of the named consumers."""
@@ -150,7 +157,7 @@ def read_graph(
         ignore: layers that must keep all their channels.
         fold: treat a BatchNorm that directly follows a row as part of it.
     """
-    twin = private_copy(model, trainable=True)
+    twin = with_linears(private_copy(model, trainable=True))
     names = {module: name for name, module in twin.named_modules()}
     dg = build_dependency_graph(twin, batch)
     folds = _find_folds(dg, names) if fold else {}
@@ -160,26 +167,38 @@ def read_graph(
     groups: list[Group] = []
     rejected: dict[str, str] = {}
     rejected_layers: dict[str, str] = {}
+
+    def offer(root: str, group: Group | str, layers: Iterable[str]) -> None:
+        if isinstance(group, Group) and (hit := ignore.intersection(group.layers)):
+            group = f"{', '.join(sorted(hit))} is in `ignore`"
+        if isinstance(group, Group):
+            groups.append(group)
+        else:
+            rejected[root] = group
+            rejected_layers.update(dict.fromkeys(layers, root))
+
+    in_heads: set[str] = set()
+    for name, heads in find_heads(twin):
+        if isinstance(heads, str):
+            rejected.setdefault(name, heads)
+            continue
+        layers = tuple(heads.rows)
+        offer(heads.value, _group_of(heads, twin, tied), layers)
+        in_heads |= set(layers)
     for root_module, tp_group in coupled(dg):
         root = names[root_module]
         if isinstance(tp_group, str):
-            rejected[root], rejected_layers[root] = tp_group, root
+            if root not in in_heads:
+                offer(root, tp_group, (root,))
             continue
-        group = _describe(dg, tp_group, names, folded, tied)
-        layers = {
+        coupled_layers = {
             names[item.dep.target.module]
             for item in tp_group
             if isinstance(item.dep.target.module, ROWS)
             and dg.is_out_channel_pruning_fn(item.dep.handler)
         }
-        if isinstance(group, str):
-            rejected[root] = group
-            rejected_layers |= dict.fromkeys(layers, root)
-        elif hit := ignore.intersection(group.layers):
-            rejected[root] = f"{', '.join(sorted(hit))} is in `ignore`"
-            rejected_layers |= dict.fromkeys(layers, root)
-        else:
-            groups.append(group)
+        if not coupled_layers & in_heads:  # those leave head by head
+            offer(root, _describe(dg, tp_group, names, folded, tied), coupled_layers)
 
     for module, name in names.items():
         if isinstance(module, nn.RNNBase):
@@ -267,6 +286,7 @@ def _describe(
 
     members: list[Member] = []
     consumers: list[Member] = []
+    units: dict[str, Tensor] = {}
     suspicious = False
     for item in tp_group:
         node, module = item.dep.target, item.dep.target.module
@@ -311,29 +331,60 @@ def _describe(
             consumers.append(Member(name, "input", channels))
         elif isinstance(module, ROWS):
             members.append(Member(name, "rows", channels))
+            units[name] = units_by_channel(channels, module.weight.shape[0])
             suspicious |= channels.numel() != module.weight.shape[0]
         elif name not in folded:
             members.append(Member(name, "norm", channels))
     if not consumers:
         return "no layer reads its channels, so they reach the model's output"
     root_channels = torch.arange(n_channels).view(blocks, n_units).T.contiguous()
-    return Group(names[root], n_units, root_channels, tuple(members), tuple(consumers), suspicious)
+    return Group(
+        names[root], n_units, root_channels, tuple(members), tuple(consumers), suspicious, units
+    )
+
+
+def _group_of(heads: Heads, model: nn.Module, tied: set[str]) -> Group | str:
+    """The group of an attention module's heads, or the reason why they cannot be offered."""
+    if heads.n_units < 2:
+        return "it has a single head, and attention cannot lose all its heads"
+    units: dict[str, Tensor] = {}
+    for name, rows in heads.rows.items():
+        if name in tied:
+            return f"{name} shares its weight with another layer"
+        module: Any = model.get_submodule(name)
+        if isinstance(module, nn.MultiheadAttention):
+            units[name] = units_by_channel(rows, len(module.in_proj_weight))
+            continue
+        if not _is_plain(module):
+            return f"{name} is a {type(module).__name__}, which does more than its base class"
+        if "weight" not in module._parameters:
+            return f"{name} computes its weight; remove its weight_norm or parametrization first"
+        units[name] = units_by_channel(rows, len(module.weight))
+    return Group(
+        heads.value,
+        heads.n_units,
+        heads.value_rows,
+        (Member(heads.value, "rows", heads.value_rows),),
+        (Member(heads.proj, "input", heads.columns),),
+        units=units,
+        heads=heads,
+    )
 
 
 def _is_foreign(module: nn.Module) -> bool:
-    """A matrix of somebody's own (the Conv1D of GPT-2): its outputs are in nobody's group."""
+    """A matrix of somebody's own: its outputs are in nobody's group."""
     weight = module._parameters.get("weight")
     bases = [base for base in type(module).__mro__ if base is not nn.Module]
     is_torchs = any(base.__module__.startswith("torch.") for base in bases)
     return weight is not None and weight.dim() >= 2 and not is_torchs and registered(module) is None
 
 
-def _is_plain(row: nn.Module) -> bool:
+def _is_plain(row: nn.Module, bases: tuple[type[nn.Module], ...] = ROWS) -> bool:
     """Whether a conv or linear computes what torch's does: its weight gradient is taken for granted."""
     return any(
         type(row).forward is base.forward
         and getattr(base, "_conv_forward", None) is getattr(type(row), "_conv_forward", None)
-        for base in ROWS
+        for base in bases
     )
 
 
@@ -346,9 +397,16 @@ def _only_multiplies(node: Any) -> bool:
     )
 
 
+def units_by_channel(channels: Tensor, width: int) -> Tensor:
+    """int64 [width] from [U, m] channels per unit: the unit of every channel, -1 where it has none."""
+    units = torch.full((width,), -1)
+    units[channels] = torch.arange(len(channels))[:, None]
+    return units
+
+
 def _channels_by_unit(idxs: list[int], root_idxs: list[int], n_units: int) -> Tensor | None:
     """[U, m] channels per unit, or None if units hold different numbers of channels."""
-    if len(idxs) % n_units:
+    if len(idxs) % n_units or None in root_idxs:  # Torch-Pruning lost track of some
         return None
     unit = torch.tensor(root_idxs) % n_units
     order = torch.argsort(unit, stable=True)

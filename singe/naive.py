@@ -6,19 +6,19 @@ must equal it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from singe.criteria import Criterion
 from singe.data import Batch
-from singe.graph import Group, Member, ModelGraph
+from singe.definition import Definition
+from singe.graph import Group, Member, ModelGraph, unwrapped
 from singe.network import Network, site_key
-from singe.objectives import Objective
-from singe.quadrature import Quadrature
 from singe.result import Result, UnitSet, unit_sets
+from singe.rows import rows_of, weight_of
+from singe.weight_scores import by_parameter, row_scales
 
 
 class TextbookNetwork:
@@ -54,8 +54,14 @@ class TextbookNetwork:
             for member in group.members:
                 channels = member.channels[chosen].flatten()
                 key = site_key(member)
+                module = self.network.sites[key].module
                 for tensor, full in zip(self._tensors(key), self.full[key], strict=True):
-                    tensor[channels] = mu * full[channels]
+                    if tensor.dim() == 1:
+                        tensor[channels] = mu * full[channels]
+                        continue
+                    rows = rows_of(module, tensor).clone()
+                    rows[channels] = mu * rows_of(module, full)[channels]
+                    tensor.copy_(weight_of(module, rows))
 
     def zero_grad(self) -> None:
         for parameter in self.network.module.parameters():
@@ -63,6 +69,13 @@ class TextbookNetwork:
         for site in self.network.sites.values():
             if site.gate is not None:
                 site.gate.grad = None
+
+    def weight_entries(self, member: Member) -> tuple[Tensor, Tensor]:
+        """The rows of a layer's folded weight and their gradient, after ``backward``."""
+        weight, full = self._tensors(member.name)[0], self.full[member.name][0]
+        grad = torch.zeros_like(full) if weight.grad is None else weight.grad
+        module = self.network.sites[member.name].module
+        return rows_of(module, full), rows_of(module, grad)
 
     def entries(self, group: Group, with_gates: bool) -> tuple[Tensor, Tensor]:
         """``(W_u, grad_u)``, each [U, K], of all units of a group, after ``backward``."""
@@ -87,23 +100,19 @@ def naive_scores(
     model: nn.Module,
     graph: ModelGraph,
     batches: Iterable[Batch],
-    objective: Objective,
-    criterion: Criterion,
-    path: str,
-    quadrature: Quadrature,
-    p: int | str,
-    norm: str,
+    definition: Definition,
 ) -> Result:
-    """Scores of every unit of every group by the definition.
+    """Scores of every unit of every group, or of every weight of their rows, by the definition.
 
     Args:
         batches: read once and kept.
-        p: 1, 2 or ``"sum"``.
 
     Returns:
-        Scores [U] per group, and for ``signed`` its distance from the true loss change.
+        Scores [U] per group, and for ``signed`` its distance from the true loss change; for weights
+        a tensor per parameter.
     """
     batches = list(batches)
+    objective, integrand = definition.objective, definition.criterion.integrand
     textbook = TextbookNetwork(model, graph)
     network = textbook.network
     references: list[Any] = []
@@ -130,42 +139,86 @@ def naive_scores(
         textbook.set_scale(units, 1.0)
         return loss
 
-    def gradients_at(units: UnitSet, mu: float) -> dict[str, tuple[Tensor, Tensor]]:
+    def backward_at(units: UnitSet, mu: float) -> None:
         textbook.set_scale(units, mu)
         textbook.zero_grad()
         mean_loss(backward=True)
         textbook.set_scale(units, 1.0)
-        with_gates = criterion.integrand != "gradient"
+
+    def gradients_at(units: UnitSet, mu: float) -> dict[str, tuple[Tensor, Tensor]]:
+        backward_at(units, mu)
+        with_gates = integrand != "gradient"
         return {group.name: textbook.entries(group, with_gates) for group, _ in units}
 
     result = Result.empty(graph.groups, n_samples)
     full_loss = loss_at([], 1.0)
-    nodes = list(zip(quadrature.nodes, quadrature.weights, strict=True))
-    for units in unit_sets(graph.groups, path):
-        if criterion.integrand == "loss":
+    if definition.granularity == "weight":
+        return _weight_scores(model, textbook, graph, backward_at, definition, n_samples)
+    for units in unit_sets(graph.groups, definition.path):
+        if integrand == "loss":
             (group, chosen), *_ = units
             result.scores[group.name][chosen] = loss_at(units, 0.0) - full_loss
             continue
         integrands: dict[str, list[Tensor]] = {group.name: [] for group, _ in units}
-        for mu, _ in nodes:
+        for mu in definition.quadrature.nodes:
             for name, (weight, grad) in gradients_at(units, mu).items():
                 integrands[name].append(
-                    (grad if criterion.integrand == "gradient" else weight * grad).double()
+                    (grad if integrand == "gradient" else weight * grad).double()
                 )
-        omega = torch.tensor([w for _, w in nodes], dtype=torch.float64)
+        omega = torch.tensor(definition.quadrature.weights, dtype=torch.float64)
         signed_sum = 0.0
         for group, chosen in units:
             values = torch.stack(integrands[group.name])[:, chosen].cpu()  # [S, U', K]
-            if criterion.integrand == "derivative":
+            if integrand == "derivative":
                 score = -(omega[:, None] * values.sum(2)).sum(0)
                 signed_sum += score.sum().item()
-            elif norm == "outside":
-                score = _norm((omega[:, None, None] * values).sum(0), p)
+            elif definition.norm == "outside":
+                score = _norm((omega[:, None, None] * values).sum(0), definition.p)
             else:
-                score = (omega[:, None] * _norm(values, p)).sum(0)
+                score = (omega[:, None] * _norm(values, definition.p)).sum(0)
             result.scores[group.name][chosen] = score
-        if criterion.integrand == "derivative":
-            result.note_completeness(units, path, signed_sum - (loss_at(units, 0.0) - full_loss))
+        if integrand == "derivative":
+            error = signed_sum - (loss_at(units, 0.0) - full_loss)
+            result.note_completeness(units, definition.path, error)
+    return result
+
+
+def _weight_scores(
+    model: nn.Module,
+    textbook: TextbookNetwork,
+    graph: ModelGraph,
+    backward_at: Callable[[UnitSet, float], None],
+    definition: Definition,
+    n_samples: int,
+) -> Result:
+    """Of every weight ``sum_s omega_s |D_k(mu_s)|`` (inside) or ``|sum_s omega_s D_k(mu_s)|``.
+
+    ``D_k`` is weight times gradient, the same before and after folding; or, for criteria of the
+    gradient alone, the gradient with respect to the weight before folding.
+    """
+    scores: dict[tuple[str, str], Tensor] = {}
+    scales = row_scales(textbook.network.module, graph.folds)
+    rule = definition.quadrature
+    for units in unit_sets(graph.groups, definition.path):
+        for mu, omega in zip(rule.nodes, rule.weights, strict=True):
+            backward_at(units, mu)
+            for group, chosen in units:
+                for member in group.rows:
+                    weight, grad = textbook.weight_entries(member)
+                    value = (weight * grad).double()
+                    if definition.criterion.integrand == "gradient":
+                        scale = scales.get(member.name, torch.ones(len(grad))).to(grad.device)
+                        value = grad.double() * scale.view(-1, *[1] * (grad.dim() - 1))
+                    rows = member.channels[chosen].flatten()
+                    total = scores.setdefault((group.name, member.name), torch.zeros_like(value))
+                    inside = definition.norm == "inside"
+                    total[rows] += omega * (value.abs() if inside else value)[rows]
+    result = Result.empty((), n_samples)
+    result.scores = by_parameter(
+        unwrapped(model),
+        graph.groups,
+        lambda group, member: scores[group.name, member.name][member.channels].abs().cpu(),
+    )
     return result
 
 

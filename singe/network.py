@@ -25,11 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from singe.conv1d import with_linears
 from singe.data import Batch, in_channels_last
 from singe.gates import BATCH_NORMS, REGISTRY, Dialect, dialect
 from singe.graph import Group, Member, private_copy
 from singe.kernels.masked_forward import masked_forward
 from singe.prefix import PrefixCache
+from singe.rows import rows_of
+from singe.slim import SlimMultiheadAttention, open_attention
 
 
 @dataclass
@@ -38,7 +41,7 @@ class Site:
 
     Attributes:
         key: ``name`` for rows and norms, ``name + ":input"`` for input gates.
-        full: the module's weight and bias before any change of precision (rows only).
+        full: the module's rows and bias before any change of precision (rows only).
         gate: [C], one factor per channel, or None for the plain network.
         probes: one zero tensor per call of the module, in the shape of its output, or empty.
         inputs: what the module was called with in this pass (rows only, when it has probes).
@@ -161,7 +164,12 @@ class Network:
     """
 
     def __init__(self, model: nn.Module, groups: Iterable[Group], folds: dict[str, str]) -> None:
-        self.module = private_copy(model)
+        groups = tuple(groups)
+        self.module = with_linears(private_copy(model))
+        gated = {group.heads.module for group in groups if group.heads is not None}
+        for name, module in list(self.module.named_modules()):
+            if name in gated or isinstance(module, SlimMultiheadAttention):
+                open_attention(module)
         for submodule in self.module.modules():
             if getattr(submodule, "inplace", None) is True:
                 setattr(submodule, "inplace", False)  # noqa: B010 - in-place ops would overwrite what is shared by variants
@@ -186,10 +194,12 @@ class Network:
         if key in self.sites:
             return
         module: Any = self.module.get_submodule(member.name)
+        if isinstance(module, nn.MultiheadAttention):
+            module = module.in_proj
         if member.kind == "input":
             channels = getattr(module, "in_channels", None) or module.in_features
         elif member.kind == "rows":
-            channels = module.weight.shape[0]
+            channels = rows_of(module, module.weight).shape[0]
         elif member.kind == "custom":
             channels = REGISTRY[type(module)].pruner.get_out_channels(module)
         elif isinstance(module, nn.LayerNorm):
@@ -198,10 +208,22 @@ class Network:
             channels = getattr(module, "num_features", None) or module.num_channels
         full: tuple[Tensor, ...] = ()
         if member.kind == "rows":
-            full = tuple(t.detach() for t in (module.weight, module.bias) if t is not None)
+            full = (rows_of(module, module.weight.detach()),)
+            full += () if module.bias is None else (module.bias.detach(),)
         site = Site(key, member.kind, module, int(channels), full)
-        module.forward = _GATED[member.kind](self, site, module.forward)
+        module.forward = self._counted(module, _GATED[member.kind](self, site, module.forward))
         self.sites[key] = site
+
+    def _counted(self, module: nn.Module, gated: Forward) -> Forward:
+        """Some gates compute what the module would without calling it: its calls count all the same."""
+
+        def counted(*args: Tensor, **named: Any) -> Tensor:
+            calls = self.cache.calls(module)
+            out = gated(*args, **named)
+            self.cache.passed_over(module, calls + 1)
+            return out
+
+        return counted
 
     def __call__(self, batch: Batch) -> Any:
         """Outputs with whatever gates and probes are set."""
@@ -260,8 +282,8 @@ Forward = Callable[..., Tensor]
 
 
 def _gated_rows(network: Network, site: Site, forward: Forward) -> Forward:
-    def gated(input: Tensor) -> Tensor:
-        y = forward(input)
+    def gated(input: Tensor, *more: Any, **named: Any) -> Tensor:  # ``output_size``
+        y = forward(input, *more, **named)
         call, site.calls = site.calls, site.calls + 1
         if network.is_recording:
             dtype = network.cache.dtype or y.dtype

@@ -9,10 +9,9 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from singe.criteria import Criterion
+from singe.definition import Definition
 from singe.graph import Group
 from singe.network import Network, site_key
-from singe.quadrature import Quadrature
 from singe.result import UnitSet, unit_sets
 
 
@@ -36,16 +35,15 @@ class Variant:
         return self.units[0][1][0]
 
 
-def all_variants(
-    groups: Sequence[Group], path: str, criterion: Criterion, quadrature: Quadrature
-) -> list[list[Variant]]:
+def all_variants(groups: Sequence[Group], definition: Definition) -> list[list[Variant]]:
     """Jobs: per stage (gradients at the nodes, losses at the end) and group, its variants."""
     stages: list[list[tuple[int | None, float]]] = []
-    if criterion.integrand != "loss":
-        stages.append(list(enumerate(quadrature.nodes)))
-    if criterion.integrand in ("loss", "derivative"):
+    integrand = definition.criterion.integrand
+    if integrand != "loss":
+        stages.append(list(enumerate(definition.quadrature.nodes)))
+    if integrand in ("loss", "derivative"):
         stages.append([(None, 0.0)])
-    sets = list(enumerate(unit_sets(groups, path)))
+    sets = list(enumerate(unit_sets(groups, definition.path)))
     return [
         [Variant(units, index, node, mu) for index, units in of_group for node, mu in stage]
         for stage in stages

@@ -23,7 +23,7 @@ from singe.graph import ModelGraph, private_copy, unwrapped
 from singe.latency import Stopwatch, Timing
 from singe.limits import MAX_PRUNING_RATIO, Limits, Share, absolute, limits_of, target_of
 from singe.removal import remove_units
-from singe.scores import Scores
+from singe.scores import Scores, require_units
 from singe.units import find_groups, small
 
 FORMAT = "singe-plan-1"
@@ -135,7 +135,7 @@ def plan(
     params: float | None = None,
     channels: float | None = None,
     latency: float | None = None,
-    ranking: str = "global",
+    ranking: str = "cost",
     round_to: int = 1,
     min_keep: Share | None = None,
     max_keep: Share | None = None,
@@ -154,9 +154,10 @@ def plan(
         channels: the same in units of the scored groups.
         latency: the same in *measured* time on the model's device: a share, or milliseconds (> 1).
             Exactly one of ``macs``, ``params``, ``channels``, ``latency`` is given.
-        ranking: ``"global"`` compares all units with each other, ``"local"`` takes the same share of
-            every group, ``"isomorphic"`` the same share of every kind of group, ``"cost"`` keeps the
-            most score for the budget; see :mod:`singe.budget`.
+        ranking: ``"cost"`` keeps the most score for the budget (the default: after fine-tuning it is
+            worth a point of accuracy whatever the criterion, ``docs/cifar10.md``), ``"global"``
+            compares all units with each other, ``"local"`` takes the same share of every group,
+            ``"isomorphic"`` the same share of every kind of group; see :mod:`singe.budget`.
         round_to: the channels kept in every pruned layer are a multiple of this.
         min_keep: share of its units that every group keeps at least: a number, or a mapping from
             names (of groups, their layers or containers) to numbers. A named group is exempt from
@@ -174,6 +175,7 @@ def plan(
         BudgetError: the target cannot be met; names the smallest that can.
         OptionError: not exactly one target, or a value out of range.
     """
+    require_units(scores)
     scores.check(model)
     kind, value = target_of(macs=macs, params=params, channels=channels, latency=latency)
     choose("ranking", ranking, RANKINGS)

@@ -26,7 +26,8 @@ def lower(network: Network, dtype: torch.dtype) -> None:
     attention = {
         child
         for module in network.module.modules()
-        if isinstance(module, nn.MultiheadAttention)  # reads its children's weights itself
+        # Reads its children's weights itself, unless it was opened for gates.
+        if isinstance(module, nn.MultiheadAttention) and not hasattr(module, "in_proj")
         for child in module.modules()
     }
     for module in network.module.modules():

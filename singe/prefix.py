@@ -7,12 +7,15 @@ whose input does not depend on a gate returns what it remembers; functional oper
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+Call = tuple[nn.Module, int]  # a leaf, and which of its calls
 
 
 def depends_on_gates(x: Tensor) -> bool:
@@ -27,11 +30,11 @@ class PrefixCache:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._outputs: dict[int, Tensor] = {}
-        self._recorded: dict[int, tuple[Tensor, int]] = {}  # as they came, with their versions
-        self._overwritten: set[int] = set()  # calls whose output a later in-place op changes
+        self._outputs: dict[Call, Tensor] = {}
+        self._recorded: dict[Call, tuple[Tensor, int]] = {}  # as they came, with their versions
+        self._overwritten: set[Call] = set()  # calls whose output a later in-place op changes
         self._mode = "off"
-        self._call = 0
+        self._calls: Counter[nn.Module] = Counter()  # of every leaf, in this pass
         self.bytes = 0
         self.dtype: torch.dtype | None = None  # what is remembered is rounded to it
         for leaf in module.modules():
@@ -44,7 +47,8 @@ class PrefixCache:
         def remembered(*args: Any, **kwargs: Any) -> Any:
             if self._mode == "off":
                 return forward(*args, **kwargs)
-            call, self._call = self._call, self._call + 1
+            call = (leaf, self._calls[leaf])
+            self._calls[leaf] += 1
             if self._mode == "record":
                 out = forward(*args, **kwargs)
                 if isinstance(out, Tensor) and not any(
@@ -62,7 +66,7 @@ class PrefixCache:
 
         leaf.forward = remembered
 
-    def _remember(self, call: int, out: Tensor) -> None:
+    def _remember(self, call: Call, out: Tensor) -> None:
         self._recorded[call] = (out, out._version)
         kept = out.clone() if call in self._overwritten else out
         if self.dtype is not None and kept.is_floating_point():
@@ -73,7 +77,8 @@ class PrefixCache:
     def record(self) -> None:
         """Start a plain pass that remembers."""
         self.clear()
-        self._mode, self._call = "record", 0
+        self._mode = "record"
+        self._calls.clear()
 
     def recorded(self) -> None:
         """End it: forget what an in-place operation changed afterwards, and copy it next time."""
@@ -86,15 +91,16 @@ class PrefixCache:
 
     def replay(self) -> None:
         """Start a pass that reuses."""
-        self._mode, self._call = "replay", 0
+        self._mode = "replay"
+        self._calls.clear()
 
     @property
-    def outputs(self) -> Mapping[int, Tensor]:
-        """What is remembered, by the number of the call."""
+    def outputs(self) -> Mapping[Call, Tensor]:
+        """What is remembered, by the call."""
         return self._outputs
 
     @contextmanager
-    def replacing(self, outputs: Mapping[int, Tensor]) -> Iterator[None]:
+    def replacing(self, outputs: Mapping[Call, Tensor]) -> Iterator[None]:
         """Something else is remembered in here."""
         kept, self._outputs = self._outputs, dict(outputs)
         try:
@@ -102,9 +108,13 @@ class PrefixCache:
         finally:
             self._outputs = kept
 
-    def skip(self) -> None:
-        """A leaf is passed over: its call counts all the same."""
-        self._call += 1
+    def calls(self, leaf: nn.Module) -> int:
+        """How often a leaf was called in this pass."""
+        return self._calls[leaf]
+
+    def passed_over(self, leaf: nn.Module, calls: int) -> None:
+        """Something stood in for a leaf: it counts as called so many times."""
+        self._calls[leaf] = calls
 
     def stop(self) -> None:
         self._mode = "off"

@@ -1,18 +1,17 @@
-"""From sums over samples to one number per unit, and to its standard error."""
+"""From sums over samples to one number per unit or weight, and to its standard error."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from singe.criteria import Criterion
-from singe.graph import Group
+from singe.definition import Definition
+from singe.graph import Group, Member
 from singe.kernels.integral import Norm, accumulate
 from singe.network import Network, site_key
-from singe.quadrature import Quadrature
 from singe.sums import Sums
 
 
@@ -21,26 +20,24 @@ class Reduction:
 
     Args:
         sets: per group [U], see :func:`singe.sums.set_of_units`.
-        nodes_in_one: the sums hold the weighted sum over the nodes already (``norm="outside"``).
-        gates_only: the sums hold derivatives along gates, whose weight is 1.
+        row_scales: layer -> [C], by which folding has multiplied the rows of its weight.
     """
 
     def __init__(
         self,
         network: Network,
-        criterion: Criterion,
-        quadrature: Quadrature,
-        p: int | str,
+        definition: Definition,
         sets: dict[str, Tensor],
-        nodes_in_one: bool,
-        gates_only: bool,
+        row_scales: Mapping[str, Tensor],
     ) -> None:
         self.network = network
-        self.integrand = criterion.integrand
-        self.omega = [1.0] if nodes_in_one else list(quadrature.weights)
-        self.p = p
+        self.integrand = definition.criterion.integrand
+        # With ``norm="outside"`` the sums hold the weighted sum over the nodes already.
+        self.omega = [1.0] if definition.nodes_in_one else list(definition.quadrature.weights)
+        self.p = definition.p
         self.sets = sets
-        self.gates_only = gates_only
+        self.gates_only = definition.gates_only  # the sums hold derivatives along gates
+        self.row_scales = row_scales
 
     def scores(self, sums: Sums, group: Group) -> Tensor:
         """Float64 [U] on the CPU, from all data."""
@@ -60,14 +57,29 @@ class Reduction:
         For criteria that are means over samples and folds of equal size it is the standard error of
         batch means. Units that have seen fewer than two folds get infinity.
         """
+        totals = self._totals(sums, group)
+        return self._jackknife(sums, group, lambda f: self._estimate(sums, group, f, totals))
+
+    def weights(self, sums: Sums, group: Group, member: Member) -> Tensor:
+        """Float64 [U, m, *row] on the CPU: a score for every weight of a layer's rows, no biases."""
+        return self._weights(sums, group, member, None)
+
+    def weights_stderr(self, sums: Sums, group: Group, member: Member) -> Tensor:
+        """Float64 [U, m, *row]: their standard errors, as in :meth:`stderr`."""
+        return self._jackknife(sums, group, lambda f: self._weights(sums, group, member, f))
+
+    def _jackknife(
+        self, sums: Sums, group: Group, estimate: Callable[[int | None], Tensor]
+    ) -> Tensor:
+        """Of ``estimate(fold left out)`` [U, ...]; see :meth:`stderr`."""
         used = sums.used_folds()
+        theta = estimate(None)
+        without = torch.stack([estimate(f) for f in used])
         samples = sums.samples[:, self.sets[group.name]][used]  # [G, U]
+        samples = samples.view(*samples.shape, *[1] * (theta.dim() - 1))
         seen = samples > 0
         folds = seen.sum(0).to(torch.float64)
         ratio = torch.where(seen, samples.sum(0) / samples, torch.inf)  # h
-        totals = self._totals(sums, group)
-        theta = self._estimate(sums, group, None, totals)
-        without = torch.stack([self._estimate(sums, group, f, totals) for f in used])
         zero = torch.zeros(())
         jackknife = folds * theta - torch.where(seen, (1 - 1 / ratio) * without, zero).sum(0)
         pseudo = ratio * theta - (ratio - 1) * without
@@ -94,8 +106,7 @@ class Reduction:
         totals: Sequence[Tensor] | None = None,
     ) -> Tensor:
         sets = self.sets[group.name]
-        samples = _without(_total(sums.samples[:, sets]), sums.samples[:, sets], left_out)  # [U]
-        samples = torch.where(samples > 0, samples, 1.0)  # nothing seen: 0 / 1
+        samples = self._samples(sums, group, left_out)
         if self.integrand == "loss":
             damage = sums.end_loss[:, sets] - sums.base_loss[:, sets]
             return _without(_total(damage), damage, left_out) / samples
@@ -115,6 +126,31 @@ class Reduction:
         score = grad.new_zeros(group.n_units)
         accumulate(score, grad, weight, omega, cast(Norm, self.p))
         return score.double().cpu()
+
+    def _weights(self, sums: Sums, group: Group, member: Member, left_out: int | None) -> Tensor:
+        site = self.network.sites[member.name]
+        shape = (*member.channels.shape, *site.full[0].shape[1:])  # [U, m, *row]
+        sums_of_layer = sums.gradients.get((group.name, member.name))
+        if sums_of_layer is None:  # never called
+            return torch.zeros(shape, dtype=torch.float64)
+        grad = _without(_total(sums_of_layer), sums_of_layer, left_out)  # [S, U, m * K]
+        samples = self._samples(sums, group, left_out).to(grad)
+        channels = member.channels.to(grad.device)
+        factor = site.weight[channels].to(grad)  # [U, m, K]
+        if self.integrand == "gradient":  # of the user's weight, not of the folded one
+            scale = self.row_scales.get(member.name, torch.ones(site.channels))
+            factor = scale.to(grad)[channels, None].expand_as(factor)
+        score = torch.zeros_like(factor, dtype=torch.float64)
+        for omega, node in zip(self.omega, grad, strict=True):
+            score += omega * (factor * (node / samples[:, None]).view_as(factor)).abs()
+        size = site.full[0][0].numel()  # without the bias, the last column
+        return score[..., :size].reshape(shape).cpu()
+
+    def _samples(self, sums: Sums, group: Group, left_out: int | None) -> Tensor:
+        """[U] samples that each unit has seen, 1 where there are none: 0 / 1."""
+        each = sums.samples[:, self.sets[group.name]]
+        samples = _without(_total(each), each, left_out)
+        return torch.where(samples > 0, samples, 1.0)
 
     def _weight(self, group: Group, key: str) -> Tensor:
         """[U, k] of ``W_u``: rows with their bias, or 1 for a gate."""

@@ -1,4 +1,6 @@
-"""Physical removal of channels, by Torch-Pruning, and what it does to tensors that mirror the model's."""
+"""Physical removal of channels, by Torch-Pruning, and of heads.
+
+Also what it does to tensors that mirror the model's."""
 
 from __future__ import annotations
 
@@ -7,8 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from singe.conv1d import Linears
 from singe.data import Batch
 from singe.graph import Group, build_dependency_graph, private_copy, unwrapped
+from singe.heads import remove_heads
 
 Removals = Sequence[tuple[Group, Sequence[int]]]
 
@@ -34,17 +38,27 @@ def remove_units(
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)  # the trace follows grad_fns
+    linears = Linears(model)
     try:
-        graph = build_dependency_graph(model, batch)
+        linears.put()
+        by_graph = any(group.heads is None for group, _ in removals)
+        graph = build_dependency_graph(model, batch) if by_graph else None
         if once_traced is not None:
+            linears.back()
             once_traced(model)
+            linears.put()
         modules = dict(model.named_modules())
         for group, units in removals:
-            channels = group.root_channels[list(units)].flatten().tolist()
-            root = modules[group.name]
-            prune = graph.get_pruner_of_module(root).prune_out_channels
-            graph.get_pruning_group(root, prune, sorted(channels)).prune()
+            if group.heads is None and graph is not None:
+                channels = group.root_channels[list(units)].flatten().tolist()
+                root = modules[group.name]
+                prune = graph.get_pruner_of_module(root).prune_out_channels
+                graph.get_pruning_group(root, prune, sorted(channels)).prune()
+        for group, units in removals:  # last: the graph knows nothing of heads
+            if group.heads is not None:
+                remove_heads(model, group.heads, units)
     finally:
+        linears.back()
         _restore_flags(model, training, trainable)
 
 

@@ -30,11 +30,11 @@ class Result:
     """Raw scores of one run, float64 on the CPU.
 
     Attributes:
-        scores: [U] per group.
+        scores: [U] per group; for weights a tensor per parameter, in its shape.
         n_samples: samples seen.
         completeness: for ``signed`` only: integral minus true loss change of every set of units: [U]
             per group (neuron path), [1] per group (layer path), [1] under ``"network"``.
-        stderr: [U] per group, or None where the data was not seen in at least two folds.
+        stderr: in the shapes of ``scores``, or None where the data was not seen in at least two folds.
         meta: what the engine did: passes, chunk sizes, peak memory.
     """
 

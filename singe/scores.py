@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike, fspath
 from typing import Any
 
@@ -17,8 +18,6 @@ from singe.errors import NonFiniteError, ScoresError
 from singe.files import replacing
 from singe.graph import unwrapped
 
-FORMAT = "singe-scores-1"
-
 
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over the names and shapes of all parameters and buffers, not their values."""
@@ -27,36 +26,33 @@ def fingerprint(model: nn.Module) -> str:
     return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
 
 
-class Scores(Mapping[str, Tensor]):
-    """Group name -> float32 CPU tensor [U], higher = keep.
+class ScoreTable(Mapping[str, Tensor]):
+    """Name -> float32 CPU tensor, higher = keep; what :class:`Scores` and weight scores share.
 
     Attributes:
-        groups: per group the layers whose output channels its units are.
         meta: criterion, path, quadrature, objective, samples, versions, fingerprint, seconds.
         stderr: standard errors in the same mapping, or None where they were not computed.
-        completeness: criterion ``signed`` only: integral minus true loss change, [U] per group on the
-            neuron path, [1] per group on the layer path, [1] under ``"network"``.
     """
+
+    FORMAT = ""  # of the file
+    ENTRY = ""  # what a name stands for, in messages
 
     def __init__(
         self,
         values: Mapping[str, Tensor],
-        groups: Mapping[str, tuple[str, ...]],
         meta: Mapping[str, Any],
         stderr: Mapping[str, Tensor] | None = None,
-        completeness: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._values = {name: t.detach().to("cpu", torch.float32) for name, t in values.items()}
         for name, tensor in self._values.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise NonFiniteError(
-                    f"the scores of group {name!r} hold NaN or infinite values; are the gradients "
-                    "of this network finite? A half-precision model may overflow: score in float32"
+                    f"the scores of {self.ENTRY} {name!r} hold NaN or infinite values; are the "
+                    "gradients of this network finite? A half-precision model may overflow: score in "
+                    "float32"
                 )
-        self.groups = dict(groups)
         self.meta = dict(meta)
         self.stderr = None if stderr is None else {k: t.float() for k, t in stderr.items()}
-        self.completeness = None if completeness is None else dict(completeness)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._values[name]
@@ -66,13 +62,6 @@ class Scores(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._values)
-
-    def __repr__(self) -> str:
-        units = sum(len(t) for t in self._values.values())
-        what = self.meta.get("criterion", "?")
-        return (
-            f"Scores({what}, {len(self)} groups, {units} units, {self.meta.get('samples')} samples)"
-        )
 
     def check(self, model: nn.Module) -> None:
         """Raise unless these scores were computed on a model of the same names and shapes.
@@ -88,18 +77,111 @@ class Scores(Mapping[str, Tensor]):
                 f"{type(model).__name__} has {got[:12]}. Was it pruned since? Score it again"
             )
 
+    def _write(
+        self,
+        path: str | PathLike[str],
+        header: Mapping[str, Any],
+        parts: Mapping[str, Mapping[str, Tensor] | None],
+    ) -> None:
+        """A safetensors file of the values and ``parts`` (kind -> name -> tensor), the header as JSON."""
+        tensors = {}
+        for kind, named in {"score": self._values, "stderr": self.stderr, **parts}.items():
+            for name, t in (named or {}).items():
+                t = t.detach().cpu().contiguous()
+                tensors[f"{kind}/{name}"] = t.float() if t.is_floating_point() else t
+        text = json.dumps({"format": self.FORMAT, "meta": self.meta, **header})
+        with replacing(path) as partial:
+            save_file(tensors, partial, metadata={"singe": text})
+
+    @classmethod
+    def _read(
+        cls, path: str | PathLike[str]
+    ) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+        """Header and parts (kind -> name -> tensor) of a file; call it inside of :func:`reading`."""
+        kinds = ("score", "stderr", "completeness", "units")
+        parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
+        with safe_open(fspath(path), framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("singe", "null"))
+            if not header or header.get("format") != cls.FORMAT:
+                raise ScoresError(
+                    f"{fspath(path)} is no file of singe scores ({cls.FORMAT})"
+                    + (f"; it holds {header.get('format')}" if header else "")
+                )
+            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                kind, name = key.split("/", 1)
+                parts[kind][name] = file.get_tensor(key)
+        return header, parts
+
+
+@contextmanager
+def reading(path: str | PathLike[str]) -> Iterator[None]:
+    """What can go wrong with a damaged file becomes a ScoresError with its name."""
+    try:
+        yield
+    except ScoresError:
+        raise
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise ScoresError(f"cannot read scores from {fspath(path)}: {error}") from error
+
+
+class Scores(ScoreTable):
+    """Group name -> float32 CPU tensor [U], higher = keep.
+
+    Attributes:
+        groups: per group the layers whose output channels its units are.
+        units: per group and layer int64 [C_out]: the unit of each output channel, -1 where it is none of
+            this group's; see :meth:`units_of`.
+        meta: criterion, path, quadrature, objective, samples, versions, fingerprint, seconds.
+        stderr: standard errors in the same mapping, or None where they were not computed.
+        completeness: criterion ``signed`` only: integral minus true loss change, [U] per group on the
+            neuron path, [1] per group on the layer path, [1] under ``"network"``.
+    """
+
+    FORMAT = "singe-scores-1"
+    ENTRY = "group"
+
+    def __init__(
+        self,
+        values: Mapping[str, Tensor],
+        groups: Mapping[str, tuple[str, ...]],
+        meta: Mapping[str, Any],
+        stderr: Mapping[str, Tensor] | None = None,
+        completeness: Mapping[str, Tensor] | None = None,
+        units: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> None:
+        super().__init__(values, meta, stderr)
+        self.groups = dict(groups)
+        self.completeness = None if completeness is None else dict(completeness)
+        self.units = {group: dict(layers) for group, layers in (units or {}).items()}
+
+    def __repr__(self) -> str:
+        units = sum(len(t) for t in self._values.values())
+        what = self.meta.get("criterion", "?")
+        return (
+            f"Scores({what}, {len(self)} groups, {units} units, {self.meta.get('samples')} samples)"
+        )
+
+    def units_of(self, group: str, layer: str, channels: int) -> Tensor:
+        """int64 [channels]: the unit of ``group`` that each output channel of ``layer`` belongs to.
+
+        -1 for channels of other groups. Where nothing is known of the layer (scores made by hand), unit u
+        is channels u, u + U, ...
+        """
+        known = self.units.get(group, {}).get(layer)
+        if known is not None:
+            return known
+        count = len(self[group])
+        return torch.full((channels,), -1) if channels % count else torch.arange(channels) % count
+
     def save(self, path: str | PathLike[str]) -> None:
         """Write a safetensors file; everything but the tensors goes into its metadata as JSON.
 
         An existing file is replaced at once or not at all.
         """
-        tensors = {f"score/{name}": t.contiguous() for name, t in self._values.items()}
-        for kind in ("stderr", "completeness"):
-            for name, t in (getattr(self, kind) or {}).items():
-                tensors[f"{kind}/{name}"] = t.detach().cpu().float().contiguous()
-        header = {"format": FORMAT, "groups": self.groups, "meta": self.meta}
-        with replacing(path) as partial:
-            save_file(tensors, partial, metadata={"singe": json.dumps(header)})
+        maps = [(group, layer) for group, layers in self.units.items() for layer in layers]
+        units = {str(i): self.units[group][layer].int() for i, (group, layer) in enumerate(maps)}
+        header = {"groups": self.groups, "units": maps}
+        self._write(path, header, {"completeness": self.completeness, "units": units})
 
     @classmethod
     def load(cls, path: str | PathLike[str], model: nn.Module | None = None) -> Scores:
@@ -108,29 +190,29 @@ class Scores(Mapping[str, Tensor]):
         Raises:
             ScoresError: not such a file, damaged, or the scores of another model.
         """
-        parts: dict[str, dict[str, Tensor]] = {"score": {}, "stderr": {}, "completeness": {}}
-        try:
-            with safe_open(fspath(path), framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get("singe", "null"))
-                if not header or header.get("format") != FORMAT:
-                    raise ScoresError(f"{fspath(path)} is no file of singe scores ({FORMAT})")
-                for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                    kind, name = key.split("/", 1)
-                    parts[kind][name] = file.get_tensor(key)
-            order = [name for name in header["groups"] if name in parts["score"]]
-            layers = {name: tuple(names) for name, names in header["groups"].items()}
+        with reading(path):
+            header, parts = cls._read(path)
+            groups = {name: tuple(names) for name, names in header["groups"].items()}
+            values = {name: parts["score"][name] for name in groups if name in parts["score"]}
             meta = dict(header["meta"])
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            if isinstance(error, ScoresError):
-                raise
-            raise ScoresError(f"cannot read scores from {fspath(path)}: {error}") from error
-        scores = cls(
-            {name: parts["score"][name] for name in order},
-            layers,
-            meta,
-            parts["stderr"] or None,
-            parts["completeness"] or None,
-        )
+            units: dict[str, dict[str, Tensor]] = {}
+            for index, (group, layer) in enumerate(header.get("units", ())):
+                units.setdefault(group, {})[layer] = parts["units"][str(index)].long()
+        stderr, completeness = parts["stderr"] or None, parts["completeness"] or None
+        scores = cls(values, groups, meta, stderr, completeness, units)
         if model is not None:
             scores.check(model)
         return scores
+
+
+def require_units(scores: Mapping[str, Tensor]) -> None:
+    """Raise where units are to be ranked and these are scores of something else.
+
+    Raises:
+        ScoresError: they are a table of other entries than groups of units.
+    """
+    if isinstance(scores, ScoreTable) and not isinstance(scores, Scores):
+        raise ScoresError(
+            f"these are {type(scores).__name__}, and whole units are needed here; use "
+            "singe.score(..., granularity='unit')"
+        )

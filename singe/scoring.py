@@ -7,21 +7,31 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from singe.criteria import NORMS, PATHS, POWERS, Criterion, as_criterion, choose
+from singe.criteria import (
+    GRANULARITIES,
+    NORMS,
+    OF_WEIGHTS,
+    PATHS,
+    POWERS,
+    Criterion,
+    as_criterion,
+    choose,
+)
 from singe.data import check_reiterable, device_of, first_batch, read_batches
+from singe.data_free import of_units, of_weights
 from singe.decision import EarlyDecision
+from singe.definition import Definition
 from singe.engine import FusedEngine
 from singe.errors import OptionError
 from singe.graph import ModelGraph
 from singe.naive import naive_scores
-from singe.network import Network, site_key
 from singe.objectives import Loss, Objective, as_objective
 from singe.precision import OFFERED as LOWER
 from singe.quadrature import Quadrature, as_quadrature
@@ -29,9 +39,60 @@ from singe.result import Result
 from singe.score_checkpoint import ScoreCheckpoint, digest_of_model
 from singe.scores import Scores, fingerprint
 from singe.units import find_groups
+from singe.weight_groups import find_weight_groups
+from singe.weight_scores import WeightScores
 
 Cut = Callable[["Scores"], Mapping[str, Sequence[int]]]
 ENDPOINT = Quadrature("endpoint", (1.0,), (1.0,))
+
+
+@overload
+def score(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    objective: str | Loss | Objective = ...,
+    criterion: str = ...,
+    path: str = ...,
+    quadrature: int | str | Quadrature = ...,
+    p: int | str = ...,
+    norm: str = ...,
+    layers: Iterable[str | nn.Module] | None = ...,
+    ignore: Iterable[str | nn.Module] = ...,
+    engine: str = ...,
+    max_memory: int | None = ...,
+    autocast: torch.dtype | None = ...,
+    compile: bool = ...,
+    tolerance: float | None = ...,
+    pruning_ratio: float | Cut | None = ...,
+    checkpoint: str | PathLike[str] | None = ...,
+    granularity: Literal["unit"] = ...,
+    progress: bool = ...,
+    seed: int = ...,
+) -> Scores: ...
+
+
+@overload
+def score(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    granularity: Literal["weight"],
+    objective: str | Loss | Objective = ...,
+    criterion: str = ...,
+    path: str = ...,
+    quadrature: int | str | Quadrature = ...,
+    norm: str = ...,
+    layers: Iterable[str | nn.Module] | None = ...,
+    ignore: Iterable[str | nn.Module] = ...,
+    engine: str = ...,
+    max_memory: int | None = ...,
+    autocast: torch.dtype | None = ...,
+    compile: bool = ...,
+    checkpoint: str | PathLike[str] | None = ...,
+    progress: bool = ...,
+    seed: int = ...,
+) -> WeightScores: ...
 
 
 def score(
@@ -53,10 +114,11 @@ def score(
     tolerance: float | None = None,
     pruning_ratio: float | Cut | None = None,
     checkpoint: str | PathLike[str] | None = None,
+    granularity: str = "unit",
     progress: bool = True,
     seed: int = 0,
-) -> Scores:
-    """Score every prunable unit of ``model``: higher = keep.
+) -> Scores | WeightScores:
+    """Score every prunable unit of ``model``, or every weight: higher = keep.
 
     The model is evaluated in evaluation mode and is never changed: all work happens on a copy that
     shares its parameters' storage.
@@ -92,11 +154,15 @@ def score(
         checkpoint: a file that follows the run. If it is there, the run goes on where it was killed,
             with the same result to the last bit; it is removed in the end. Batches must come in the
             same order; of a callable objective only the name is compared.
+        granularity: ``"unit"``, or ``"weight"``: the norm over a unit's weights is not taken. Every weight
+            of every convolution and linear layer is scored, in the user's own parameters, biases are
+            not. Needs ``p=1`` and one of ``singe``, ``ig``, ``taylor``, ``gradient``, ``magnitude``,
+            ``random``; a layer in no group moves as a group of its own.
         progress: show a progress bar when standard error is a terminal.
         seed: for ``criterion="random"``.
 
     Returns:
-        :class:`Scores`, float32 on the CPU.
+        :class:`Scores`, or :class:`WeightScores` for weights; float32 on the CPU.
 
     Raises:
         DataError: empty or one-shot data, labels missing or out of range (with the batch).
@@ -116,6 +182,11 @@ def score(
     _check_autocast(autocast, model, engine)
     if engine == "naive" and (tolerance is not None or checkpoint is not None or compile):
         raise OptionError("tolerance, checkpoint and compile belong to engine='fused'")
+    if compile and checkpoint is not None:
+        raise OptionError(
+            "checkpoint promises the same bits, and compile=True cannot keep that: its first passes run "
+            "plainly, and after a kill these are others; choose one of them"
+        )
     if max_memory is not None and max_memory <= 0:
         raise OptionError(f"max_memory must be a positive number of bytes, got {max_memory!r}")
     rule = ENDPOINT if chosen.endpoint else as_quadrature(quadrature)
@@ -123,18 +194,25 @@ def score(
     check_reiterable(batches)
     # At mu = 1 every path passes through the same point: one sweep serves all units.
     path = "network" if chosen.endpoint else "neuron" if criterion == "ablation" else path
+    choose("granularity", granularity, GRANULARITIES)
+    if granularity == "weight":
+        _check_weights(chosen, p, tolerance)
     _check_decision(tolerance, pruning_ratio, path, chosen)
+    find = find_groups if granularity == "unit" else find_weight_groups
 
     start = time.perf_counter()
     device = device_of(model)
     # The caller may be in no_grad or inference mode; what is computed here needs gradients.
     with _random_state_kept(device), torch.inference_mode(False), torch.enable_grad():
-        graph = find_groups(model, first_batch(batches, device), layers, ignore)
+        graph = find(model, first_batch(batches, device), layers, ignore)
         found = time.perf_counter()
         if not chosen.needs_data:
-            result = _data_free(model, graph, chosen, p, seed)
+            if granularity == "unit":
+                result = of_units(model, graph, chosen, p, seed)
+            else:
+                result = of_weights(model, graph, chosen, seed)
         else:
-            definition = (target, chosen, path, rule, p, norm)
+            definition = Definition(target, chosen, path, rule, p, norm, granularity)
             decision = None
             if tolerance is not None:
                 assert pruning_ratio is not None
@@ -151,9 +229,9 @@ def score(
                     "quadrature": [list(rule.nodes), list(rule.weights)],
                     "p": p,
                     "norm": norm,
+                    "granularity": granularity,
                     "max_memory": max_memory,
                     "autocast": str(autocast),
-                    "compile": compile,
                     "tolerance": tolerance,
                     "pruning_ratio": getattr(pruning_ratio, "__qualname__", pruning_ratio),
                     "batches": _length(batches),
@@ -176,6 +254,7 @@ def score(
         "objective": target.name,
         "p": p,
         "norm": norm,
+        "granularity": granularity,
         "engine": engine,
         "samples": result.n_samples,
         "seed": seed,
@@ -185,6 +264,7 @@ def score(
         "seconds": {"groups": found - start, "sweep": end - found},
         "device": str(device),
         "rejected": graph.rejected,
+        "heads": {g.name: g.heads.queries for g in graph.groups if g.heads is not None},
         "versions": _versions(),
         **result.meta,
     }
@@ -195,15 +275,18 @@ def score(
             + ("; 'kl' is flat at mu = 1, integrate over the path" if target.name == "kl" else ""),
             stacklevel=2,
         )
+    if granularity == "weight":
+        return WeightScores(result.scores, meta, result.stderr)
     layers_of = {g.name: g.layers for g in graph.groups}
-    return Scores(result.scores, layers_of, meta, result.stderr, result.completeness)
+    units = {g.name: g.units for g in graph.groups}
+    return Scores(result.scores, layers_of, meta, result.stderr, result.completeness, units)
 
 
 def _sweep(
     model: nn.Module,
     graph: ModelGraph,
     batches: Iterable[Any],
-    definition: tuple[Objective, Criterion, str, Quadrature, int | str, str],
+    definition: Definition,
     engine: str,
     options: tuple[
         int | None, torch.dtype | None, EarlyDecision | None, ScoreCheckpoint | None, bool
@@ -212,15 +295,16 @@ def _sweep(
 ) -> Result:
     data = read_batches(batches, device_of(model))
     if engine == "naive":
-        return naive_scores(model, graph, data, *definition)
+        return naive_scores(model, graph, data, definition)
     count = _length(batches)
     max_memory, autocast, decision, checkpoint, compile = options
     fused = FusedEngine(
-        model, graph, *definition, max_memory, autocast, count, decision, checkpoint, compile
+        model, graph, definition, max_memory, autocast, count, decision, checkpoint, compile
     )
     looks = count if decision is None else None
     total = None if looks is None else looks * fused.variants_per_batch()
-    with _progress(f"{definition[1].name}, {definition[2]} path", total, progress) as advance:
+    what = f"{definition.criterion.name}, {definition.path} path"
+    with _progress(what, total, progress) as advance:
         fused.on_pass = advance
         return fused.run(data)
 
@@ -269,6 +353,20 @@ def _check_decision(
         )
 
 
+def _check_weights(criterion: Criterion, p: int | str, tolerance: float | None) -> None:
+    if criterion.name not in OF_WEIGHTS:
+        raise OptionError(
+            f"criterion={criterion.name!r} is about whole units; granularity='weight' has "
+            f"{', '.join(OF_WEIGHTS)}"
+        )
+    if p != 1:
+        raise OptionError(f"p={p!r} has no meaning for a single weight; leave it at 1")
+    if tolerance is not None:
+        raise OptionError(
+            "tolerance settles which units are lowest; with granularity='weight' leave it at None"
+        )
+
+
 def _check_autocast(autocast: torch.dtype | None, model: nn.Module, engine: str) -> None:
     if autocast is None:
         return
@@ -278,31 +376,6 @@ def _check_autocast(autocast: torch.dtype | None, model: nn.Module, engine: str)
     other = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
     if other:
         raise OptionError(f"autocast needs a float32 model, this one has {sorted(map(str, other))}")
-
-
-def _data_free(
-    model: nn.Module, graph: ModelGraph, criterion: Criterion, p: int | str, seed: int
-) -> Result:
-    result = Result.empty(graph.groups, 0)
-    if criterion.name == "random":
-        generator = torch.Generator().manual_seed(seed)
-        for name, values in result.scores.items():
-            result.scores[name] = torch.rand(len(values), generator=generator, dtype=torch.float64)
-        return result
-    network = Network(model, graph.groups, graph.folds)
-    for group in graph.groups:
-        weight = torch.cat(
-            [network.sites[site_key(m)].weight.cpu()[m.channels].flatten(1) for m in group.rows], 1
-        ).double()
-        result.scores[group.name] = magnitude(weight, p)
-    return result
-
-
-def magnitude(weight: Tensor, p: int | str) -> Tensor:
-    """``||W_u||_p`` [U] of [U, K] weights; ``"sum"`` is the absolute value of their plain sum."""
-    if p == "sum":
-        return weight.sum(1).abs()
-    return torch.linalg.vector_norm(weight, ord=float(p), dim=1)
 
 
 @contextmanager

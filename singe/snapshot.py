@@ -18,7 +18,7 @@ class Snapshot:
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = [
-            (module, {k: _shallow(v) for k, v in module.__dict__.items()})
+            (module, type(module), {k: _shallow(v) for k, v in module.__dict__.items()})
             for module in model.modules()
         ]
         tensors = [*model.parameters(), *model.buffers()]
@@ -40,7 +40,8 @@ class Snapshot:
 
     def restore(self) -> None:
         """Put everything back; may be done several times."""
-        for module, state in self._modules:
+        for module, kind, state in self._modules:
+            module.__class__ = kind  # removed heads may have changed it
             module.__dict__.clear()
             # Copies again: what is changed after this must not reach the next restore.
             module.__dict__.update({k: _shallow(v) for k, v in state.items()})

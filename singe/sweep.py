@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,18 +12,16 @@ from torch import Tensor
 
 from singe.adjoint import channels_of, row_gradients, unit_row_gradients
 from singe.channel_update import ChannelUpdates
-from singe.criteria import Criterion
 from singe.data import Batch, shapes_of
+from singe.definition import Definition
 from singe.errors import SingeError
 from singe.graph import Group, Member
 from singe.layout import GradientsChannelsLast
 from singe.memory import is_out_of_memory
 from singe.network import Network, site_key
-from singe.objectives import Objective
 from singe.passes import Variant, gates_of, runs_of_groups
-from singe.quadrature import Quadrature
 from singe.sums import Sums
-from singe.variants import VariantRunner, variant, zero_probes
+from singe.variants import Inputs, LayoutRefused, VariantRunner, variant, zero_probes
 
 
 class Sweep:
@@ -30,8 +29,6 @@ class Sweep:
 
     Args:
         updates: one-channel updates, on the neuron path.
-        gates_only: only derivatives along the gates are needed, no weight gradients.
-        nodes_in_one: the nodes are summed as they come, weighted (``norm="outside"``).
         compile: run the variants through ``torch.compile``.
     """
 
@@ -39,27 +36,22 @@ class Sweep:
         self,
         network: Network,
         updates: ChannelUpdates | None,
-        objective: Objective,
-        criterion: Criterion,
-        path: str,
-        quadrature: Quadrature,
-        gates_only: bool,
-        nodes_in_one: bool,
+        definition: Definition,
         sums: Sums,
         device: torch.device,
         compile: bool = False,
     ) -> None:
         self.network = network
         self.updates = updates
-        self.objective = objective
-        self.criterion = criterion
-        self.path = path
-        self.quadrature = quadrature
-        self.gates_only = gates_only
-        self.nodes_in_one = nodes_in_one
+        self.objective = definition.objective
+        self.integrand = definition.criterion.integrand
+        self.one_by_one = definition.path == "neuron"
+        self.quadrature = definition.quadrature
+        self.gates_only = definition.gates_only
+        self.nodes_in_one = definition.nodes_in_one
         self.sums = sums
         self.device = device
-        self.runner = VariantRunner(network, compile)
+        self.runner = VariantRunner(network, compile, definition.path == "network")
         self.recorded_shapes: list[Any] = []  # of the inputs of the last recorded batch
 
     def add(self, variants: Sequence[Variant], batch: Batch, reference: Any, fold: int) -> None:
@@ -85,6 +77,20 @@ class Sweep:
         self.objective.check(reference, batch)
         self.recorded_shapes = shapes_of(batch)
         return reference
+
+    def run(
+        self,
+        batch: Batch,
+        gates: Mapping[str, Tensor],
+        probes: Mapping[str, list[Tensor]],
+        overrides: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> tuple[Any, Inputs]:
+        """One pass of :class:`VariantRunner`; recorded again where it changes the layout for it."""
+        try:
+            return self.runner(batch, gates, probes, overrides)
+        except LayoutRefused:
+            self.record(batch)
+            return self.runner(batch, gates, probes, overrides)
 
     def _recorded(self, batch: Batch) -> Any:
         self.network.clear()
@@ -112,7 +118,7 @@ class Sweep:
     ) -> None:
         with torch.no_grad():
             if self._updates_of(variants) is None:
-                outputs, _ = self.runner(batch, gates_of(self.network, variants), {})
+                outputs, _ = self.run(batch, gates_of(self.network, variants), {})
             else:
                 outputs = self._run_update(variants, batch, self._mus(variants), None)
             totals = self._totals(outputs, len(variants), batch, reference)
@@ -129,11 +135,11 @@ class Sweep:
             for key in gates
             if sites[key].kind == "rows" and not self.gates_only
         }
-        if self.criterion.integrand != "gradient":
+        if self.integrand != "gradient":
             for key, gate in gates.items():
                 gate.requires_grad_(key not in probes)
         with torch.enable_grad():
-            outputs, inputs = self.runner(batch, gates, probes)
+            outputs, inputs = self.run(batch, gates, probes)
             if reference is None:
                 self.objective.check(variant(outputs, 0), batch)
             loss = self._totals(outputs, len(variants), batch, reference).sum()
@@ -179,7 +185,7 @@ class Sweep:
         assert self.updates is not None
         group, units = variants[0].units[0][0], [one.unit for one in variants]
         name, output = self.updates.updated(group, units, mu, probe)
-        return self.runner(batch, {}, {}, {name: output})[0]
+        return self.run(batch, {}, {}, {name: output})[0]
 
     def _add_channel_gradients(
         self, variants: Sequence[Variant], batch: Batch, reference: Any, fold: int
@@ -211,7 +217,7 @@ class Sweep:
         """Gradients of a layer's rows, by unit: [V, U, k], or [V, k] of one unit per variant."""
         module = self.network.sites[member.name].module
         x = x.to(adjoint.dtype)
-        if self.path == "neuron":
+        if self.one_by_one:
             channels = self._channels_per_variant(member, variants).to(self.device)
             own = channels_of(module, adjoint, channels)
             return unit_row_gradients(module, x, own, channels).flatten(1)
@@ -221,7 +227,7 @@ class Sweep:
         self, group: Group, member: Member, variants: Sequence[Variant], grad: Tensor
     ) -> Tensor:
         """[V, C, k] gradients of a module's channels, by unit as in :meth:`_rows`."""
-        if self.path == "neuron":
+        if self.one_by_one:
             channels = self._channels_per_variant(member, variants)
             chosen = [g[c] for g, c in zip(grad, channels, strict=True)]  # [m, k] each
             return torch.stack(chosen).flatten(1)
@@ -242,7 +248,7 @@ class Sweep:
         shape = (slots, group.n_units, grad.shape[-1])
         sums = self.sums.slot((group.name, key), shape, self.network.open_gate(key))[fold]
         grad = grad.to(sums.dtype)
-        if self.path == "neuron" and not self.nodes_in_one:  # every variant has a place of its own
+        if self.one_by_one and not self.nodes_in_one:  # every variant has a place of its own
             nodes = torch.tensor([one.node for one in variants], device=sums.device)
             units = torch.tensor([one.unit for one in variants], device=sums.device)
             sums[nodes, units] += grad
@@ -251,5 +257,5 @@ class Sweep:
             assert one.node is not None
             slot = 0 if self.nodes_in_one else one.node
             weight = self.quadrature.weights[one.node] if self.nodes_in_one else 1.0
-            target = sums[slot, one.unit] if self.path == "neuron" else sums[slot]
+            target = sums[slot, one.unit] if self.one_by_one else sums[slot]
             target.add_(part, alpha=weight)

@@ -50,6 +50,20 @@ def find_groups(
     names = dict(model.named_modules())
     ignored = frozenset(_expand(names, _resolve(names, ignore, "ignore")))
     wanted = None if layers is None else _resolve(names, layers, "layers")
+    graph = checked_groups(model, batch, ignored, wanted)
+    if not graph.groups:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(graph.rejected.items())[:5])
+        raise ModelError(
+            f"{type(model).__name__} has nothing to prune ({reasons or 'no conv or linear layer'})"
+        )
+    return graph
+
+
+def checked_groups(
+    model: nn.Module, batch: Batch, ignored: frozenset[str], wanted: Sequence[str] | None = None
+) -> ModelGraph:
+    """:func:`find_groups` by names of an unwrapped model; there may be no groups at all."""
+    names = dict(model.named_modules())
     model, batch = _full_precision(model, small(batch))
     graph = read_graph(model, batch, ignored)
     if graph.folds and not _folds_well(model, batch, graph):
@@ -60,11 +74,6 @@ def find_groups(
     graph = _verified(model, batch, graph)
     if wanted is not None:
         _select(graph, names, wanted)  # name the reason if a wanted group failed its check
-    if not graph.groups:
-        reasons = "; ".join(f"{name}: {why}" for name, why in list(graph.rejected.items())[:5])
-        raise ModelError(
-            f"{type(model).__name__} has nothing to prune ({reasons or 'no conv or linear layer'})"
-        )
     return graph
 
 
@@ -234,7 +243,8 @@ def _verified(model: nn.Module, batch: Batch, graph: ModelGraph) -> ModelGraph:
         halve(groups[:middle])
         halve(groups[middle:])
 
-    halve([g for g in graph.groups if not g.suspicious])
+    halve([g for g in graph.groups if g.heads])  # on their own: without a trace they are cheap
+    halve([g for g in graph.groups if not g.suspicious and not g.heads])
     for group in graph.groups:
         if group.suspicious:
             halve([group])

@@ -14,7 +14,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from singe.compiled import PassCompiler
 from singe.data import Batch
-from singe.errors import SingeError
+from singe.errors import SingeError, first_line
 from singe.memory import is_out_of_memory
 from singe.network import Network
 
@@ -40,12 +40,17 @@ class VariantRunner:
 
     Args:
         compile: run the stacked passes through ``torch.compile``.
+        compile_prefix: what lies before the gates as well, in place of remembering it.
     """
 
-    def __init__(self, network: Network, compile: bool = False) -> None:
+    def __init__(
+        self, network: Network, compile: bool = False, compile_prefix: bool = False
+    ) -> None:
         self.network = network
         self.stacked = True
-        self.compiler = PassCompiler(network, self._stacked) if compile else None
+        self.compiler = (
+            PassCompiler(network, self._stacked, not compile_prefix) if compile else None
+        )
 
     def __call__(
         self,
@@ -86,7 +91,7 @@ class VariantRunner:
                 self.stacked = False
                 warnings.warn(
                     f"variants run one after the other, which is slower: torch.vmap cannot run this "
-                    f"model ({str(error).splitlines()[0]})",
+                    f"model ({first_line(error)})",
                     stacklevel=2,
                 )
         count = len(next(iter((*gates.values(), *overrides.values()))))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from singe.criteria import as_criterion
 from singe.data import Batch, as_batch, first_batch, read_batches
+from singe.definition import Definition
 from singe.engine import FusedEngine
 from singe.graph import ModelGraph
 from singe.naive import naive_scores
@@ -27,6 +28,7 @@ from singe.quadrature import as_quadrature
 from singe.result import Result
 from singe.scoring import ENDPOINT
 from singe.units import find_groups
+from singe.weight_groups import find_weight_groups
 
 CPU = torch.device("cpu")
 NORM_LAYERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm)
@@ -590,18 +592,20 @@ def run_engine(
     graph: ModelGraph | None = None,
     n_batches: int | None = 1,
     compile: bool = False,
+    granularity: str = "unit",
 ) -> Result:
     """What :func:`singe.score` computes, before it is rounded to float32."""
     if graph is None:
-        graph = find_groups(model, first_batch(batches, CPU), layers, ignore)
+        find = find_groups if granularity == "unit" else find_weight_groups
+        graph = find(model, first_batch(batches, CPU), layers, ignore)
     chosen = as_criterion(criterion)
     rule = ENDPOINT if chosen.endpoint else as_quadrature(quadrature)
     path = "network" if chosen.endpoint else "neuron" if criterion == "ablation" else path
-    arguments = (as_objective(objective), chosen, path, rule, p, norm)
+    definition = Definition(as_objective(objective), chosen, path, rule, p, norm, granularity)
     data = read_batches(batches, CPU)
     if engine == "naive":
-        return naive_scores(model, graph, data, *arguments)
-    fused = FusedEngine(model, graph, *arguments, max_memory, n_batches=n_batches, compile=compile)
+        return naive_scores(model, graph, data, definition)
+    fused = FusedEngine(model, graph, definition, max_memory, n_batches=n_batches, compile=compile)
     return fused.run(data)
 
 

@@ -139,6 +139,32 @@ def test_the_structured_sparsifier_removes_the_lowest():
     assert relative_error(small(inputs), expected(inputs)) < 1e-9
 
 
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("bias", [True, False])
+def test_convolutions_become_smaller_before_one_that_pads(bias, padding):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=bias), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(8, 6, 3, padding=padding, bias=bias), nn.ReLU(),
+        nn.Conv2d(6, 4, 1, bias=bias), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4),
+    ).double()  # fmt: skip
+    if bias:
+        nn.init.constant_(model[0].bias, 0.7)  # a masked channel that kept it would be seen
+    batches = make_batches((3, 10, 10), (3,))
+    inputs = batches[0][0]
+    scores = singe.score(model, batches, layers=["0", "3"], progress=False)
+    expected = clone(model)
+    lowest = {n: v.argsort()[: len(v) // 2].tolist() for n, v in scores.items()}
+    singe.prune(expected, singe.Plan(lowest), inputs)
+    sparsifier = torch_ao.sparsifier(scores, model)
+    sparsifier.prepare(model, torch_ao.config(scores, model))
+    sparsifier.step()
+    small = sparsifier.prune()
+    widths = [m.weight.shape[:2] for m in small.modules() if isinstance(m, nn.Conv2d)]
+    assert widths == [(4, 3), (3, 4), (4, 3)]
+    assert relative_error(small(inputs), expected(inputs)) < 1e-12
+
+
 def test_the_structured_sparsifiers_masks_on_a_torchvision_network():
     torch.manual_seed(0)
     model = torchvision_models().alexnet(weights=None, num_classes=10, dropout=0.0).eval()
@@ -156,6 +182,11 @@ def test_the_structured_sparsifiers_masks_on_a_torchvision_network():
         share = 0.5 if name == "features.0" else 0.25
         lowest = values.argsort()[: round(share * len(values))]
         assert (~mask).nonzero().view(-1).tolist() == sorted(lowest.tolist())
+    inputs = batches[0][0]
+    masked, small = model(inputs), sparsifier.prune()
+    widths = [m.out_channels for m in small.modules() if isinstance(m, nn.Conv2d)]
+    assert widths == [32, 144, 288, 192, 256], "the last one's channels were not scored"
+    assert relative_error(small(inputs), masked) < 1e-5
 
 
 def test_the_structured_sparsifier_on_the_fused_resnet20():

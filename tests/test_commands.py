@@ -110,6 +110,22 @@ def test_score_takes_the_options_for_long_runs(tmp_path):
         run(*words, "--autocast", "int8")
 
 
+def test_scores_of_single_weights(tmp_path):
+    words = ("score", *MODEL, *DATA, "--granularity", "weight", "--path", "network")
+    told = json.loads(run(*words, "--out", tmp_path / "w.st", "--json"))
+    scores = singe.WeightScores.load(told["scores"], load_model("net.py:make"))
+    sizes = {name: row["weights"] for name, row in told["groups"].items()}
+    assert sizes == {"0.weight": 8 * 27, "3.weight": 12 * 72, "8.weight": 48}
+    assert told["groups"]["0.weight"]["highest"] == pytest.approx(float(scores["0.weight"].max()))
+    shown = run(*words, "--out", tmp_path / "w.st")
+    assert "parameter" in shown
+    assert "864" in shown
+    with pytest.raises(SingeError, match="it holds singe-weight-scores-1"):
+        run("prune", *MODEL, *DATA, "--macs", 0.5, "--scores", tmp_path / "w.st", "--dry-run")
+    with pytest.raises(OptionError, match="granularity='row' is not offered"):
+        run(*words[:-4], "--granularity", "row", "--out", tmp_path / "w.st")
+
+
 def test_scores_without_data(tmp_path):
     words = ("score", *MODEL, "--input-shape", "3,6,6", "--out", tmp_path / "s.st")
     assert "magnitude" in run(*words, "--criterion", "magnitude")

@@ -36,27 +36,32 @@ def without_inductor(monkeypatch):
 
 
 def compare(model, batches, tolerance, **options):
-    """The compiled scores against the definition's; nothing may have run uncompiled."""
+    """The compiled scores against the definition's; every pass must have run compiled.
+
+    The first two uses of a pass are set against the plain one, so there are four batches of a size.
+    """
     naive = run_engine(model, batches, engine="naive", **options).scores
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*runs uncompiled.*")
-        warnings.filterwarnings("error", message=".*variants run one after the other.*")
-        compiled = run_engine(model, batches, compile=True, **options).scores
+        result = run_engine(model, batches, compile=True, **options)
+    assert result.meta["stacked"]
+    assert result.meta["compiled"] > 0
+    assert result.meta["uncompiled"] == 0
     for name in naive:
-        assert relative_error(compiled[name], naive[name]) <= tolerance, name
+        assert relative_error(result.scores[name], naive[name]) <= tolerance, name
 
 
 @pytest.mark.usefixtures("without_inductor")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_compiled_is_the_definition(name):
     case = CASES[name]
-    compare(case.model(), case.batches((5, 5, 3)), 1e-9, path="network")
+    compare(case.model(), case.batches((3, 3, 3, 3, 2)), 1e-9, path="network")
 
 
 @pytest.mark.parametrize("name", ["residual", "tokens"])
 def test_inductor_is_the_definition(name):
     case = CASES[name]
-    compare(case.model(), case.batches((5, 5)), 1e-9, path="network")
+    compare(case.model(), case.batches((3, 3, 3, 3)), 1e-9, path="network")
 
 
 @pytest.mark.usefixtures("without_inductor")
@@ -74,24 +79,24 @@ def test_inductor_is_the_definition(name):
 )
 def test_every_kind_of_pass(options):
     case = CASES["residual"]
-    compare(case.model(), case.batches((4, 4)), 1e-9, **options)
+    compare(case.model(), case.batches((3, 3, 3, 3)), 1e-9, **options)
 
 
 @pytest.mark.usefixtures("without_inductor")
 def test_a_trained_network():
     model = trained_resnet20()
-    batches = make_batches((3, 32, 32), (8, 8), classes=10)
+    batches = make_batches((3, 32, 32), (4, 4, 4, 4), classes=10)
     compare(model, batches, 1e-9, path="network", quadrature=2)
 
 
 def test_reduced_precision():
     case = CASES["residual"]
     model = case.model(dtype=torch.float32)
-    batches = case.batches((16, 9), dtype=torch.float32)
+    batches = case.batches((6, 6, 6, 6), dtype=torch.float32)
     options = {"path": "network", "progress": False}
     exact = singe.score(model, batches, **options)
     low = singe.score(model, batches, autocast=torch.bfloat16, compile=True, **options)
-    assert low.meta["compile"] is True
+    assert (low.meta["compiled"], low.meta["uncompiled"]) == (1, 0)
     for name in exact:
         # bf16 has 8 bits of mantissa; see test_reduced_precision.py.
         assert 0 < relative_error(low[name], exact[name]) <= 0.05
@@ -121,6 +126,69 @@ def test_what_cannot_be_compiled_runs_plainly_and_says_so():
     assert_unchanged(model, before)
 
 
+class Scaled(nn.Module):
+    """A layer scale: a parameter of its own among images of five dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 3, 3, padding=1)
+        self.scale = nn.Parameter(torch.rand(3, 1, 1))
+        self.head = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((x + self.scale * self.b(self.a(x).relu())).mean((2, 3)))
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_a_layer_scale_folds():
+    torch.manual_seed(0)
+    compare(Scaled().double().eval(), make_batches((3, 6, 6), (2, 2, 2, 2)), 1e-9, layers=["a"])
+
+
+class Hidden(nn.Module):
+    """Does something that no trace of its tensors shows."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.a, self.b, self.what = nn.Linear(6, 5), nn.Linear(5, 4), what
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        x = self.a(x)
+        if self.what == "no_grad":
+            with torch.no_grad():
+                scale = x.square().sum(-1, keepdim=True).sqrt()
+            return self.b(x / (scale + 1))
+        assert lengths is not None
+        return self.b(x.tanh() * float(lengths.tolist()[0]))
+
+
+@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.parametrize("what", ["no_grad", "host"])
+def test_what_a_trace_does_not_show_is_noticed(what):
+    torch.manual_seed(0)
+    model = Hidden(what).double().eval()
+    batches = make_batches((6,), (3, 3, 3, 3))
+    if what == "host":
+        batches = [
+            {"x": x, "lengths": torch.full((3,), 1.0 + i), "labels": y}
+            for i, (x, y) in enumerate(batches)
+        ]
+    plain = singe.score(model, batches, layers=["a"], progress=False)
+    with pytest.warns(UserWarning, match="a pass runs uncompiled.*NotTheSame"):
+        compiled = singe.score(model, batches, layers=["a"], compile=True, progress=False)
+    assert torch.equal(plain["a"], compiled["a"])
+    assert (compiled.meta["compiled"], compiled.meta["uncompiled"]) == (0, 1)
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_many_shapes_are_not_all_compiled():
+    case = CASES["tokens"]
+    model, batches = case.model(), case.batches(tuple(range(1, 13)))
+    with pytest.warns(UserWarning, match="more than 8 shapes"):
+        scores = singe.score(model, batches, path="network", compile=True, progress=False)
+    assert (scores.meta["compiled"], scores.meta["uncompiled"]) == (8, 4)
+
+
 def test_a_compiler_that_fails_costs_speed_only(monkeypatch):
     def broken(*args: object, **kwargs: object) -> object:
         raise RuntimeError("no C++ compiler")
@@ -135,6 +203,24 @@ def test_a_compiler_that_fails_costs_speed_only(monkeypatch):
     for name in plain:
         assert torch.equal(plain[name], compiled[name])
     assert_unchanged(model, before)
+
+
+def test_a_failure_without_a_word(monkeypatch):
+    def broken(*args: object, **kwargs: object) -> object:
+        raise NotImplementedError
+
+    monkeypatch.setattr(torch, "compile", broken)
+    case = CASES["mlp"]
+    with pytest.warns(UserWarning, match="a pass runs uncompiled.*NotImplementedError"):
+        singe.score(case.model(), case.batches(), compile=True, progress=False)
+
+
+def test_a_checkpoint_cannot_keep_its_promise(tmp_path):
+    case = CASES["mlp"]
+    with pytest.raises(singe.OptionError, match="choose one of them"):
+        singe.score(
+            case.model(), case.batches(), compile=True, checkpoint=tmp_path / "s", progress=False
+        )
 
 
 def test_the_definition_has_nothing_to_compile():

@@ -141,7 +141,7 @@ def test_torchs_fused_attention_kernels_have_no_part_in_scoring():
     nn.init.normal_(model.heads.head.weight)
     model = randomise(model.double())
     before, enabled = snapshot(model), torch.backends.mha.get_fastpath_enabled()
-    assert_sound(model, (3, 16, 16), 2)
+    assert_sound(model, (3, 16, 16), 4)
     assert torch.backends.mha.get_fastpath_enabled() == enabled
     assert before["attributes"] == snapshot(model)["attributes"]
 
@@ -154,7 +154,7 @@ SMALL_SWIN = {
 
 @pytest.mark.parametrize(
     ("name", "groups", "options"),
-    [("shufflenet_v2_x0_5", 18, {}), ("convnext_tiny", 22, {}), ("SwinTransformer", 3, SMALL_SWIN)],
+    [("shufflenet_v2_x0_5", 18, {}), ("convnext_tiny", 22, {}), ("SwinTransformer", 6, SMALL_SWIN)],
 )
 def test_more_of_torchvision(name, groups, options):
     """The groups that docs/models.md counts, half of all their units at once, removed and gated.

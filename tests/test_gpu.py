@@ -21,6 +21,9 @@ OPTIONS = [
     {"criterion": "signed", "path": "neuron"},
     {"criterion": "taylor"},
     {"criterion": "ablation"},
+    {"granularity": "weight", "path": "layer"},
+    {"granularity": "weight", "path": "neuron", "criterion": "ig", "norm": "outside"},
+    {"granularity": "weight", "criterion": "magnitude"},
 ]
 
 

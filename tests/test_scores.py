@@ -56,6 +56,25 @@ def test_meta_says_how_they_came_about(scored):
     json.dumps(meta)
 
 
+def test_units_of_channels_survive_the_file(tmp_path):
+    """Grouped convolutions put them at equal distances, a concatenation leaves channels to others."""
+    case = CASES["grouped"]
+    model = case.model()
+    scores = singe.score(model, case.batches(), criterion="magnitude", progress=False)
+    scores.save(tmp_path / "s")
+    read = singe.Scores.load(tmp_path / "s")
+    for kept in (scores, read):
+        assert kept.units["3"]["3"].tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+        assert torch.equal(kept.units_of("3", "3", 8), kept.units["3"]["3"])
+    by_hand = singe.Scores({"a": torch.rand(3)}, {"a": ("a",)}, {})
+    assert by_hand.units_of("a", "a", 6).tolist() == [0, 1, 2, 0, 1, 2]
+    assert by_hand.units_of("a", "a", 4).tolist() == [-1] * 4
+    blocks = {"a": {"a": torch.tensor([1, 1, 0, -1])}}
+    scores = singe.Scores({"a": torch.rand(2)}, {"a": ("a",)}, {}, units=blocks)
+    scores.save(tmp_path / "t")
+    assert singe.Scores.load(tmp_path / "t").units_of("a", "a", 4).tolist() == [1, 1, 0, -1]
+
+
 def test_save_and_load(scored, tmp_path):
     model, scores = scored
     scores.stderr = {name: torch.rand(len(t)) for name, t in scores.items()}

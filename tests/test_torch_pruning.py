@@ -17,6 +17,8 @@ from helpers import (
     torchvision_models,
     trained_resnet20,
 )
+from helpers_attention import FAMILIES
+from helpers_heads import scored
 from torch import nn
 
 import singe
@@ -80,7 +82,10 @@ def test_global_pruning_removes_the_lowest_half(name):
     for head in (m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 10):
         nn.init.normal_(head.weight)  # a vision transformer's starts at zero
     batches = make_batches((3, 32, 32), (2,), dtype=torch.float32, classes=10)
-    scores = singe.score(model, batches, path="network", quadrature=1, progress=False)
+    # Heads that Torch-Pruning cannot remove would count in a ranking of everything.
+    attention = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
+    options = {"path": "network", "quadrature": 1, "ignore": attention, "progress": False}
+    scores = singe.score(model, batches, **options)
     pruner = pruner_for(model, batches[0][0], adapter.importance(scores))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Torch-Pruning leaves the group")
@@ -92,6 +97,70 @@ def test_global_pruning_removes_the_lowest_half(name):
     for group, units in units_of(removed, scores).items():
         before, layer = len(scores[group]), model.get_submodule(group)
         assert layer.weight.shape[0] % (before - len(units)) == 0
+
+
+def heads_of(name: str):
+    """A family of :mod:`helpers_attention`, its scores, and how BasePruner is told of its heads."""
+    model, inputs, scores = scored(FAMILIES[name])
+    modules = dict(model.named_modules())
+    heads = {
+        modules[layer]: int(units.max()) + 1
+        for group in scores.meta["heads"]
+        for layer, units in scores.units[group].items()
+    }
+    options = {
+        "num_heads": heads, "prune_num_heads": True, "prune_head_dims": False,
+        "pruning_ratio": 1e-9, "head_pruning_ratio": 0.5, "ignored_layers": [model.head],
+    }  # fmt: skip
+    return model, inputs, scores, options
+
+
+@pytest.mark.parametrize("name", ["fused", "wide", "apart"])
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_heads_go_by_our_ranking(name, everywhere):
+    """BasePruner removes the heads with the lowest scores, the same weights as singe.prune."""
+    model, inputs, scores, options = heads_of(name)
+    heads = {group: scores[group] for group in scores.meta["heads"]}
+    own, other = Scores(heads, scores.groups, scores.meta, units=scores.units), clone(model)
+    removed = adapter.step(
+        pruner_for(model, inputs, adapter.importance(own), global_pruning=everywhere, **options)
+    )
+    total = sum(map(len, heads.values()))
+    if everywhere:
+        expected = lowest(own, total - total // 2)
+    else:  # Torch-Pruning rounds up
+        counts = {name: -(-len(v) // 2) for name, v in heads.items()}
+        expected = {n: sorted(v.argsort()[: counts[n]].tolist()) for n, v in heads.items()}
+    assert sum(map(len, removed.values())) == sum(
+        len(units) * scores.units[group][group].bincount()[0] // (3 if name != "apart" else 1)
+        for group, units in expected.items()
+    )
+    singe.prune(other, singe.Plan(expected), inputs)
+    for (key, mine), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
+        if ".attn." in key:
+            assert torch.equal(mine, theirs), key
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("fused", {"num_heads": {}}, "give the pruner num_heads="),
+        ("grouped", {}, "which Torch-Pruning cannot remove together"),
+        ("torch", {"num_heads": {}}, "has no gate yet"),
+    ],
+)
+def test_heads_that_torch_pruning_would_cut_to_pieces_are_left_alone(name, options, reason):
+    model, inputs, scores, told = heads_of(name)
+    layers = [layer for group in scores.meta["heads"] for layer in scores.groups[group]]
+    rows = {
+        key: len(value) for key, value in model.named_parameters()
+        if key.startswith(tuple(layers)) and "out_proj" not in key
+    }  # fmt: skip
+    told = {**told, "pruning_ratio": 0.5, **options}
+    with pytest.warns(UserWarning, match=reason):
+        adapter.step(pruner_for(model, inputs, adapter.importance(scores), **told))
+    assert rows
+    assert {key: len(model.get_parameter(key)) for key in rows} == rows
 
 
 def test_the_trained_resnet20_prunes_as_singe_prunes():

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from helpers import make_batches, randomise, residual, run_engine
+from helpers import CLASSES, assert_close, make_batches, randomise, residual, run_engine
 from torch import Tensor, nn
 
 import singe
@@ -91,6 +91,27 @@ def test_fused_equals_definition(model: type[nn.Module]) -> None:
     assert list(fused.scores) == list(naive.scores)
     for name in fused.scores:
         torch.testing.assert_close(fused.scores[name], naive.scores[name], rtol=1e-9, atol=0)
+
+
+class Streams(nn.Module):
+    """Behind a norm that a gate stands in for come layers that no gate reaches, of the same width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm = nn.Linear(6, 5), nn.LayerNorm(5)
+        self.b, self.c = nn.Linear(6, 5), nn.Linear(5, 5)
+        self.head = nn.Linear(10, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.cat([self.norm(self.a(x)), self.c(self.b(x).tanh())], 1))
+
+
+def test_what_is_remembered_of_a_batch_is_not_mixed_up() -> None:
+    torch.manual_seed(0)
+    model, batches = Streams().double().eval(), make_batches((6,), (4,))
+    options = {"layers": ["a"], "path": "layer"}
+    naive = run_engine(model, batches, engine="naive", **options).scores
+    assert_close(run_engine(model, batches, **options).scores, naive, 1e-9)
 
 
 def test_running_out_of_memory_half_way_counts_nothing_twice(monkeypatch) -> None:

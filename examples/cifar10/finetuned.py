@@ -35,14 +35,14 @@ from torch import Tensor, nn
 import singe
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from benchmarks.record import RESULTS, environment, write
+from benchmarks.record import RESULTS, ROOT, environment, write
 
 NAME = "cifar10-resnet56"
 RANKINGS = ("global", "local", "cost")
 SPEEDUPS = (2.11, 2.57)
 SAMPLES, BATCH, LR = 256, 64, 0.02
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-KEY = ("criterion", "ranking", "speedup", "steps", "rounds", "seed")
+KEY = ("criterion", "ranking", "speedup", "steps", "rounds", "lr", "seed")
 Row = dict[str, Any]
 
 
@@ -100,23 +100,26 @@ def train(
 
 
 class Experiment:
-    """One network, its data, and the scores that several runs share."""
+    """One network, its data, and the scores that several runs share, kept in ``out/``."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.model = cifar10.trained(56).to(DEVICE)
         self.data = Data(args.test_images, args.quick_images)
-        self.scores: dict[tuple[str, int], singe.Scores] = {}
+        self.kept = ROOT / "out" / NAME / environment()["commit"]
+        self.kept.mkdir(parents=True, exist_ok=True)
 
     def scored(self, criterion: str, seed: int) -> singe.Scores:
-        if (criterion, seed) not in self.scores:
+        path = self.kept / f"{criterion}, {seed}.safetensors"
+        if not path.exists():
             batches = [(x.to(DEVICE), y.to(DEVICE)) for x, y in self.data.calibration(seed)]
-            self.scores[criterion, seed] = SCORERS[criterion](self.model, batches, seed)
-        return self.scores[criterion, seed]
+            SCORERS[criterion](self.model, batches, seed).save(path)
+        return singe.Scores.load(path, self.model)
 
     def entwined(
-        self, criterion: str, ranking: str, speedup: float, steps: int, rounds: int, seed: int
-    ) -> Row:
+        self, criterion: str, ranking: str, speedup: float, steps: int, rounds: int, lr: float,
+        seed: int,
+    ) -> Row:  # fmt: skip
         """Score, prune and fine-tune in rounds."""
         model = copy.deepcopy(self.model)
         batches = self.data.training(seed)
@@ -125,7 +128,7 @@ class Experiment:
         history: dict[int, float] = {}
 
         def finetune(model: nn.Module, stage: singe.Stage) -> None:
-            train(model, batches, stage.steps, self.args.lr)
+            train(model, batches, stage.steps, lr)
             history[stage.round] = accuracy(model, self.data.quick)
 
         torch.manual_seed(seed)
@@ -138,11 +141,12 @@ class Experiment:
         return self._row(model, report, history)
 
     def run(
-        self, criterion: str, ranking: str, speedup: float, steps: int, rounds: int, seed: int
-    ) -> Row:
+        self, criterion: str, ranking: str, speedup: float, steps: int, rounds: int, lr: float,
+        seed: int,
+    ) -> Row:  # fmt: skip
         """Prune at once, then fine-tune."""
         if rounds > 1:
-            return self.entwined(criterion, ranking, speedup, steps, rounds, seed)
+            return self.entwined(criterion, ranking, speedup, steps, rounds, lr, seed)
         example = self.data.example.to(DEVICE)
         plan = singe.plan(
             self.model, self.scored(criterion, seed), example, macs=1 / speedup, ranking=ranking
@@ -157,7 +161,7 @@ class Experiment:
                 history[step] = accuracy(model, self.data.quick)
 
         torch.manual_seed(seed)
-        train(model, self.data.training(seed), steps, self.args.lr, look)
+        train(model, self.data.training(seed), steps, lr, look)
         return {"pruned": pruned} | self._row(model, report, history)
 
     def _row(self, model: nn.Module, report: Any, history: dict[int, float]) -> Row:
@@ -177,7 +181,7 @@ def jobs(args: argparse.Namespace) -> Iterator[Row]:
         for speedup in args.speedup:
             for ranking in args.ranking:
                 for criterion in args.criteria:
-                    values = (criterion, ranking, speedup, args.steps, args.rounds, seed)
+                    values = (criterion, ranking, speedup, args.steps, args.rounds, args.lr, seed)
                     yield dict(zip(KEY, values, strict=True))
 
 
@@ -217,7 +221,7 @@ def main() -> None:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; offered: {', '.join(offered)}")
     experiment = Experiment(args)
     settings = {
-        "samples": SAMPLES, "batch": BATCH, "lr": args.lr, "test_images": args.test_images,
+        "samples": SAMPLES, "batch": BATCH, "test_images": args.test_images,
         "quick_images": args.quick_images, "base": accuracy(experiment.model, experiment.data.test),
     }  # fmt: skip
     commit = environment()["commit"]

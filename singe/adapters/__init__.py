@@ -20,6 +20,7 @@ ADAPTERS = (
     "torch_ao",
     "torch_prune",
     "torch_pruning",
+    "weight_tables",
 )
 
 __all__ = list(ADAPTERS)

@@ -20,14 +20,15 @@ from torch import Tensor, nn
 
 from singe.errors import ModelError, ScoresError
 from singe.graph import unwrapped
-from singe.scores import Scores
+from singe.scores import Scores, require_units
 
 
 def channel_scores(scores: Scores, model: nn.Module, check: bool = True) -> dict[str, Tensor]:
     """Layer -> float32 [C_out]: the score of the unit that each output channel belongs to.
 
     Every layer of a group is there, coupled layers with the same numbers. Where several channels can
-    only go together (grouped convolutions, GroupNorm) each has its unit's score.
+    only go together (grouped convolutions, GroupNorm, attention heads) each has its unit's score. A
+    layer some of whose channels have no score is left out.
 
     Args:
         model: the model that was scored: it knows how many channels its layers have.
@@ -36,23 +37,23 @@ def channel_scores(scores: Scores, model: nn.Module, check: bool = True) -> dict
     Raises:
         ScoresError: scores of another model.
     """
+    require_units(scores)
     if check:
         scores.check(model)
     modules = dict(unwrapped(model).named_modules())
-    found = {}
+    found: dict[str, Tensor] = {}
     for group, values in scores.items():
         for name in dict.fromkeys((group, *scores.groups[group])):
             if name not in modules:
                 raise ScoresError(
                     f"this {type(model).__name__} has no layer {name!r}: another model?"
                 )
-            channels = _outputs(modules[name])
-            # Unit u is channels u, u + U, ...; a layer behind a concat holds other channels as well.
-            if channels % len(values) == 0 and (
-                name == group or channels == _outputs(modules[group])
-            ):
-                found[name] = values.repeat(channels // len(values))
-    return found
+            if not hasattr(modules[name], "weight"):
+                continue  # nn.MultiheadAttention keeps several matrices
+            units = scores.units_of(group, name, _outputs(modules[name]))
+            mine = units >= 0
+            found.setdefault(name, torch.full(units.shape, torch.nan))[mine] = values[units[mine]]
+    return {name: values for name, values in found.items() if not bool(values.isnan().any())}
 
 
 def _outputs(layer: nn.Module) -> int:

@@ -12,7 +12,6 @@ a layer go first: scores rank within groups here. For its score files see
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -44,10 +43,10 @@ def use(converted: nn.Module, scores: Scores) -> dict[str, str]:
         seen.append(name)
         if width not in ("out_channels", "out_features", "num_features") or layer not in group_of:
             continue
-        values = scores[group_of[layer]]
-        if hparam.max % len(values):
+        units = scores.units_of(group_of[layer], layer, hparam.max)
+        if len(units) != hparam.max or bool((units < 0).any()):
             continue
-        hparam._importance_estimators = [_estimator(hparam, values)]
+        hparam._importance_estimators = [_estimator(scores[group_of[layer]], units)]
         used[name] = group_of[layer]
     if not used:
         raise ModelError(
@@ -57,7 +56,7 @@ def use(converted: nn.Module, scores: Scores) -> dict[str, str]:
     return used
 
 
-def _estimator(hparam: Any, values: Tensor) -> Callable[[], Tensor]:
+def _estimator(values: Tensor, units: Tensor) -> Callable[[], Tensor]:
     # Ranks, because FastNAS divides by the largest: signed scores would turn over.
     ranks = values.argsort(stable=True).argsort().float() + 1
-    return lambda: ranks.repeat(hparam.max // len(ranks))
+    return lambda: ranks[units]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from singe.errors import OptionError, ScoresError
+from singe.scores import require_units
 
 Normalizer = str | Callable[[Tensor], Tensor] | None
 NORMALIZERS = ("sum", "standarization", "mean", "max", "gaussian", "sentinel_<share>", "lamp")
@@ -75,6 +76,7 @@ def ranking(
         ScoresError: all scores are equal, so that they rank nothing; or a normalizer gave NaN or
             infinity.
     """
+    require_units(scores)
     names = list(scores)
     parts = [normalized(scores[name].double(), normalizer) for name in names]
     for name, part in zip(names, parts, strict=True):

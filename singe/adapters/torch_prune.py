@@ -9,6 +9,11 @@
     # every group, coupled layers, biases and norms included:
     torch_prune.global_structured(model, scores, example_inputs, amount=0.5)
 
+    # single weights, with scores of granularity="weight":
+    importance = torch_prune.weight_importance(weight_scores, model)
+    prune.global_unstructured(list(importance), prune.L1Unstructured, importance, amount=0.8)
+    torch_prune.n_of_m(model, weight_scores, n=2, m=4)
+
 A mask switches a channel off, it makes nothing smaller; ``singe.prune`` removes it.
 """
 
@@ -22,12 +27,20 @@ from torch.nn.utils import prune
 
 from singe.adapters.channel_scores import channel_scores, of_layer
 from singe.adapters.ranking import ranking
+from singe.adapters.weight_tables import (
+    check_n_of_m,
+    cut_into_blocks,
+    n_of_m_mask,
+    weight_tables,
+)
+from singe.conv1d import is_transposed
 from singe.data import device_of, example_batch
 from singe.errors import BudgetError, ModelError, OptionError, ScoresError
 from singe.graph import BATCH_NORMS, Group, ModelGraph, unwrapped
 from singe.limits import check_ratio, floor_of
-from singe.scores import Scores
+from singe.scores import Scores, require_units
 from singe.units import find_groups, small
+from singe.weight_scores import WeightScores
 
 
 def importance_scores(scores: Scores, model: nn.Module, layer: str | nn.Module) -> Tensor:
@@ -112,6 +125,48 @@ def global_structured(
     return _mask(model, scores, example_inputs, chosen)
 
 
+def weight_importance(
+    scores: WeightScores, model: nn.Module
+) -> dict[tuple[nn.Module, str], Tensor]:
+    """(layer, ``"weight"``) -> scores in the shape of its weight, on its device.
+
+    The keys are the ``parameters`` and the mapping the ``importance_scores`` of
+    ``prune.global_unstructured``; one entry is the ``importance_scores`` of ``prune.l1_unstructured``. Drop
+    entries to spare layers. Layers may be masked already.
+
+    Raises:
+        ScoresError: scores of units, or of another model.
+    """
+    modules = unwrapped(model)
+    tables = weight_tables(scores, model)
+    return {(modules.get_submodule(name), "weight"): table for name, table in tables.items()}
+
+
+def n_of_m(model: nn.Module, scores: WeightScores, n: int = 2, m: int = 4) -> list[str]:
+    """Mask all but the n highest of every m neighbouring inputs (2:4 by default), in place.
+
+    Blocks lie along the input dimension, for every output channel and kernel position, as NVIDIA's
+    sparse tensor cores want them. Masked with ``prune.custom_from_mask``.
+
+    Returns:
+        The layers that were masked; those whose inputs cannot be cut into blocks of m, and transposed
+        convolutions, are left whole.
+
+    Raises:
+        OptionError: not 0 < n < m.
+        ModelError: no layer's inputs can be cut into blocks of m.
+        ScoresError: scores of units, or of another model.
+    """
+    check_n_of_m(n, m)
+    tables = cut_into_blocks(weight_tables(scores, model), model, width=m)
+    if not tables:
+        raise ModelError(f"no scored layer has inputs that can be cut into blocks of {m}")
+    masks = {name: n_of_m_mask(table, n, m) for name, table in tables.items()}
+    for name, mask in masks.items():
+        prune.custom_from_mask(unwrapped(model).get_submodule(name), "weight", mask)
+    return list(masks)
+
+
 def _check_amount(amount: float) -> None:
     if not 0.0 < amount < 1.0:
         raise OptionError(f"amount must lie in (0, 1): a share of the units, got {amount!r}")
@@ -120,6 +175,7 @@ def _check_amount(amount: float) -> None:
 def _mask(
     model: nn.Module, scores: Scores, example_inputs: Any, chosen: dict[str, list[int]]
 ) -> dict[str, list[int]]:
+    require_units(scores)
     scores.check(model)
     chosen = {name: units for name, units in chosen.items() if units}
     model = unwrapped(model)
@@ -168,10 +224,14 @@ def _mask_group(
                 )
             close(member.name, "weight", channels, 1)
             continue
+        if isinstance(module, nn.MultiheadAttention):
+            close(member.name, "in_proj_weight", channels)
+            close(member.name, "in_proj_bias", channels)
+            continue
         for name in (member.name, graph.folds.get(member.name)):
             if name is not None:
                 _require_affine(model.get_submodule(name), name)
-                close(name, "weight", channels)
+                close(name, "weight", channels, int(is_transposed(model.get_submodule(name))))
                 close(name, "bias", channels)
 
 

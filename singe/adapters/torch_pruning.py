@@ -126,6 +126,7 @@ class Importance:
         floors = {n: floor_of(len(values), self.max_pruning_ratio) for n, values in scores.items()}
         keep = {name: max(floor, self.round_to) for name, floor in floors.items()}
         self.scores = scores
+        self._heads: dict[str, int] = scores.meta.get("heads", {})
         self.table = ranking(scores, normalizer=self.normalizer, keep=keep)
 
     def __repr__(self) -> str:
@@ -149,7 +150,13 @@ class Importance:
             name = names.get(item[0].target.module)
             if name not in self.table or not _is_out(item[0].handler):
                 continue
-            parts.append(self._part(self.table[name], item, position))
+            if name in self._heads:
+                if isinstance(item[0].target.module, nn.MultiheadAttention):
+                    continue  # here it stands for the channels it is fed
+                if (why := self._why_no_heads(name, group)) is not None:
+                    self._note_missing(names.get(group[0][0].target.module, "?"), 0, why)
+                    return None
+            parts.append(self._part(name, item, position))
         if not parts or not bool(torch.stack([seen for _, seen in parts]).any(0).all()):
             self._note_missing(names.get(group[0][0].target.module, "?"), len(parts))
             return None
@@ -157,6 +164,20 @@ class Importance:
         if ch_groups > 1:
             reduced = reduced.view(ch_groups, -1).mean(0).repeat(ch_groups)
         return reduced
+
+    def _why_no_heads(self, name: str, group: Any) -> str | None:
+        """Why Torch-Pruning cannot be trusted with the heads of a layer, or None."""
+        if self._heads[name] > 1:
+            return (
+                "its units are key/value heads with all their query heads, which Torch-Pruning cannot "
+                "remove together; use singe.prune"
+            )
+        if _is_out(group[0][0].handler):  # with num_heads it asks for the reading layer's columns
+            return (
+                "its units are whole heads; give the pruner num_heads={layer: heads}, "
+                "prune_num_heads=True, prune_head_dims=False and head_pruning_ratio"
+            )
+        return None
 
     def _model_of(self, group: Any) -> nn.Module:
         graph = getattr(group, "_DG", None)
@@ -185,19 +206,21 @@ class Importance:
             scores.check(model)
             self._use(scores)
 
-    @staticmethod
-    def _part(table: Tensor, item: Any, position: Mapping[int, int]) -> tuple[Tensor, Tensor]:
+    def _part(self, name: str, item: Any, position: Mapping[int, int]) -> tuple[Tensor, Tensor]:
         """[n] scores that one layer gives the root channels, and [n] which of them it gives any."""
+        table = self.table[name]
         idxs = torch.as_tensor(list(item[1]))
         root_idxs: Sequence[int] = getattr(item, "root_idxs", None) or list(position)
         places = torch.tensor([position.get(r, -1) for r in root_idxs])
+        channels = int(idxs.max()) + 1
+        units = self.scores.units_of(name, name, channels + -channels % len(table))[idxs]
+        known = (places >= 0) & (units >= 0)
         values = torch.zeros(len(position), dtype=table.dtype)
-        seen = torch.zeros(len(position), dtype=torch.bool)
-        known = places >= 0
-        # Unit u of a group is channels u, u + U, u + 2U, ... of its root layer.
-        values.index_add_(0, places[known], table[idxs[known] % len(table)])
-        seen[places[known]] = True
-        return values, seen
+        count = torch.zeros(len(position), dtype=table.dtype)
+        values.index_add_(0, places[known], table[units[known]])
+        count.index_add_(0, places[known], torch.ones_like(table[units[known]]))
+        # A head's q, k and v rows stand at one place: its score counts once.
+        return values / count.clamp(min=1), count > 0
 
     def _reduce(self, parts: list[Tensor]) -> Tensor:
         stacked = torch.stack(parts)
@@ -217,8 +240,10 @@ class Importance:
             case _:
                 return stacked
 
-    def _note_missing(self, root: str, parts: int) -> None:
-        why = self.scores.meta.get("rejected", {}).get(root, "it was not among the scored layers")
+    def _note_missing(self, root: str, parts: int, why: str = "") -> None:
+        why = why or self.scores.meta.get("rejected", {}).get(
+            root, "it was not among the scored layers"
+        )
         if parts:
             why = "only some of its channels have scores"
         if self.missing == "error":

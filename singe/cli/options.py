@@ -184,7 +184,7 @@ class BudgetOptions:
         float | None, _option(_BUDGET, "The same in measured time: a share, or milliseconds (> 1).")
     ] = None
     ranking: Annotated[
-        str | None, _option(_BUDGET, "global, local, isomorphic or cost. (default: global)")
+        str | None, _option(_BUDGET, "cost, global, local or isomorphic. (default: cost)")
     ] = None
     round_to: Annotated[
         int | None, _option(_BUDGET, "Keep multiples of so many channels.", min=1)

@@ -20,7 +20,7 @@ from singe.cli.options import (
 )
 from singe.cli.output import Voice
 from singe.criteria import as_criterion
-from singe.scores import Scores
+from singe.scores import Scores, ScoreTable
 
 
 @takes_groups
@@ -33,12 +33,17 @@ def score(
     out: Annotated[Path, typer.Option(help="File to write.", rich_help_panel="Output")] = Path(
         "scores.safetensors"
     ),
+    granularity: Annotated[
+        str,
+        typer.Option(help="unit, or weight: every weight by itself.", rich_help_panel="Scoring"),
+    ] = "unit",
 ) -> None:
-    """Score every prunable channel of a model: higher = keep."""
+    """Score every prunable channel of a model, or every weight: higher = keep."""
     voice = Voice(common)
     inputs = load_inputs(model, data, common.seed, voice)
     out.parent.mkdir(parents=True, exist_ok=True)  # fails before the work, not after it
-    scores = run_score(inputs, scoring.arguments() | long_run.arguments(), common.seed, voice)
+    options = scoring.arguments() | long_run.arguments() | {"granularity": granularity}
+    scores = run_score(inputs, options, common.seed, voice)
     scores.save(out)
     groups = summary(scores)
     rejected = scores.meta["rejected"]
@@ -53,19 +58,20 @@ def score(
     )
 
 
-def run_score(inputs: Inputs, options: dict[str, Any], seed: int, voice: Voice) -> Scores:
-    """Score with the inputs's data, or without where the criterion needs none."""
+def run_score(inputs: Inputs, options: dict[str, Any], seed: int, voice: Voice) -> Any:
+    """Scores, or WeightScores, of the inputs's data, or without where the criterion needs none."""
     batches: Any = [inputs.example]
     if as_criterion(options.get("criterion", "singe")).needs_data:
         batches = inputs.require_data("this criterion").calibrate
     return singe.score(inputs.model, batches, progress=voice.progress, seed=seed, **options)
 
 
-def summary(scores: Scores) -> dict[str, dict[str, float]]:
-    """Per group its units and the spread of their scores."""
+def summary(scores: ScoreTable) -> dict[str, dict[str, float]]:
+    """Per group its units, or per parameter its weights, and the spread of their scores."""
+    entries = "units" if isinstance(scores, Scores) else "weights"
     return {
         name: {
-            "units": len(values),
+            entries: values.numel(),
             "lowest": float(values.min()),
             "median": float(values.median()),
             "highest": float(values.max()),
@@ -75,10 +81,11 @@ def summary(scores: Scores) -> dict[str, dict[str, float]]:
 
 
 def _table(groups: dict[str, dict[str, float]]) -> Table:
-    table = Table("group", "units", "lowest", "median", "highest", box=None, pad_edge=False)
+    names = list(next(iter(groups.values())))
+    table = Table("group" if "units" in names else "parameter", *names, box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
     for name, row in groups.items():
-        spread = (f"{row[k]:.3g}" for k in ("lowest", "median", "highest"))
-        table.add_row(name, str(row["units"]), *spread)
+        count, *spread = row.values()
+        table.add_row(name, str(count), *(f"{value:.3g}" for value in spread))
     return table
