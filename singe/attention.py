@@ -79,23 +79,17 @@ KNOWN = (
         for heads, size in ((None, "head_dim"), ("num_heads", None))
     ),
     # BERT and its kin
-    Attention(
-        "output.dense",
-        None,
-        "self.query",
-        "self.key",
-        "self.value",
-        heads="self.num_attention_heads",
-        sizes=_inside("self", COUNTS),
-    ),
-    Attention(
-        "output.dense",
-        None,
-        "attention.query",
-        "attention.key",
-        "attention.value",
-        heads="attention.num_attention_heads",
-        sizes=_inside("attention", COUNTS),
+    *(
+        Attention(
+            "output.dense",
+            None,
+            f"{inner}.query",
+            f"{inner}.key",
+            f"{inner}.value",
+            heads=f"{inner}.num_attention_heads",
+            sizes=_inside(inner, COUNTS),
+        )
+        for inner in ("self", "attention")
     ),
     # DistilBERT
     Attention("out_lin", None, "q_lin", "k_lin", "v_lin", heads="n_heads", sizes=(*COUNTS, "dim")),

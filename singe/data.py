@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.data import DataLoader
 
-from singe.errors import DataError, NonFiniteError, OptionError
+from singe.errors import DataError, NonFiniteError, OptionError, first_line
 
 LABEL_KEYS = ("labels", "label", "targets", "target")
 
@@ -60,9 +60,7 @@ def find_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise OptionError(
-            f"device {name!r} cannot be used: {str(error).splitlines()[0]}"
-        ) from error
+        raise OptionError(f"device {name!r} cannot be used: {first_line(error)}") from error
     return device
 
 

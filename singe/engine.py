@@ -348,7 +348,7 @@ class FusedEngine:
         # Nothing is hard for a divergence where nothing has moved.
         halfway = Variant([(g, list(range(g.n_units))) for g in self.groups], 0, 0, 0.5)
         gates = gates_of(self.network, [halfway])
-        return variant(self.sweep.run(batch, gates, {})[0], 0)
+        return variant(self.sweep.runner(batch, gates, {})[0], 0)
 
     def _decide(self, batch: Batch, rest: Sequence[Batch]) -> None:
         assert self.decision is not None

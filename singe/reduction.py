@@ -62,11 +62,11 @@ class Reduction:
 
     def weights(self, sums: Sums, group: Group, member: Member) -> Tensor:
         """Float64 [U, m, *row] on the CPU: a score for every weight of a layer's rows, no biases."""
-        return self._weights(sums, group, member, None)
+        return self._weights(sums, group, member)(None)
 
     def weights_stderr(self, sums: Sums, group: Group, member: Member) -> Tensor:
         """Float64 [U, m, *row]: their standard errors, as in :meth:`stderr`."""
-        return self._jackknife(sums, group, lambda f: self._weights(sums, group, member, f))
+        return self._jackknife(sums, group, self._weights(sums, group, member))
 
     def _jackknife(
         self, sums: Sums, group: Group, estimate: Callable[[int | None], Tensor]
@@ -127,24 +127,30 @@ class Reduction:
         accumulate(score, grad, weight, omega, cast(Norm, self.p))
         return score.double().cpu()
 
-    def _weights(self, sums: Sums, group: Group, member: Member, left_out: int | None) -> Tensor:
+    def _weights(self, sums: Sums, group: Group, member: Member) -> Callable[[int | None], Tensor]:
+        """The scores as a function of the fold that is left out."""
         site = self.network.sites[member.name]
         shape = (*member.channels.shape, *site.full[0].shape[1:])  # [U, m, *row]
         sums_of_layer = sums.gradients.get((group.name, member.name))
         if sums_of_layer is None:  # never called
-            return torch.zeros(shape, dtype=torch.float64)
-        grad = _without(_total(sums_of_layer), sums_of_layer, left_out)  # [S, U, m * K]
-        samples = self._samples(sums, group, left_out).to(grad)
-        channels = member.channels.to(grad.device)
-        factor = site.weight[channels].to(grad)  # [U, m, K]
+            return lambda left_out: torch.zeros(shape, dtype=torch.float64)
+        total = _total(sums_of_layer)  # [S, U, m * K]
+        channels = member.channels.to(total.device)
+        factor = site.weight[channels].to(total)  # [U, m, K]
         if self.integrand == "gradient":  # of the user's weight, not of the folded one
             scale = self.row_scales.get(member.name, torch.ones(site.channels))
-            factor = scale.to(grad)[channels, None].expand_as(factor)
-        score = torch.zeros_like(factor, dtype=torch.float64)
-        for omega, node in zip(self.omega, grad, strict=True):
-            score += omega * (factor * (node / samples[:, None]).view_as(factor)).abs()
+            factor = scale.to(total)[channels, None].expand_as(factor)
         size = site.full[0][0].numel()  # without the bias, the last column
-        return score[..., :size].reshape(shape).cpu()
+
+        def estimate(left_out: int | None) -> Tensor:
+            grad = _without(total, sums_of_layer, left_out)
+            samples = self._samples(sums, group, left_out).to(grad)
+            score = torch.zeros_like(factor, dtype=torch.float64)
+            for omega, node in zip(self.omega, grad, strict=True):
+                score += omega * (factor * (node / samples[:, None]).view_as(factor)).abs()
+            return score[..., :size].reshape(shape).cpu()
+
+        return estimate
 
     def _samples(self, sums: Sums, group: Group, left_out: int | None) -> Tensor:
         """[U] samples that each unit has seen, 1 where there are none: 0 / 1."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from singe.memory import is_out_of_memory
 from singe.network import Network, site_key
 from singe.passes import Variant, gates_of, runs_of_groups
 from singe.sums import Sums
-from singe.variants import Inputs, LayoutRefused, VariantRunner, variant, zero_probes
+from singe.variants import VariantRunner, variant, zero_probes
 
 
 class Sweep:
@@ -51,7 +50,7 @@ class Sweep:
         self.nodes_in_one = definition.nodes_in_one
         self.sums = sums
         self.device = device
-        self.runner = VariantRunner(network, compile, definition.path == "network")
+        self.runner = VariantRunner(network, self.record, compile, definition.path == "network")
         self.recorded_shapes: list[Any] = []  # of the inputs of the last recorded batch
 
     def add(self, variants: Sequence[Variant], batch: Batch, reference: Any, fold: int) -> None:
@@ -77,20 +76,6 @@ class Sweep:
         self.objective.check(reference, batch)
         self.recorded_shapes = shapes_of(batch)
         return reference
-
-    def run(
-        self,
-        batch: Batch,
-        gates: Mapping[str, Tensor],
-        probes: Mapping[str, list[Tensor]],
-        overrides: Mapping[str, Tensor] = MappingProxyType({}),
-    ) -> tuple[Any, Inputs]:
-        """One pass of :class:`VariantRunner`; recorded again where it changes the layout for it."""
-        try:
-            return self.runner(batch, gates, probes, overrides)
-        except LayoutRefused:
-            self.record(batch)
-            return self.runner(batch, gates, probes, overrides)
 
     def _recorded(self, batch: Batch) -> Any:
         self.network.clear()
@@ -118,7 +103,7 @@ class Sweep:
     ) -> None:
         with torch.no_grad():
             if self._updates_of(variants) is None:
-                outputs, _ = self.run(batch, gates_of(self.network, variants), {})
+                outputs, _ = self.runner(batch, gates_of(self.network, variants), {})
             else:
                 outputs = self._run_update(variants, batch, self._mus(variants), None)
             totals = self._totals(outputs, len(variants), batch, reference)
@@ -139,7 +124,7 @@ class Sweep:
             for key, gate in gates.items():
                 gate.requires_grad_(key not in probes)
         with torch.enable_grad():
-            outputs, inputs = self.run(batch, gates, probes)
+            outputs, inputs = self.runner(batch, gates, probes)
             if reference is None:
                 self.objective.check(variant(outputs, 0), batch)
             loss = self._totals(outputs, len(variants), batch, reference).sum()
@@ -185,7 +170,7 @@ class Sweep:
         assert self.updates is not None
         group, units = variants[0].units[0][0], [one.unit for one in variants]
         name, output = self.updates.updated(group, units, mu, probe)
-        return self.run(batch, {}, {}, {name: output})[0]
+        return self.runner(batch, {}, {}, {name: output})[0]
 
     def _add_channel_gradients(
         self, variants: Sequence[Variant], batch: Batch, reference: Any, fold: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -229,25 +229,13 @@ def _verified(model: nn.Module, batch: Batch, graph: ModelGraph) -> ModelGraph:
             return f"gating one of its units and removing it differ by {off:.1e} (relative)"
         return None
 
-    reasons: dict[str, str] = {}
-
-    def halve(groups: Sequence[Group]) -> None:
-        """Name the groups with a problem, in few runs where few have one."""
-        why = problem(groups) if groups else None
-        if why is None:
-            return
-        if len(groups) == 1:
-            reasons[groups[0].name] = why
-            return
-        middle = len(groups) // 2
-        halve(groups[:middle])
-        halve(groups[middle:])
-
-    halve([g for g in graph.groups if g.heads])  # on their own: without a trace they are cheap
-    halve([g for g in graph.groups if not g.suspicious and not g.heads])
+    # Heads on their own: without a trace they are cheap.
+    reasons = with_problems([g for g in graph.groups if g.heads], problem)
+    plain = [g for g in graph.groups if not g.suspicious and not g.heads]
+    reasons |= with_problems(plain, problem)
     for group in graph.groups:
         if group.suspicious:
-            halve([group])
+            reasons |= with_problems([group], problem)
     failed = {layer: g.name for g in graph.groups if g.name in reasons for layer in g.layers}
     return replace(
         graph,
@@ -255,6 +243,19 @@ def _verified(model: nn.Module, batch: Batch, graph: ModelGraph) -> ModelGraph:
         rejected={**graph.rejected, **reasons},
         rejected_layers={**graph.rejected_layers, **failed},
     )
+
+
+def with_problems(
+    groups: Sequence[Group], problem: Callable[[Sequence[Group]], str | None]
+) -> dict[str, str]:
+    """Group -> its problem, in few runs where few have one: halves are tried where a whole has some."""
+    why = problem(groups) if groups else None
+    if why is None:
+        return {}
+    if len(groups) == 1:
+        return {groups[0].name: why}
+    middle = len(groups) // 2
+    return with_problems(groups[:middle], problem) | with_problems(groups[middle:], problem)
 
 
 def _distance(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:

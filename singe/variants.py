@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -27,26 +27,29 @@ def zero_probes(outputs: Sequence[Tensor], variants: int) -> list[Tensor]:
     return [y.new_zeros(()).expand(variants, *y.shape).requires_grad_() for y in outputs]
 
 
-class LayoutRefused(Exception):
-    """The channels-last pass failed; the network is contiguous now, record the batch again."""
-
-
 class VariantRunner:
     """Runs a network for V settings of its gates at once, its ungated prefix once per batch.
 
     ``torch.vmap`` carries the variants: what does not depend on a gate stays unstacked. A model that
     vmap cannot run (data-dependent control flow, an operation without a batching rule) is run once
-    per variant instead; the result is the same, and a warning says so.
+    per variant instead; the result is the same, and a warning says so. Where vmap runs a model in the
+    contiguous layout only, the network is changed to it and the batch recorded again.
 
     Args:
+        record: runs the plain pass that fills the prefix cache.
         compile: run the stacked passes through ``torch.compile``.
         compile_prefix: what lies before the gates as well, in place of remembering it.
     """
 
     def __init__(
-        self, network: Network, compile: bool = False, compile_prefix: bool = False
+        self,
+        network: Network,
+        record: Callable[[Batch], Any],
+        compile: bool = False,
+        compile_prefix: bool = False,
     ) -> None:
         self.network = network
+        self.record = record
         self.stacked = True
         self.compiler = (
             PassCompiler(network, self._stacked, not compile_prefix) if compile else None
@@ -67,9 +70,6 @@ class VariantRunner:
                 sites were called with is returned.
             overrides: [V, ...] outputs that replace those of the named modules.
 
-        Raises:
-            LayoutRefused: once, where vmap runs this model in the contiguous layout only.
-
         Returns:
             The model's outputs, every tensor [V, ...]; and [V, ...] inputs of the probed sites, where
             what all variants share is expanded (stride 0).
@@ -83,11 +83,10 @@ class VariantRunner:
                 mixed = bool(self.network.lowered) and "dtype" in str(error)
                 if isinstance(error, SingeError) or is_out_of_memory(error) or mixed:
                     raise
-                if (
-                    self.network.channels_last
-                ):  # torch.group_norm, for one, cannot ask for it in vmap
+                if self.network.channels_last:  # torch.group_norm cannot ask for it in vmap
                     self.network.set_channels_last(False)
-                    raise LayoutRefused from error
+                    self.record(batch)
+                    return self(batch, gates, probes, overrides)
                 self.stacked = False
                 warnings.warn(
                     f"variants run one after the other, which is slower: torch.vmap cannot run this "

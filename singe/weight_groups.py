@@ -29,6 +29,7 @@ from singe.units import (
     checked_groups,
     set_gates,
     small,
+    with_problems,
 )
 
 SCORED = (*ROWS, *TRANSPOSED)
@@ -81,10 +82,8 @@ def find_weight_groups(
         if parameter.dim() >= 2 and not matrix_of_a_layer:
             rejected.setdefault(owner or name, _foreign(name, names[owner]))
     wrong = _not_gated(model, batch, replace(graph, groups=(*groups, *alone)), alone)
-    rejected |= dict.fromkeys(
-        wrong, "something reads its weight without calling it: no gate can stand for its rows"
-    )
-    groups += [group for group in alone if group.layers[0] not in wrong]
+    rejected |= {group.layers[0]: wrong[group.name] for group in alone if group.name in wrong}
+    groups += [group for group in alone if group.name not in wrong]
     order = {name: i for i, name in enumerate(names)}
     groups.sort(key=lambda group: order[group.rows[0].name])
     found = replace(graph, groups=tuple(groups), rejected=rejected, rejected_layers={})
@@ -131,12 +130,12 @@ def uncovered(name: str, module: nn.Module, groups: Sequence[Group]) -> list[Gro
 @torch.no_grad()
 def _not_gated(
     model: nn.Module, batch: Batch, graph: ModelGraph, alone: Sequence[Group]
-) -> set[str]:
-    """Layers of ``alone`` whose gates at 1/2 give something else than half their weights and biases."""
+) -> dict[str, str]:
+    """Groups of ``alone`` whose gates at 1/2 give something else than half their weights and biases."""
     model, batch = _full_precision(model, small(batch))
     gated = Network(model, graph.groups, graph.folds)
 
-    def differs(groups: Sequence[Group]) -> bool:
+    def problem(groups: Sequence[Group]) -> str | None:
         set_gates(gated, [(g, range(g.n_units)) for g in groups], 0.5)
         halved = Network(model, (), graph.folds)
         for group in groups:
@@ -150,17 +149,11 @@ def _not_gated(
                 bias[channels] *= 0.5
                 module.bias = nn.Parameter(bias, requires_grad=False)
         expected = _outputs(halved(batch))
-        return _distance(_outputs(gated(batch)), expected) > _tolerance(expected)
+        if _distance(_outputs(gated(batch)), expected) > _tolerance(expected):
+            return "something reads its weight without calling it: no gate can stand for its rows"
+        return None
 
-    def found(groups: Sequence[Group]) -> set[str]:
-        if not groups or not differs(groups):
-            return set()
-        if len(groups) == 1:
-            return set(groups[0].layers)
-        middle = len(groups) // 2
-        return found(groups[:middle]) | found(groups[middle:])
-
-    return found(alone)
+    return with_problems(alone, problem)
 
 
 def _require(
