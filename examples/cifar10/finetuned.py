@@ -1,15 +1,17 @@
 """Which criterion is worth its name after fine-tuning, at equal MACs?
 
     python examples/cifar10/finetuned.py [--steps 200] [--speedup 2.11] [--seeds 3] [--criteria L1 ...]
-    python examples/cifar10/finetuned.py --rounds 5 --steps 1000 --ranking cost
+    python examples/cifar10/finetuned.py --rounds 5 --steps 1000 --ranking cost [--between 0]
+    python examples/cifar10/finetuned.py --train-images 1024 --ranking cost
 
 A trained ResNet-56 loses the channels between the two convolutions of its blocks until 2.11 or 2.57
 times fewer MACs are left. Pruner, guard, budget and fine-tuning are the same for all; the criterion
 differs, and the ranking that turns its scores into a plan. Every seed takes other calibration images
 and another order of the training images. With more than one round (:func:`singe.compress`) half of
-the steps are shared out between the rounds, the other half follows the last one. A run that the results
-already hold is not repeated, so that the table can grow over days and machines; ``--part 0/2`` does
-every other run, for two processes.
+the steps (``--between``) are shared out between the rounds, the others follow the last one.
+``--train-images`` fine-tunes on so few images in place of all 50,000, ``--samples`` scores on more or fewer
+than 256. A run that the results already hold is not repeated, so that the table can grow over days
+and machines; ``--part 0/2`` does every other run, for two processes.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from typing import Any
 import cifar10
 import torch
 import torch.nn.functional as F
-from importances import OWN, SCORERS, inner_layers
+from importances import OWN, SCORERS, VARIANTS, inner_layers
 from torch import Tensor, nn
 
 import singe
@@ -40,9 +42,13 @@ from benchmarks.record import RESULTS, ROOT, environment, write
 NAME = "cifar10-resnet56"
 RANKINGS = ("global", "local", "cost")
 SPEEDUPS = (2.11, 2.57)
-SAMPLES, BATCH, LR = 256, 64, 0.02
+BATCH, LR = 64, 0.02
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# bfloat16 that the processor does not compute in takes twice as long as float32.
+BF16 = DEVICE == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
 KEY = ("criterion", "ranking", "speedup", "steps", "rounds", "lr", "seed")
+# What rows that do not say were run with.
+ALSO = {"samples": 256, "train_images": 50_000, "between": 0.5}
 Row = dict[str, Any]
 
 
@@ -55,20 +61,27 @@ class Data:
         self.quick = self.test[: quick_images // 250]
         self.example = self.test[0][0][:1]
 
-    def calibration(self, seed: int) -> list[tuple[Tensor, Tensor]]:
-        part = slice(seed * SAMPLES, (seed + 1) * SAMPLES)
+    def calibration(self, seed: int, samples: int) -> list[tuple[Tensor, Tensor]]:
+        part = slice(seed * samples, (seed + 1) * samples)
         return cifar10.batches(self.x[part], self.y[part], BATCH)
 
-    def training(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        images = cifar10.Augmented(self.x, self.y, BATCH, seed)
+    def training(self, seed: int, images: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All images, or the next ``images`` of them for every seed; augmented, without end."""
+        start = seed * images if images < len(self.x) else 0
+        part = slice(start, start + images)
+        epochs = cifar10.Augmented(self.x[part], self.y[part], BATCH, seed)
         while True:
-            yield from images
+            yield from epochs
+
+
+def mixed_precision() -> torch.autocast:
+    return torch.autocast(DEVICE, torch.bfloat16, enabled=BF16)
 
 
 def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Top-1, in bfloat16 as in training."""
+    """Top-1, in the precision of training."""
     model.eval()
-    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+    with torch.no_grad(), mixed_precision():
         right = [(model(x.to(DEVICE)).argmax(1).cpu() == y).float() for x, y in batches]
     return float(torch.cat(right).mean())
 
@@ -80,7 +93,7 @@ def train(
     lr: float,
     look: Callable[[int], None] = lambda step: None,
 ) -> None:
-    """SGD with a cosine to zero, bfloat16 and channels-last, in place."""
+    """SGD with a cosine to zero, in bfloat16 where that is fast, channels-last; in place."""
     model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4
@@ -90,7 +103,7 @@ def train(
             group["lr"] = 0.5 * lr * (1 + math.cos(math.pi * step / steps))
         x, y = next(batches)
         model.train()
-        with torch.autocast(DEVICE, torch.bfloat16):
+        with mixed_precision():
             outputs = model(x.to(DEVICE, memory_format=torch.channels_last))
         optimizer.zero_grad()
         F.cross_entropy(outputs.float(), y.to(DEVICE)).backward()
@@ -109,59 +122,60 @@ class Experiment:
         self.kept = ROOT / "out" / NAME / environment()["commit"]
         self.kept.mkdir(parents=True, exist_ok=True)
 
-    def scored(self, criterion: str, seed: int) -> singe.Scores:
-        path = self.kept / f"{criterion}, {seed}.safetensors"
+    def calibration(self, job: Row) -> list[tuple[Tensor, Tensor]]:
+        batches = self.data.calibration(job["seed"], job["samples"])
+        return [(x.to(DEVICE), y.to(DEVICE)) for x, y in batches]
+
+    def scored(self, job: Row) -> singe.Scores:
+        path = self.kept / f"{job['criterion']}, {job['samples']}, {job['seed']}.safetensors"
         if not path.exists():
-            batches = [(x.to(DEVICE), y.to(DEVICE)) for x, y in self.data.calibration(seed)]
-            SCORERS[criterion](self.model, batches, seed).save(path)
+            scorer = (SCORERS | VARIANTS)[job["criterion"]]
+            scorer(self.model, self.calibration(job), job["seed"]).save(path)
         return singe.Scores.load(path, self.model)
 
-    def entwined(
-        self, criterion: str, ranking: str, speedup: float, steps: int, rounds: int, lr: float,
-        seed: int,
-    ) -> Row:  # fmt: skip
+    def run(self, job: Row) -> Row:
+        """Prune and fine-tune, at once or in rounds."""
+        torch.manual_seed(job["seed"])
+        batches = self.data.training(job["seed"], job["train_images"])
+        return self.entwined(job, batches) if job["rounds"] > 1 else self.one_shot(job, batches)
+
+    def entwined(self, job: Row, batches: Iterator[tuple[Tensor, Tensor]]) -> Row:
         """Score, prune and fine-tune in rounds."""
         model = copy.deepcopy(self.model)
-        batches = self.data.training(seed)
-        calibration = [(x.to(DEVICE), y.to(DEVICE)) for x, y in self.data.calibration(seed)]
-        between = steps // (2 * rounds)
+        calibration = self.calibration(job)
+        steps, rounds = job["steps"], job["rounds"]
+        between = int(steps * job["between"] / rounds)
         history: dict[int, float] = {}
 
         def finetune(model: nn.Module, stage: singe.Stage) -> None:
-            train(model, batches, stage.steps, lr)
+            train(model, batches, stage.steps, job["lr"])
             history[stage.round] = accuracy(model, self.data.quick)
 
-        torch.manual_seed(seed)
         report = singe.compress(
-            model, train=calibration, calibrate=calibration, macs=1 / speedup, rounds=rounds,
-            ranking=ranking, finetune_steps=between, final_steps=steps - rounds * between,
-            finetune=finetune, layers=inner_layers(model), progress=False, seed=seed,
-            **OWN[criterion],
+            model, train=calibration, calibrate=calibration, macs=1 / job["speedup"], rounds=rounds,
+            ranking=job["ranking"], finetune_steps=between, final_steps=steps - rounds * between,
+            finetune=finetune, layers=inner_layers(model), progress=False, seed=job["seed"],
+            **OWN[job["criterion"]],
         )  # fmt: skip
         return self._row(model, report, history)
 
-    def run(
-        self, criterion: str, ranking: str, speedup: float, steps: int, rounds: int, lr: float,
-        seed: int,
-    ) -> Row:  # fmt: skip
+    def one_shot(self, job: Row, batches: Iterator[tuple[Tensor, Tensor]]) -> Row:
         """Prune at once, then fine-tune."""
-        if rounds > 1:
-            return self.entwined(criterion, ranking, speedup, steps, rounds, lr, seed)
         example = self.data.example.to(DEVICE)
         plan = singe.plan(
-            self.model, self.scored(criterion, seed), example, macs=1 / speedup, ranking=ranking
+            self.model, self.scored(job), example, macs=1 / job["speedup"], ranking=job["ranking"]
         )
         model = copy.deepcopy(self.model)
         report = singe.prune(model, plan, example)
         pruned = accuracy(model, self.data.quick)
         history: dict[int, float] = {}
+        steps = job["steps"]
 
         def look(step: int) -> None:
             if step % max(1, steps // 4) == 0:
                 history[step] = accuracy(model, self.data.quick)
 
-        torch.manual_seed(seed)
-        train(model, self.data.training(seed), steps, lr, look)
+        train(model, batches, steps, job["lr"], look)
         best = max(history.values())  # entwined, earlier rounds have more MACs left
         return {"pruned": pruned, "best": best} | self._row(model, report, history)
 
@@ -182,7 +196,7 @@ def jobs(args: argparse.Namespace) -> Iterator[Row]:
             for ranking in args.ranking:
                 for criterion in args.criteria:
                     values = (criterion, ranking, speedup, args.steps, args.rounds, args.lr, seed)
-                    yield dict(zip(KEY, values, strict=True))
+                    yield dict(zip(KEY, values, strict=True)) | {k: vars(args)[k] for k in ALSO}
 
 
 def recorded() -> list[Row]:
@@ -191,7 +205,7 @@ def recorded() -> list[Row]:
 
 
 def is_done(job: Row) -> bool:
-    return any(all(row[k] == job[k] for k in KEY) for row in recorded())
+    return any((ALSO | row).items() >= job.items() for row in recorded())
 
 
 def record(row: Row, settings: dict[str, Any]) -> None:
@@ -210,27 +224,32 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--criteria", nargs="+", help="default: all")
     parser.add_argument("--lr", type=float, default=LR)
+    parser.add_argument("--samples", type=int, default=ALSO["samples"], help="to score on")
+    parser.add_argument("--train-images", type=int, default=ALSO["train_images"])
+    parser.add_argument("--between", type=float, default=ALSO["between"], help="see above")
     parser.add_argument("--test-images", type=int, default=5000)
     parser.add_argument("--quick-images", type=int, default=2000, help="while it trains")
     parser.add_argument("--part", default="0/1")
     args = parser.parse_args()
     part, parts = map(int, args.part.split("/"))
-    offered = SCORERS if args.rounds == 1 else OWN
-    args.criteria = args.criteria or list(offered)
+    usual, offered = (SCORERS, SCORERS | VARIANTS) if args.rounds == 1 else (OWN, OWN)
+    args.criteria = args.criteria or list(usual)
     if unknown := set(args.criteria) - set(offered):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; offered: {', '.join(offered)}")
     experiment = Experiment(args)
     settings = {
-        "samples": SAMPLES, "batch": BATCH, "test_images": args.test_images,
-        "quick_images": args.quick_images, "base": accuracy(experiment.model, experiment.data.test),
+        "batch": BATCH, "test_images": args.test_images, "quick_images": args.quick_images,
+        "base": accuracy(experiment.model, experiment.data.test),
     }  # fmt: skip
-    commit = environment()["commit"]
+    here = environment()
+    fixed = {"precision": "bfloat16" if BF16 else "float32", "cpu": here["machine"]["cpu"]}
+    fixed["commit"] = here["commit"]
     for job in list(jobs(args))[part::parts]:
         if is_done(job):
             continue
         start = time.perf_counter()
-        run = experiment.run(**job)
-        row = job | run | {"seconds": time.perf_counter() - start, "commit": commit}
+        run = experiment.run(job)
+        row = job | run | {"seconds": time.perf_counter() - start} | fixed
         record(row, settings)
         print(
             f"{job['criterion']:30s} {job['ranking']:7s} {job['speedup']:.2f}x seed {job['seed']} "

@@ -148,3 +148,11 @@ SCORERS: dict[str, Scorer] = {
     "Hessian, patched": by_torch_pruning(hessian_patched),
     **{name: by_singe(**options) for name, options in OWN.items() if name != "random"},
 }
+# Set beside the above: other ways for the integral and the norm to meet.
+VARIANTS: dict[str, Scorer] = {
+    "SInGE, layer, sum": by_singe(path="layer", p="sum"),
+    "SInGE, layer, p=2": by_singe(path="layer", p=2),
+    "SInGE, layer, outside": by_singe(path="layer", norm="outside"),
+    "SInGE, network, sum": by_singe(path="network", p="sum"),
+    "ablation": by_singe(criterion="ablation"),
+}
