@@ -129,7 +129,8 @@ def compress(
             cosine from ``lr`` to 0 in every round.
         lr: of the default optimizer.
         clip_grad_norm: largest norm of the gradient of all parameters together.
-        autocast: ``torch.bfloat16`` for mixed precision.
+        autocast: ``torch.bfloat16`` or ``torch.float16`` for mixed precision; the latter scales the loss
+            (``torch.amp.GradScaler``) and passes over steps whose gradients overflow.
         label_smoothing: of ``finetune_objective="cross_entropy"``.
         distill: weight in [0, 1] of the divergence from the original network's logits; the objective
             has the rest. At 1 no labels are needed.

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from singe.criteria import choose
 from singe.data import Batch
 from singe.errors import OptionError
 from singe.graph import BATCH_NORMS
@@ -67,11 +68,7 @@ class Training:
             )
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
             raise OptionError(f"clip_grad_norm must be positive, got {self.clip_grad_norm!r}")
-        if self.autocast not in (None, torch.bfloat16):
-            raise OptionError(
-                f"autocast={self.autocast!r} is not offered: use torch.bfloat16 (float16 would need "
-                "its gradients scaled) or None"
-            )
+        choose("autocast", self.autocast, (None, torch.bfloat16, torch.float16))
         if not 0.0 <= self.distill <= 1.0:
             raise OptionError(f"distill must lie in [0, 1], got {self.distill!r}")
         if not self.temperature > 0:

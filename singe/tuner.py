@@ -20,6 +20,8 @@ from singe.objectives import logits_of
 from singe.removal import take
 from singe.seeding import Stream, seed_all
 
+SMALLEST_SCALE = 1e-4  # float16 overflows even so: 65536 has been halved 29 times
+
 
 class Tuner:
     """Trains one model through all stages of a run.
@@ -52,6 +54,9 @@ class Tuner:
         self.average: dict[str, Tensor] | None = None
         self._optimizer: Optimizer | None = None
         self._scheduler: LRScheduler | None = None
+        self._scaler = torch.amp.GradScaler(
+            device_of(model).type, enabled=training.autocast == torch.float16
+        )
         self._gathered: dict[str, dict[str, Any]] = {}  # parameter -> what its optimizer gathered
 
     # ------------------------------------------------------------------ one stage
@@ -104,12 +109,13 @@ class Tuner:
                 f"fine-tuning diverged: the loss of step {self.step} is {loss.item()}; lower `lr`"
             )
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        self._scaler.scale(loss).backward()
         if self.training.clip_grad_norm is not None:
+            self._scaler.unscale_(optimizer)
             parameters = [p for g in optimizer.param_groups for p in g["params"]]
             nn.utils.clip_grad_norm_(parameters, self.training.clip_grad_norm)
-        optimizer.step()
-        scheduler.step()
+        if self._update(optimizer):
+            scheduler.step()
         optimizer.zero_grad(set_to_none=True)  # a checkpoint may be taken now
         self.step += 1
         self.total += 1
@@ -117,6 +123,19 @@ class Tuner:
             self.tail.append(float(loss.detach()))
         if self.training.ema is not None:
             self._follow_average(self.training.ema)
+
+    def _update(self, optimizer: Optimizer) -> bool:
+        """Step, unless scaled float16 gradients overflowed: then the scale is halved instead."""
+        before = self._scaler.get_scale()
+        self._scaler.step(optimizer)
+        self._scaler.update()
+        after = self._scaler.get_scale()
+        if after < SMALLEST_SCALE:
+            raise NonFiniteError(
+                f"fine-tuning diverged: the gradients of step {self.step} overflow float16 at every "
+                "scale; lower `lr`, or use autocast=torch.bfloat16"
+            )
+        return after >= before
 
     def _loss(self, batch: Batch) -> Tensor:
         training = self.training
@@ -221,6 +240,7 @@ class Tuner:
             "gathered": self._by_name() if running else self._gathered,
             "groups": self._settings() if running else None,
             "scheduler": self._scheduler.state_dict() if running and self._scheduler else None,
+            "scaler": self._scaler.state_dict(),
             "stream": self.stream.state(),
         }
 
@@ -243,6 +263,7 @@ class Tuner:
                 group.update(saved)
         self.total, self.step, self.steps = state["total"], state["step"], state["steps"]
         self.tail = list(state["tail"])
+        self._scaler.load_state_dict(state["scaler"])
         self.stream.seek(state["stream"])
 
     def _settings(self) -> list[dict[str, Any]]:

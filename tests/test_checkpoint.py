@@ -58,6 +58,11 @@ def compress(model: nn.Module, folder=None, **options) -> singe.CompressReport:
     return singe.compress(model, checkpoint=folder, **options)
 
 
+def steep(outputs: torch.Tensor, batch) -> torch.Tensor:
+    """Overflows float16 until its scale has been halved a few times."""
+    return 1e4 * torch.nn.functional.cross_entropy(outputs.float(), batch[1])
+
+
 def same_weights(left: nn.Module, right: nn.Module) -> bool:
     a, b = left.state_dict(), right.state_dict()
     return a.keys() == b.keys() and all(
@@ -142,6 +147,7 @@ def test_cut_off_around_a_checkpoint(tmp_path, monkeypatch, saves):
         {"order": "layerwise", "rounds": None, "visit": "damage"},
         {"accuracy_floor": 0.0, "clip_grad_norm": 0.5, "label_smoothing": 0.1},
         {"criterion": "random", "ranking": "cost", "schedule": "cubic", "autocast": torch.bfloat16},
+        {"criterion": "random", "autocast": torch.float16, "finetune_objective": steep},
     ],
 )
 def test_other_runs_resume_as_well(tmp_path, options):

@@ -84,7 +84,7 @@ def compress(
         "evaluate": found.evaluate,
         "optimizer": ChosenOptimizer(tuning.optimizer, tuning.lr, tuning.weight_decay),
         "lr": tuning.lr,
-        "autocast": torch.bfloat16 if tuning.amp else None,
+        "autocast": tuning.autocast(),
         "seed": common.seed,
         "resume": tuning.resume,
         "progress": voice.progress,

@@ -34,6 +34,7 @@ def _option(panel: str, text: str, *names: str, **more: Any) -> Any:
 
 _MODEL, _DATA, _SCORING, _BUDGET = "Model", "Data", "Scoring", "Budget"
 _TUNING, _OUTPUT = "Fine-tuning", "Output"
+AMP_DTYPES = ("bfloat16", "float16")
 
 
 @dataclass
@@ -168,7 +169,7 @@ class LongRunOptions:
         """What was chosen, as arguments of :func:`singe.score`."""
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         if self.autocast is not None:
-            choose("autocast", self.autocast, ("bfloat16", "float16"))
+            choose("autocast", self.autocast, AMP_DTYPES)
             given["autocast"] = getattr(torch, self.autocast)
         return {k: v for k, v in given.items() if v is not None}
 
@@ -243,7 +244,10 @@ class TuningOptions:
     lr: Annotated[float, _option(_TUNING, "Learning rate; falls in a cosine every round.")] = 0.01
     weight_decay: Annotated[float, _option(_TUNING, "Of the optimizer.")] = 5e-4
     clip_grad_norm: Annotated[float | None, _option(_TUNING, "Clip gradients to this norm.")] = None
-    amp: Annotated[bool, _option(_TUNING, "Fine-tune under bfloat16 autocast.")] = False
+    amp: Annotated[bool, _option(_TUNING, "Fine-tune in mixed precision.")] = False
+    amp_dtype: Annotated[
+        str, _option(_TUNING, "With --amp: bfloat16, or float16 with scaled gradients.")
+    ] = "bfloat16"
     label_smoothing: Annotated[float | None, _option(_TUNING, "Of the cross-entropy.")] = None
     distill: Annotated[
         float | None, _option(_TUNING, "Weight of the original's logits in the loss, 0..1.")
@@ -261,6 +265,11 @@ class TuningOptions:
         int | None, _option(_TUNING, "Steps between checkpoints within a round.", min=1)
     ] = None
     resume: Annotated[bool, _option(_TUNING, "Go on where the run in --out stopped.")] = False
+
+    def autocast(self) -> torch.dtype | None:
+        """The dtype of mixed precision, or None without."""
+        choose("--amp-dtype", self.amp_dtype, AMP_DTYPES)
+        return getattr(torch, self.amp_dtype) if self.amp else None
 
 
 @dataclass
