@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, replace
 from os import PathLike
 from typing import Any
 
@@ -32,6 +33,7 @@ from singe.loop import Loop
 from singe.memory import free_memory
 from singe.objectives import Loss, Objective, as_objective
 from singe.plan import Plan
+from singe.request import Request
 from singe.rounds import SCHEDULES, CompressReport, Pruning, Round, Schedule
 from singe.scores import Scores
 from singe.seeding import Stream, derive, random_state_kept
@@ -167,7 +169,11 @@ def compress(
         raise OptionError(f"checkpoint_every must be >= 1, got {checkpoint_every}")
     if resume and checkpoint is None:
         raise OptionError("resume=True needs checkpoint=, the folder to continue from")
-    if score_options.get("granularity", "unit") != "unit" or score_options.get("compile"):
+    unknown = score_options.keys() - {f.name for f in fields(Request)}
+    if unknown:
+        raise TypeError(f"compress() got an unexpected keyword argument {min(unknown)!r}")
+    request = Request(objective=objective, progress=progress, seed=seed, **score_options)
+    if request.granularity != "unit" or request.compile:
         raise OptionError(
             "compress ranks units on a network that changes its shapes every round: granularity must "
             "be 'unit' and compile False"
@@ -198,7 +204,7 @@ def compress(
         raise OptionError("ema is of the built-in training; average inside your finetune function")
     pruning = Pruning(
         kind, value, rounds, schedule, order, visit, ranking, round_to, min_keep, max_keep,
-        max_pruning_ratio, timing or Timing(), recalibrate, score_options | {"objective": objective},
+        max_pruning_ratio, timing or Timing(), recalibrate,
     )  # fmt: skip
     settings = {
         "target": {kind: value}, "rounds": rounds, "schedule": _word(schedule), "order": order,
@@ -208,7 +214,7 @@ def compress(
         "optimizer": _word(optimizer), "scheduler": _word(scheduler), "lr": lr,
         "clip_grad_norm": clip_grad_norm, "autocast": _word(autocast),
         "label_smoothing": label_smoothing, "distill": distill, "temperature": temperature,
-        "ema": ema, "recalibrate": recalibrate, "objective": as_objective(objective).name,
+        "ema": ema, "recalibrate": recalibrate, "objective": request.definition.objective.name,
         "finetune_objective": training.objective.name, "accuracy_floor": accuracy_floor,
         "seed": seed,
         "score": {k: _plain(v, model) for k, v in sorted(score_options.items())},
@@ -218,13 +224,14 @@ def compress(
         folder = _open(checkpoint, settings, model, resume)
         if calibrate is None:
             calibrate = _first_samples(train, CALIBRATION_SAMPLES, seed)
-        pruning.score_options.setdefault("max_memory", free_memory(device) // 4)
+        if request.max_memory is None:
+            request = replace(request, max_memory=free_memory(device) // 4)
         teacher = copy.deepcopy(unwrapped(model)).eval() if distill > 0 else None
         tuner = Tuner(model, training, Stream(train, derive(seed, "train")), seed, teacher)
         loop = Loop(
-            model=model, snapshot=snapshot, pruning=pruning, tuner=tuner, calibrate=calibrate,
-            train=train, measure=measure, floor=accuracy_floor, finetune=finetune,
-            finetune_steps=finetune_steps, final_steps=final_steps, folder=folder,
+            model=model, snapshot=snapshot, pruning=pruning, request=request, tuner=tuner,
+            calibrate=calibrate, train=train, measure=measure, floor=accuracy_floor,
+            finetune=finetune, finetune_steps=finetune_steps, final_steps=final_steps, folder=folder,
             checkpoint_every=checkpoint_every, on_round=on_round, progress=progress, seed=seed,
         )  # fmt: skip
         report = loop.run(folder.newest() if folder and resume else None)

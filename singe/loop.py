@@ -6,7 +6,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -26,6 +26,7 @@ from singe.limits import Limits, absolute, limits_of
 from singe.original import Original
 from singe.plan import Plan, make_plan
 from singe.removal import Removals, kept_elements, remove_units
+from singe.request import Request
 from singe.rounds import (
     CompressReport,
     Pruning,
@@ -35,7 +36,7 @@ from singe.rounds import (
     target_after,
 )
 from singe.scores import Scores, fingerprint
-from singe.scoring import score
+from singe.scoring import carry_out
 from singe.seeding import derive, seed_all
 from singe.snapshot import Snapshot
 from singe.tuner import Tuner
@@ -59,6 +60,7 @@ class Loop:
     model: nn.Module
     snapshot: Snapshot
     pruning: Pruning
+    request: Request
     tuner: Tuner
     calibrate: Iterable[Any]
     train: Iterable[Any]
@@ -96,12 +98,10 @@ class Loop:
 
     def _survey(self) -> None:
         """What is the same in every process that works on this run."""
-        options, pruning = self.pruning.score_options, self.pruning
+        pruning = self.pruning
         seed_all(self.seed, "survey")
         example = first_batch(self.calibrate, device_of(self.model))
-        graph = find_groups(
-            self.model, small(example), options.get("layers"), options.get("ignore", ())
-        )
+        graph = find_groups(self.model, small(example), self.request.layers, self.request.ignore)
         timing = pruning.timing if pruning.kind == "latency" else None
         self.original = Original(self.model, self.snapshot, graph, example, timing)
         self.limits: Limits = limits_of(
@@ -126,8 +126,7 @@ class Loop:
 
     def _plan_visits(self) -> None:
         """Settle how many units each group loses, from one scoring of the whole network."""
-        scores = self._score(self.pruning.score_options, 0)
-        graph = self.original.graph
+        scores, graph = self._score(self.request, 0)
         plan = self._make(graph, scores, self.last)
         self.quota = {name: len(units) for name, units in plan.items()}
         names = [g.name for g in graph.groups if g.name in plan]
@@ -147,11 +146,10 @@ class Loop:
         if index > self.rounds:  # nothing had to go
             self._finish()
             return
-        options = self.pruning.score_options
+        request = self.request
         if self.visits is not None:
-            options = {**options, "layers": self.visits[index - 1]}
-        scores = self._score(options, index)
-        graph = find_groups(self.model, self.original.batch, layers=list(scores))
+            request = replace(request, layers=self.visits[index - 1])
+        scores, graph = self._score(request, index)
         plan = self._plan(graph, scores, index)
         self._remove([(g, plan[g.name]) for g in graph.groups if g.name in plan])
         for name, units in plan.items():
@@ -173,11 +171,11 @@ class Loop:
         self.tuner.start(0 if self.finetune else steps)
         self._save()
 
-    def _score(self, options: Mapping[str, Any], index: int) -> Scores:
+    def _score(self, request: Request, index: int) -> tuple[Scores, ModelGraph]:
         seed_all(self.seed, "score", index)
-        return score(
-            self.model, self.calibrate, **{"seed": self.seed, "progress": self.progress, **options}
-        )
+        scores, graph = carry_out(request, self.model, self.calibrate)
+        assert isinstance(scores, Scores)
+        return scores, graph
 
     def _plan(self, graph: ModelGraph, scores: Scores, index: int) -> Plan:
         if self.visits is None:
@@ -334,7 +332,7 @@ class Loop:
                 "current": self.current,
                 "good": self.good,
                 "finished": self.finished,
-                "max_memory": self.pruning.score_options["max_memory"],
+                "max_memory": self.request.max_memory,
                 "threads": torch.get_num_threads(),
             }
         )
@@ -353,7 +351,7 @@ class Loop:
         self.visits, self.quota, self.good = state["visits"], state["quota"], state["good"]
         self.current, self.finished = state["current"], state["finished"]
         # What fits in memory decides how sums are cut into passes.
-        self.pruning.score_options["max_memory"] = state["max_memory"]
+        self.request = replace(self.request, max_memory=state["max_memory"])
 
     def _write_decision(self, index: int) -> None:
         if self.folder is None:
@@ -377,7 +375,7 @@ class Loop:
         meta = {
             "target": {self.pruning.kind: self.last},
             "ranking": self.pruning.ranking,
-            "criterion": self.pruning.score_options.get("criterion", "singe"),
+            "criterion": self.request.criterion,
             "before": {k: full[k] for k in ("macs", "params", "channels")},
             "after": {"macs": report.macs_after, "params": report.params_after, "channels": left},
         }

@@ -33,7 +33,6 @@ class Pruning:
     max_pruning_ratio: float
     timing: Timing
     recalibrate: bool
-    score_options: dict[str, Any]
 
 
 @dataclass

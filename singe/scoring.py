@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any, Literal, overload
@@ -14,36 +14,21 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from singe.criteria import (
-    GRANULARITIES,
-    NORMS,
-    OF_WEIGHTS,
-    PATHS,
-    POWERS,
-    Criterion,
-    as_criterion,
-    choose,
-)
 from singe.data import check_reiterable, device_of, first_batch, read_batches
 from singe.data_free import of_units, of_weights
 from singe.decision import EarlyDecision
-from singe.definition import Definition
 from singe.engine import FusedEngine
-from singe.errors import OptionError
 from singe.graph import ModelGraph
 from singe.naive import naive_scores
-from singe.objectives import Loss, Objective, as_objective
-from singe.precision import OFFERED as LOWER
-from singe.quadrature import Quadrature, as_quadrature
+from singe.objectives import Loss, Objective
+from singe.quadrature import Quadrature
+from singe.request import Cut, Request
 from singe.result import Result
 from singe.score_checkpoint import ScoreCheckpoint, digest_of_model
 from singe.scores import Scores, fingerprint
 from singe.units import find_groups
 from singe.weight_groups import find_weight_groups
 from singe.weight_scores import WeightScores
-
-Cut = Callable[["Scores"], Mapping[str, Sequence[int]]]
-ENDPOINT = Quadrature("endpoint", (1.0,), (1.0,))
 
 
 @overload
@@ -174,94 +159,49 @@ def score(
 
     The criteria follow SInGE (arXiv 2207.04089); the exact definitions are in ``docs/criteria.md``.
     """
-    chosen = as_criterion(criterion)
-    choose("path", path, PATHS)
-    choose("norm", norm, NORMS)
-    choose("p", p, POWERS)
-    p = "sum" if p == "sum" else int(p)  # 2.0 is as good as 2
-    choose("engine", engine, ("fused", "naive"))
-    _check_autocast(autocast, model, engine)
-    if engine == "naive" and (tolerance is not None or checkpoint is not None or compile):
-        raise OptionError("tolerance, checkpoint and compile belong to engine='fused'")
-    if compile and checkpoint is not None:
-        raise OptionError(
-            "checkpoint promises the same bits, and compile=True cannot keep that: its first passes run "
-            "plainly, and after a kill these are others; choose one of them"
-        )
-    if max_memory is not None and max_memory <= 0:
-        raise OptionError(f"max_memory must be a positive number of bytes, got {max_memory!r}")
-    rule = ENDPOINT if chosen.endpoint else as_quadrature(quadrature)
-    target = as_objective(objective)
-    check_reiterable(batches)
-    # At mu = 1 every path passes through the same point: one sweep serves all units.
-    path = "network" if chosen.endpoint else "neuron" if criterion == "ablation" else path
-    choose("granularity", granularity, GRANULARITIES)
-    if granularity == "weight":
-        _check_weights(chosen, p, tolerance)
-    _check_decision(tolerance, pruning_ratio, path, chosen)
-    find = find_groups if granularity == "unit" else find_weight_groups
+    request = Request(
+        objective=objective, criterion=criterion, path=path, quadrature=quadrature, p=p, norm=norm,
+        layers=layers, ignore=ignore, engine=engine, max_memory=max_memory, autocast=autocast,
+        compile=compile, tolerance=tolerance, pruning_ratio=pruning_ratio, checkpoint=checkpoint,
+        granularity=granularity, progress=progress, seed=seed,
+    )  # fmt: skip
+    return carry_out(request, model, batches)[0]
 
+
+def carry_out(
+    request: Request, model: nn.Module, batches: Iterable[Any]
+) -> tuple[Scores | WeightScores, ModelGraph]:
+    """What :func:`score` does, with the groups that were found on the way."""
+    request.check_model(model)
+    check_reiterable(batches)
     start = time.perf_counter()
     device = device_of(model)
+    find = find_groups if request.granularity == "unit" else find_weight_groups
     # The caller may be in no_grad or inference mode; what is computed here needs gradients.
     with _random_state_kept(device), torch.inference_mode(False), torch.enable_grad():
-        graph = find(model, first_batch(batches, device), layers, ignore)
+        graph = find(model, first_batch(batches, device), request.layers, request.ignore)
         found = time.perf_counter()
-        if not chosen.needs_data:
-            if granularity == "unit":
-                result = of_units(model, graph, chosen, p, seed)
-            else:
-                result = of_weights(model, graph, chosen, seed)
-        else:
-            definition = Definition(target, chosen, path, rule, p, norm, granularity)
-            decision = None
-            if tolerance is not None:
-                assert pruning_ratio is not None
-                cut = _number_removed(model, graph, pruning_ratio)
-                decision = EarlyDecision(float(tolerance), cut)
-            saved = None
-            if checkpoint is not None:
-                signature = {
-                    "model": digest_of_model(model),
-                    "groups": [g.name for g in graph.groups],
-                    "criterion": criterion,
-                    "objective": target.name,
-                    "path": path,
-                    "quadrature": [list(rule.nodes), list(rule.weights)],
-                    "p": p,
-                    "norm": norm,
-                    "granularity": granularity,
-                    "max_memory": max_memory,
-                    "autocast": str(autocast),
-                    "tolerance": tolerance,
-                    "pruning_ratio": getattr(pruning_ratio, "__qualname__", pruning_ratio),
-                    "batches": _length(batches),
-                    "device": str(device),
-                    "threads": torch.get_num_threads(),
-                    "versions": _versions(),
-                }
-                saved = ScoreCheckpoint(checkpoint, signature)
-            options = (max_memory, autocast, decision, saved, compile)
-            result = _sweep(model, graph, batches, definition, engine, options, progress)
+        result = _compute(request, model, graph, batches)
     end = time.perf_counter()
+    definition = request.definition
     meta = {
         "model": type(model).__name__,
         "fingerprint": fingerprint(model),
-        "criterion": criterion,
-        "path": path,
-        "quadrature": rule.name,
-        "nodes": list(rule.nodes),
-        "weights": list(rule.weights),
-        "objective": target.name,
-        "p": p,
-        "norm": norm,
-        "granularity": granularity,
-        "engine": engine,
+        "criterion": request.criterion,
+        "path": definition.path,
+        "quadrature": definition.quadrature.name,
+        "nodes": list(definition.quadrature.nodes),
+        "weights": list(definition.quadrature.weights),
+        "objective": definition.objective.name,
+        "p": definition.p,
+        "norm": request.norm,
+        "granularity": request.granularity,
+        "engine": request.engine,
         "samples": result.n_samples,
-        "seed": seed,
-        "autocast": None if autocast is None else str(autocast),
-        "compile": compile,
-        "tolerance": tolerance,
+        "seed": request.seed,
+        "autocast": None if request.autocast is None else str(request.autocast),
+        "compile": request.compile,
+        "tolerance": request.tolerance,
         "seconds": {"groups": found - start, "sweep": end - found},
         "device": str(device),
         "rejected": graph.rejected,
@@ -269,45 +209,93 @@ def score(
         "versions": _versions(),
         **result.meta,
     }
-    if chosen.needs_data and not any(bool(t.any()) for t in result.scores.values()):
+    criterion, objective = definition.criterion, definition.objective
+    if criterion.needs_data and not any(bool(t.any()) for t in result.scores.values()):
         warnings.warn(
-            f"every score is zero: objective {target.name!r} has no gradient where "
-            f"criterion {criterion!r} looks"
-            + ("; 'kl' is flat at mu = 1, integrate over the path" if target.name == "kl" else ""),
-            stacklevel=2,
+            f"every score is zero: objective {objective.name!r} has no gradient where "
+            f"criterion {criterion.name!r} looks"
+            + (
+                "; 'kl' is flat at mu = 1, integrate over the path"
+                if objective.name == "kl"
+                else ""
+            ),
+            stacklevel=3,
         )
-    if granularity == "weight":
-        return WeightScores(result.scores, meta, result.stderr)
+    if request.granularity == "weight":
+        return WeightScores(result.scores, meta, result.stderr), graph
     layers_of = {g.name: g.layers for g in graph.groups}
     units = {g.name: g.units for g in graph.groups}
-    return Scores(result.scores, layers_of, meta, result.stderr, result.completeness, units)
+    scores = Scores(result.scores, layers_of, meta, result.stderr, result.completeness, units)
+    return scores, graph
 
 
-def _sweep(
-    model: nn.Module,
-    graph: ModelGraph,
-    batches: Iterable[Any],
-    definition: Definition,
-    engine: str,
-    options: tuple[
-        int | None, torch.dtype | None, EarlyDecision | None, ScoreCheckpoint | None, bool
-    ],
-    progress: bool,
+def _compute(
+    request: Request, model: nn.Module, graph: ModelGraph, batches: Iterable[Any]
 ) -> Result:
+    definition = request.definition
+    if not definition.criterion.needs_data:
+        if request.granularity == "weight":
+            return of_weights(model, graph, definition.criterion, request.seed)
+        return of_units(model, graph, definition.criterion, definition.p, request.seed)
     data = read_batches(batches, device_of(model))
-    if engine == "naive":
+    if request.engine == "naive":
         return naive_scores(model, graph, data, definition)
     count = _length(batches)
-    max_memory, autocast, decision, checkpoint, compile = options
     fused = FusedEngine(
-        model, graph, definition, max_memory, autocast, count, decision, checkpoint, compile
-    )
-    looks = count if decision is None else None
+        model, graph, definition, request.max_memory, request.autocast, count,
+        _decision(request, model, graph), _saved(request, model, graph, count), request.compile,
+    )  # fmt: skip
+    looks = count if request.tolerance is None else None
     total = None if looks is None else looks * fused.variants_per_batch()
     what = f"{definition.criterion.name}, {definition.path} path"
-    with _progress(what, total, progress) as advance:
+    with _progress(what, total, request.progress) as advance:
         fused.on_pass = advance
         return fused.run(data)
+
+
+def _decision(request: Request, model: nn.Module, graph: ModelGraph) -> EarlyDecision | None:
+    if request.tolerance is None:
+        return None
+    ratio = request.pruning_ratio
+    assert ratio is not None
+
+    def removed(totals: Mapping[str, Tensor]) -> int:
+        """How many units are to go, given the totals so far."""
+        if not callable(ratio):
+            return round(ratio * sum(map(len, totals.values())))
+        layers = {g.name: g.layers for g in graph.groups}
+        chosen = ratio(Scores(totals, layers, {"fingerprint": fingerprint(model)}))
+        return sum(len(units) for units in chosen.values())
+
+    return EarlyDecision(float(request.tolerance), removed)
+
+
+def _saved(
+    request: Request, model: nn.Module, graph: ModelGraph, count: int | None
+) -> ScoreCheckpoint | None:
+    if request.checkpoint is None:
+        return None
+    definition, ratio = request.definition, request.pruning_ratio
+    signature = {
+        "model": digest_of_model(model),
+        "groups": [g.name for g in graph.groups],
+        "criterion": request.criterion,
+        "objective": definition.objective.name,
+        "path": definition.path,
+        "quadrature": [list(definition.quadrature.nodes), list(definition.quadrature.weights)],
+        "p": definition.p,
+        "norm": request.norm,
+        "granularity": request.granularity,
+        "max_memory": request.max_memory,
+        "autocast": str(request.autocast),
+        "tolerance": request.tolerance,
+        "pruning_ratio": getattr(ratio, "__qualname__", ratio),
+        "batches": count,
+        "device": str(device_of(model)),
+        "threads": torch.get_num_threads(),
+        "versions": _versions(),
+    }
+    return ScoreCheckpoint(request.checkpoint, signature)
 
 
 def _length(batches: Iterable[Any]) -> int | None:
@@ -315,68 +303,6 @@ def _length(batches: Iterable[Any]) -> int | None:
         return len(batches)  # type: ignore[arg-type]
     except TypeError:  # no length, or a DataLoader over a dataset without one
         return None
-
-
-def _number_removed(
-    model: nn.Module, graph: ModelGraph, pruning_ratio: float | Cut
-) -> Callable[[Mapping[str, Tensor]], int]:
-    """How many units are to go, given the totals so far."""
-
-    def count(totals: Mapping[str, Tensor]) -> int:
-        if not callable(pruning_ratio):
-            return round(pruning_ratio * sum(map(len, totals.values())))
-        layers = {g.name: g.layers for g in graph.groups}
-        chosen = pruning_ratio(Scores(totals, layers, {"fingerprint": fingerprint(model)}))
-        return sum(len(units) for units in chosen.values())
-
-    return count
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _check_decision(
-    tolerance: float | None, pruning_ratio: float | Cut | None, path: str, criterion: Criterion
-) -> None:
-    if tolerance is None and pruning_ratio is None:
-        return
-    if tolerance is None or pruning_ratio is None:
-        raise OptionError("tolerance and pruning_ratio belong together: give both or neither")
-    if not _is_number(tolerance) or not 0 <= tolerance < 1:
-        raise OptionError(f"tolerance must lie in [0, 1), got {tolerance!r}")
-    if not callable(pruning_ratio) and not (_is_number(pruning_ratio) and 0 < pruning_ratio < 1):
-        raise OptionError(f"pruning_ratio must lie between 0 and 1, got {pruning_ratio!r}")
-    if path == "network" or criterion.endpoint or not criterion.needs_data:
-        raise OptionError(
-            f"tolerance saves nothing with criterion={criterion.name!r}, path={path!r}: all units "
-            "come from the same passes; use path='neuron' or 'layer'"
-        )
-
-
-def _check_weights(criterion: Criterion, p: int | str, tolerance: float | None) -> None:
-    if criterion.name not in OF_WEIGHTS:
-        raise OptionError(
-            f"criterion={criterion.name!r} is about whole units; granularity='weight' has "
-            f"{', '.join(OF_WEIGHTS)}"
-        )
-    if p != 1:
-        raise OptionError(f"p={p!r} has no meaning for a single weight; leave it at 1")
-    if tolerance is not None:
-        raise OptionError(
-            "tolerance settles which units are lowest; with granularity='weight' leave it at None"
-        )
-
-
-def _check_autocast(autocast: torch.dtype | None, model: nn.Module, engine: str) -> None:
-    if autocast is None:
-        return
-    choose("autocast", autocast, (None, *LOWER))
-    if engine == "naive":
-        raise OptionError("autocast belongs to engine='fused'; the definition runs as it is")
-    other = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
-    if other:
-        raise OptionError(f"autocast needs a float32 model, this one has {sorted(map(str, other))}")
 
 
 @contextmanager

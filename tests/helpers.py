@@ -25,8 +25,8 @@ from singe.graph import ModelGraph
 from singe.naive import naive_scores
 from singe.objectives import as_objective
 from singe.quadrature import as_quadrature
+from singe.request import ENDPOINT
 from singe.result import Result
-from singe.scoring import ENDPOINT
 from singe.units import find_groups
 from singe.weight_groups import find_weight_groups
 

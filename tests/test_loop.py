@@ -334,7 +334,7 @@ def test_a_finetune_function_of_the_users():
             for p in m.parameters():
                 p -= 0.01 * p.grad
         m.eval()
-        return float(loss)
+        return float(loss.detach())
 
     report = singe.compress(model, macs=0.6, finetune=finetune, final_steps=2, **OPTIONS)
     assert [(s.round, s.rounds, s.steps) for s in stages] == [(1, 2, 3), (2, 2, 5)]
@@ -479,9 +479,10 @@ def test_residual_streams_keep_their_indices_over_the_rounds():
 
 
 def test_a_target_in_latency():
+    """A second is met whatever else the machine is doing; ``max_keep`` alone makes units go."""
     model = network()
     report = singe.compress(
-        model, latency=1.0, timing=singe.Timing(runs=3), max_keep=0.8, **{**OPTIONS, "rounds": 1}
+        model, latency=1000.0, timing=singe.Timing(runs=3), max_keep=0.8, **{**OPTIONS, "rounds": 1}
     )
     assert report.rounds[0].units_removed >= 8
     assert "latency" in report.plan.meta["target"]

@@ -1,0 +1,148 @@
+"""A scoring run as it was asked for: the arguments of :func:`singe.score`, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike
+
+import torch
+from torch import nn
+
+from singe.criteria import (
+    GRANULARITIES,
+    NORMS,
+    OF_WEIGHTS,
+    PATHS,
+    POWERS,
+    Criterion,
+    as_criterion,
+    choose,
+)
+from singe.definition import Definition
+from singe.errors import OptionError
+from singe.objectives import Loss, Objective, as_objective
+from singe.precision import OFFERED as LOWER
+from singe.quadrature import Quadrature, as_quadrature
+from singe.scores import Scores
+
+Cut = Callable[[Scores], Mapping[str, Sequence[int]]]
+ENDPOINT = Quadrature("endpoint", (1.0,), (1.0,))
+
+
+@dataclass(frozen=True)
+class Request:
+    """See :func:`singe.score` for the meaning of each.
+
+    Raises:
+        OptionError: an argument value that is not offered, or two that contradict.
+    """
+
+    objective: str | Loss | Objective = "cross_entropy"
+    criterion: str = "singe"
+    path: str = "layer"
+    quadrature: int | str | Quadrature = 4
+    p: int | str = 1
+    norm: str = "inside"
+    layers: Iterable[str | nn.Module] | None = None
+    ignore: Iterable[str | nn.Module] = ()
+    engine: str = "fused"
+    max_memory: int | None = None
+    autocast: torch.dtype | None = None
+    compile: bool = False
+    tolerance: float | None = None
+    pruning_ratio: float | Cut | None = None
+    checkpoint: str | PathLike[str] | None = None
+    granularity: str = "unit"
+    progress: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        as_criterion(self.criterion)
+        choose("path", self.path, PATHS)
+        choose("norm", self.norm, NORMS)
+        choose("p", self.p, POWERS)
+        choose("engine", self.engine, ("fused", "naive"))
+        choose("autocast", self.autocast, (None, *LOWER))
+        choose("granularity", self.granularity, GRANULARITIES)
+        if self.engine == "naive":
+            self._check_naive()
+        if self.compile and self.checkpoint is not None:
+            raise OptionError(
+                "checkpoint promises the same bits, and compile=True cannot keep that: its first passes "
+                "run plainly, and after a kill these are others; choose one of them"
+            )
+        if self.max_memory is not None and self.max_memory <= 0:
+            raise OptionError(
+                f"max_memory must be a positive number of bytes, got {self.max_memory!r}"
+            )
+        definition = self.definition
+        if self.granularity == "weight":
+            self._check_weights(definition.criterion)
+        self._check_decision(definition.path, definition.criterion)
+
+    @cached_property
+    def definition(self) -> Definition:
+        """What decides the value of a score."""
+        criterion = as_criterion(self.criterion)
+        # At mu = 1 every path passes through the same point: one sweep serves all units.
+        path = "network" if criterion.endpoint else self.path
+        return Definition(
+            objective=as_objective(self.objective),
+            criterion=criterion,
+            path="neuron" if criterion.name == "ablation" else path,
+            quadrature=ENDPOINT if criterion.endpoint else as_quadrature(self.quadrature),
+            p="sum" if self.p == "sum" else int(self.p),  # 2.0 is as good as 2
+            norm=self.norm,
+            granularity=self.granularity,
+        )
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise OptionError where the model does not allow what was asked for."""
+        if self.autocast is None:
+            return
+        other = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
+        if other:
+            raise OptionError(
+                f"autocast needs a float32 model, this one has {sorted(map(str, other))}"
+            )
+
+    def _check_naive(self) -> None:
+        if self.autocast is not None:
+            raise OptionError("autocast belongs to engine='fused'; the definition runs as it is")
+        if self.tolerance is not None or self.checkpoint is not None or self.compile:
+            raise OptionError("tolerance, checkpoint and compile belong to engine='fused'")
+
+    def _check_weights(self, criterion: Criterion) -> None:
+        if criterion.name not in OF_WEIGHTS:
+            raise OptionError(
+                f"criterion={criterion.name!r} is about whole units; granularity='weight' has "
+                f"{', '.join(OF_WEIGHTS)}"
+            )
+        if self.p != 1:
+            raise OptionError(f"p={self.p!r} has no meaning for a single weight; leave it at 1")
+        if self.tolerance is not None:
+            raise OptionError(
+                "tolerance settles which units are lowest; with granularity='weight' leave it at None"
+            )
+
+    def _check_decision(self, path: str, criterion: Criterion) -> None:
+        tolerance, ratio = self.tolerance, self.pruning_ratio
+        if tolerance is None and ratio is None:
+            return
+        if tolerance is None or ratio is None:
+            raise OptionError("tolerance and pruning_ratio belong together: give both or neither")
+        if not _is_number(tolerance) or not 0 <= tolerance < 1:
+            raise OptionError(f"tolerance must lie in [0, 1), got {tolerance!r}")
+        if not callable(ratio) and not (_is_number(ratio) and 0 < ratio < 1):
+            raise OptionError(f"pruning_ratio must lie between 0 and 1, got {ratio!r}")
+        if path == "network" or criterion.endpoint or not criterion.needs_data:
+            raise OptionError(
+                f"tolerance saves nothing with criterion={criterion.name!r}, path={path!r}: all units "
+                "come from the same passes; use path='neuron' or 'layer'"
+            )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
