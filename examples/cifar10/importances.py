@@ -153,6 +153,8 @@ VARIANTS: dict[str, Scorer] = {
     "SInGE, layer, sum": by_singe(path="layer", p="sum"),
     "SInGE, layer, p=2": by_singe(path="layer", p=2),
     "SInGE, layer, outside": by_singe(path="layer", norm="outside"),
+    "SInGE, layer, label-free": by_singe(path="layer", objective="kl"),
+    "SInGE, layer, label-free, sum": by_singe(path="layer", objective="kl", p="sum"),
     "SInGE, network, sum": by_singe(path="network", p="sum"),
     "ablation": by_singe(criterion="ablation"),
 }
