@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,13 @@ KERNELS_HELD_TO_IT = {
 }
 
 
-def new(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure with axes side by side, without the upper and right frame."""
+def new(
+    width: float, height: float, columns: int = 1, ratios: Sequence[float] = (1,)
+) -> tuple[Figure, list[Axes]]:
+    """A figure without upper and right frames; its axes row by row, ``ratios`` the rows' heights."""
     figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
     FigureCanvasAgg(figure)
-    axes = list(figure.subplots(1, columns, squeeze=False)[0])
+    axes = list(figure.subplots(len(ratios), columns, squeeze=False, height_ratios=ratios).flat)
     for one in axes:
         one.spines[["top", "right"]].set_visible(False)
     return figure, axes

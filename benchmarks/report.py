@@ -351,16 +351,16 @@ def markdown(results: dict[str, Documents], pictures: dict[str, dict[str, str]])
     return "\n\n".join(parts)
 
 
-def splice(page: str, generated: str) -> str:
-    """The page with its generated part replaced.
+def splice(page: str, generated: str, begin: str = BEGIN) -> str:
+    """The page with its generated part, from the line ``begin`` on, replaced.
 
     Raises:
         ValueError: the page lacks the markers.
     """
-    if BEGIN not in page or END not in page:
-        raise ValueError(f"the page has no lines {BEGIN!r} and {END!r}")
-    before, after = page.split(BEGIN)[0], page.split(END)[1]
-    return f"{before}{BEGIN}\n\n{generated}\n\n{END}{after}"
+    if begin not in page or END not in page:
+        raise ValueError(f"the page has no lines {begin!r} and {END!r}")
+    before, after = page.split(begin)[0], page.split(END)[1]
+    return f"{before}{begin}\n\n{generated}\n\n{END}{after}"
 
 
 def main() -> None:

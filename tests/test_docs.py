@@ -22,6 +22,21 @@ def run(folder: Path, *arguments: str | Path) -> str:
     return done.stdout
 
 
+@pytest.mark.parametrize(
+    ("page", "program"),
+    [
+        ("performance.md", ["-m", "benchmarks.report"]),
+        ("cifar10.md", ["examples/cifar10/finetuned_report.py"]),
+    ],
+)
+def test_generated_pages_are_as_new_as_their_results(page, program, tmp_path):
+    pytest.importorskip("matplotlib", reason="the programs draw as well")
+    text = (ROOT / "docs" / page).read_text()
+    (tmp_path / page).write_text(text)
+    run(ROOT, *program, "--docs", tmp_path)
+    assert (tmp_path / page).read_text() == text
+
+
 @pytest.mark.slow
 def test_the_page_on_pruning(tmp_path):
     pytest.importorskip("sklearn", reason="the data is scikit-learn's digits")
