@@ -27,7 +27,7 @@ from torch import Tensor
 
 from benchmarks.record import interleaved, median_ratio, synchronize, write
 from singe.kernels import native
-from singe.kernels.integral import _DTYPES, _NORMS, accumulate, accumulate_reference
+from singe.kernels.integral import DTYPE_CODES, NORM_CODES, accumulate, accumulate_reference
 from singe.kernels.masked_forward import masked_forward
 
 SHAPES = {  # ResNet-50 at 224 pixels: (channels, side), and K of the layer's rows
@@ -94,7 +94,7 @@ def integral_sets(name: str, device: str, nodes: int, total: int) -> tuple[list[
 
 def pointers(sets: Sequence[tuple[Any, ...]]) -> list[tuple[int, ...]]:
     """The same arguments as the compiled kernel takes them: float32, p = 1."""
-    float32, l1, threads = _DTYPES[torch.float32], _NORMS["1"], torch.get_num_threads()
+    float32, l1, threads = DTYPE_CODES[torch.float32], NORM_CODES["1"], torch.get_num_threads()
     return [
         (*(t.data_ptr() for t in (score, grad, weight, omega)), *grad.shape, float32, l1, threads)
         for score, grad, weight, omega, _ in sets

@@ -161,7 +161,7 @@ def read_graph(
     names = {module: name for name, module in twin.named_modules()}
     dg = build_dependency_graph(twin, batch)
     folds = _find_folds(dg, names) if fold else {}
-    tied = _tied(twin)
+    tied = tied_layers(twin)
     folded = set(folds.values())
 
     groups: list[Group] = []
@@ -237,7 +237,7 @@ def _find_folds(dg: tp.DependencyGraph, names: dict[nn.Module, str]) -> dict[str
     return folds
 
 
-def _tied(model: nn.Module) -> set[str]:
+def tied_layers(model: nn.Module) -> set[str]:
     """Layers whose weight is also another layer's: removing from one would untie them."""
     users: dict[int, list[str]] = {}
     for name, module in model.named_modules():
@@ -310,7 +310,7 @@ def _describe(
             return f"{name} is a {type(module).__name__}, which has no gate yet"
         if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
             return f"{name} normalises over several dimensions"
-        if isinstance(module, ROWS) and not _is_plain(module):
+        if isinstance(module, ROWS) and not is_plain(module):
             return f"{name} is a {type(module).__name__}, which does more than its base class"
         if isinstance(module, NORMS) and dialect(module) is None:
             return f"{name} is a {type(module).__name__}, which does more than its base class"
@@ -355,7 +355,7 @@ def _group_of(heads: Heads, model: nn.Module, tied: set[str]) -> Group | str:
         if isinstance(module, nn.MultiheadAttention):
             units[name] = units_by_channel(rows, len(module.in_proj_weight))
             continue
-        if not _is_plain(module):
+        if not is_plain(module):
             return f"{name} is a {type(module).__name__}, which does more than its base class"
         if "weight" not in module._parameters:
             return f"{name} computes its weight; remove its weight_norm or parametrization first"
@@ -379,7 +379,7 @@ def _is_foreign(module: nn.Module) -> bool:
     return weight is not None and weight.dim() >= 2 and not is_torchs and registered(module) is None
 
 
-def _is_plain(row: nn.Module, bases: tuple[type[nn.Module], ...] = ROWS) -> bool:
+def is_plain(row: nn.Module, bases: tuple[type[nn.Module], ...] = ROWS) -> bool:
     """Whether a conv or linear computes what torch's does: its weight gradient is taken for granted."""
     return any(
         type(row).forward is base.forward

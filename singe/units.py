@@ -48,8 +48,8 @@ def find_groups(
     """
     model = unwrapped(model)
     names = dict(model.named_modules())
-    ignored = frozenset(_expand(names, _resolve(names, ignore, "ignore")))
-    wanted = None if layers is None else _resolve(names, layers, "layers")
+    ignored = frozenset(inside(names, names_of(names, ignore, "ignore")))
+    wanted = None if layers is None else names_of(names, layers, "layers")
     graph = checked_groups(model, batch, ignored, wanted)
     if not graph.groups:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(graph.rejected.items())[:5])
@@ -64,7 +64,7 @@ def checked_groups(
 ) -> ModelGraph:
     """:func:`find_groups` by names of an unwrapped model; there may be no groups at all."""
     names = dict(model.named_modules())
-    model, batch = _full_precision(model, small(batch))
+    model, batch = full_precision(model, small(batch))
     graph = read_graph(model, batch, ignored)
     if graph.folds and not _folds_well(model, batch, graph):
         graph = read_graph(model, batch, ignored, fold=False)
@@ -77,7 +77,7 @@ def checked_groups(
     return graph
 
 
-def _resolve(
+def names_of(
     names: dict[str, nn.Module], layers: Iterable[str | nn.Module], argument: str
 ) -> list[str]:
     if isinstance(layers, str | nn.Module):
@@ -98,7 +98,7 @@ def _resolve(
     return resolved
 
 
-def _expand(names: dict[str, nn.Module], roots: Sequence[str]) -> set[str]:
+def inside(names: dict[str, nn.Module], roots: Sequence[str]) -> set[str]:
     """The named modules and everything inside them."""
     return {n for n in names for root in roots if n == root or n.startswith(root + ".")}
 
@@ -107,10 +107,10 @@ def _select(graph: ModelGraph, names: dict[str, nn.Module], wanted: Sequence[str
     """The groups of the wanted layers, and of all layers inside wanted containers."""
     chosen = set()
     for name in wanted:
-        inside = _expand(names, [name])
-        found = {g.name for g in graph.groups if inside.intersection((g.name, *g.layers))}
+        within = inside(names, [name])
+        found = {g.name for g in graph.groups if within.intersection((g.name, *g.layers))}
         if not found:
-            roots = {graph.rejected_layers[n] for n in inside if n in graph.rejected_layers}
+            roots = {graph.rejected_layers[n] for n in within if n in graph.rejected_layers}
             why = "; ".join(graph.rejected[root] for root in sorted(roots))
             why = why or "it is no conv or linear layer with prunable outputs"
             raise ModelError(f"layer {name!r} cannot be pruned: {why}")
@@ -118,7 +118,7 @@ def _select(graph: ModelGraph, names: dict[str, nn.Module], wanted: Sequence[str
     return replace(graph, groups=tuple(g for g in graph.groups if g.name in chosen))
 
 
-def _full_precision(model: nn.Module, batch: Batch) -> tuple[nn.Module, Batch]:
+def full_precision(model: nn.Module, batch: Batch) -> tuple[nn.Module, Batch]:
     """Half-precision models are checked in float32: their own rounding would hide anything."""
 
     def widen(value: Any) -> Any:
@@ -138,14 +138,14 @@ def _is_half(tensor: Tensor) -> bool:
 def _folds_well(model: nn.Module, batch: Batch, graph: ModelGraph) -> bool:
     """Not where the model also returns what a folded layer gives before its norm."""
     try:
-        folded = _outputs(Network(model, (), graph.folds)(batch))
+        folded = outputs_of(Network(model, (), graph.folds)(batch))
     except Exception:  # a model that reads a layer's weight or bias itself, say
         return False
-    original = _outputs(batch.call(private_copy(model)))
-    return _distance(folded, original) <= _tolerance(original)
+    original = outputs_of(batch.call(private_copy(model)))
+    return distance(folded, original) <= tolerance_of(original)
 
 
-def _outputs(outputs: Any) -> list[Tensor]:
+def outputs_of(outputs: Any) -> list[Tensor]:
     return [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
@@ -198,34 +198,34 @@ def _verified(model: nn.Module, batch: Batch, graph: ModelGraph) -> ModelGraph:
     """
     network = Network(model, graph.groups, graph.folds)
     network.clear()
-    base = _outputs(network(batch))
-    original = _outputs(batch.call(private_copy(model)))
+    base = outputs_of(network(batch))
+    original = outputs_of(batch.call(private_copy(model)))
     if not all(bool(torch.isfinite(t).all()) for t in original):
         raise NonFiniteError(
             f"{type(model).__name__} gives NaN or infinite outputs for the first batch in evaluation "
             "mode; check its parameters and running statistics"
         )
-    if not _distance(base, original) <= _tolerance(original):
+    if not distance(base, original) <= tolerance_of(original):
         raise ModelError(
             f"the folded copy of {type(model).__name__} differs from the model by "
-            f"{_distance(base, original):.2e} (relative); is its evaluation mode deterministic?"
+            f"{distance(base, original):.2e} (relative); is its evaluation mode deterministic?"
         )
 
     def problem(groups: Sequence[Group]) -> str | None:
         units = [(g, [g.n_units // 2]) for g in groups]
         set_gates(network, units, 0.0)
-        gated = _outputs(network(batch))
+        gated = outputs_of(network(batch))
         small_model = private_copy(model)
         try:
             with torch.enable_grad():
                 remove_units(small_model, batch, units)
-            removed = _outputs(batch.call(small_model))
+            removed = outputs_of(batch.call(small_model))
         except Exception as error:
             return f"removing one of its units fails ({type(error).__name__}: {error})"
         if [t.shape for t in removed] != [t.shape for t in base]:
             return "removing one of its units changes the shape of the model's output"
-        off = _distance(gated, removed)
-        if not off <= _tolerance(base):
+        off = distance(gated, removed)
+        if not off <= tolerance_of(base):
             return f"gating one of its units and removing it differ by {off:.1e} (relative)"
         return None
 
@@ -258,13 +258,13 @@ def with_problems(
     return with_problems(groups[:middle], problem) | with_problems(groups[middle:], problem)
 
 
-def _distance(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+def distance(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     """Largest difference relative to the largest value of ``right``."""
     scale = max((float(r.abs().max()) for r in right if r.numel()), default=0.0) or 1.0
     worst = max((float((a - b).abs().max()) for a, b in zip(left, right, strict=True)), default=0.0)
     return worst / scale
 
 
-def _tolerance(outputs: Sequence[Tensor]) -> float:
+def tolerance_of(outputs: Sequence[Tensor]) -> float:
     """About 1e3 roundings: folding and removal change the order of sums, layer after layer."""
     return max((1e3 * torch.finfo(t.dtype).eps for t in outputs), default=0.0)

@@ -16,19 +16,19 @@ from torch import Tensor, nn
 
 from singe.data import Batch
 from singe.errors import ModelError
-from singe.graph import ROWS, Group, Member, ModelGraph, _is_plain, _tied, unwrapped
+from singe.graph import ROWS, Group, Member, ModelGraph, is_plain, tied_layers, unwrapped
 from singe.network import Network
 from singe.rows import TRANSPOSED, rows_of, weight_of
 from singe.units import (
-    _distance,
-    _expand,
-    _full_precision,
-    _outputs,
-    _resolve,
-    _tolerance,
     checked_groups,
+    distance,
+    full_precision,
+    inside,
+    names_of,
+    outputs_of,
     set_gates,
     small,
+    tolerance_of,
     with_problems,
 )
 
@@ -57,9 +57,9 @@ def find_weight_groups(
     """
     model = unwrapped(model)
     names = dict(model.named_modules())
-    ignored = frozenset(_expand(names, _resolve(names, ignore, "ignore")))
-    roots = None if layers is None else _resolve(names, layers, "layers")
-    wanted = set(names) if roots is None else _expand(names, roots)
+    ignored = frozenset(inside(names, names_of(names, ignore, "ignore")))
+    roots = None if layers is None else names_of(names, layers, "layers")
+    wanted = set(names) if roots is None else inside(names, roots)
     graph = checked_groups(model, batch, ignored)
     groups = [
         g
@@ -68,7 +68,7 @@ def find_weight_groups(
         and all(isinstance(names[m.name], SCORED) for m in g.rows)
     ]
     rejected: dict[str, str] = {}
-    tied = _tied(model)
+    tied = tied_layers(model)
     alone = []
     for name in names:
         why = _why_not(name, names[name], tied, ignored)
@@ -80,7 +80,7 @@ def find_weight_groups(
         owner = name.rpartition(".")[0]
         matrix_of_a_layer = name.endswith("weight") and isinstance(names[owner], SCORED)
         if parameter.dim() >= 2 and not matrix_of_a_layer:
-            rejected.setdefault(owner or name, _foreign(name, names[owner]))
+            rejected.setdefault(owner or name, f"{name} belongs to {_foreign(names[owner])}")
     wrong = _not_gated(model, batch, replace(graph, groups=(*groups, *alone)), alone)
     rejected |= {group.layers[0]: wrong[group.name] for group in alone if group.name in wrong}
     groups += [group for group in alone if group.name not in wrong]
@@ -91,8 +91,8 @@ def find_weight_groups(
     return found
 
 
-def _foreign(name: str, owner: nn.Module) -> str:
-    return f"{name} belongs to a {type(owner).__name__}; scored are convolutions and Linear"
+def _foreign(module: nn.Module) -> str:
+    return f"a {type(module).__name__}; scored are convolutions and Linear"
 
 
 def _why_not(name: str, module: nn.Module, tied: set[str], ignored: frozenset[str]) -> str | None:
@@ -102,8 +102,8 @@ def _why_not(name: str, module: nn.Module, tied: set[str], ignored: frozenset[st
         return None
     if name in ignored:
         return "it is in `ignore`"
-    if not isinstance(module, SCORED) or not _is_plain(module, SCORED):
-        return f"it is a {type(module).__name__}; scored are convolutions and Linear"
+    if not isinstance(module, SCORED) or not is_plain(module, SCORED):
+        return f"it is {_foreign(module)}"
     if "weight" not in module._parameters:
         return "its weight is computed; remove its weight_norm, mask or parametrization first"
     if name in tied:
@@ -132,7 +132,7 @@ def _not_gated(
     model: nn.Module, batch: Batch, graph: ModelGraph, alone: Sequence[Group]
 ) -> dict[str, str]:
     """Groups of ``alone`` whose gates at 1/2 give something else than half their weights and biases."""
-    model, batch = _full_precision(model, small(batch))
+    model, batch = full_precision(model, small(batch))
     gated = Network(model, graph.groups, graph.folds)
 
     def problem(groups: Sequence[Group]) -> str | None:
@@ -148,8 +148,8 @@ def _not_gated(
                 bias = module.bias.detach().clone()
                 bias[channels] *= 0.5
                 module.bias = nn.Parameter(bias, requires_grad=False)
-        expected = _outputs(halved(batch))
-        if _distance(_outputs(gated(batch)), expected) > _tolerance(expected):
+        expected = outputs_of(halved(batch))
+        if distance(outputs_of(gated(batch)), expected) > tolerance_of(expected):
             return "something reads its weight without calling it: no gate can stand for its rows"
         return None
 
@@ -161,9 +161,9 @@ def _require(
 ) -> None:
     scored = {member.name for group in graph.groups for member in group.rows}
     for root in roots or ():
-        inside = _expand(names, [root])
-        if not inside & scored:
-            reasons = [graph.rejected[name] for name in inside if name in graph.rejected]
+        within = inside(names, [root])
+        if not within & scored:
+            reasons = [graph.rejected[name] for name in within if name in graph.rejected]
             why = "; ".join(dict.fromkeys(reasons)) or "it holds no convolution or linear layer"
             raise ModelError(f"layer {root!r} has no weights to score: {why}")
     if not scored:

@@ -68,7 +68,7 @@ def local_structured(
     model: nn.Module, scores: Scores, example_inputs: Any, amount: float
 ) -> dict[str, list[int]]:
     """Mask the lowest share ``amount`` of every group; see :func:`global_structured`."""
-    _check_amount(amount)
+    check_amount(amount)
     chosen = {
         name: sorted(values.argsort(stable=True)[: round(amount * len(values))].tolist())
         for name, values in scores.items()
@@ -106,7 +106,7 @@ def global_structured(
         ScoresError: scores of another model, or all equal.
         ModelError: a unit in a LayerNorm or GroupNorm, whose statistics no mask can leave.
     """
-    _check_amount(amount)
+    check_amount(amount)
     check_ratio(max_pruning_ratio)
     floors = {name: floor_of(len(values), max_pruning_ratio) for name, values in scores.items()}
     table = ranking(scores, keep=floors)
@@ -167,7 +167,7 @@ def n_of_m(model: nn.Module, scores: WeightScores, n: int = 2, m: int = 4) -> li
     return list(masks)
 
 
-def _check_amount(amount: float) -> None:
+def check_amount(amount: float) -> None:
     if not 0.0 < amount < 1.0:
         raise OptionError(f"amount must lie in (0, 1): a share of the units, got {amount!r}")
 

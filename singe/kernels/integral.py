@@ -21,8 +21,8 @@ from singe.kernels import native
 Norm = Literal[1, 2, "sum"]
 
 # Codes of csrc/integral.h.
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-_NORMS = {"sum": 0, "1": 1, "2": 2}
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+NORM_CODES = {"sum": 0, "1": 1, "2": 2}
 
 
 def accumulate(
@@ -51,7 +51,7 @@ def accumulate(
         ``SINGE_INTEGRAL=native`` where the compiled implementation cannot be used.
     """
     name = str(p) if isinstance(p, int | str) else ""
-    if name not in _NORMS:
+    if name not in NORM_CODES:
         raise KernelError(f'p is {p!r}; it can be 1, 2 or "sum"')
     torch.ops.singe.accumulate.default(
         score, grad.detach(), None if weight is None else weight.detach(), omega.detach(), name
@@ -82,11 +82,11 @@ def accumulate_reference(
 
 def _check(score: Tensor, grad: Tensor, weight: Tensor | None, omega: Tensor, p: str) -> None:
     """Everything that shapes, dtypes and devices tell: also run on fake tensors."""
-    if p not in _NORMS:
+    if p not in NORM_CODES:
         raise KernelError(f'p is {p!r}; it can be "1", "2" or "sum"')
     if grad.dim() != 3:
         raise KernelError(f"grad has shape {list(grad.shape)}; expected [S, C, K]")
-    if grad.dtype not in _DTYPES:
+    if grad.dtype not in DTYPE_CODES:
         raise KernelError(
             f"grad is {grad.dtype}; expected float32, float64, float16 or bfloat16: convert it"
         )
@@ -154,8 +154,8 @@ def _run(
         0 if weight is None else weight.data_ptr(),
         omega.data_ptr(),
         *grad.shape,
-        _DTYPES[grad.dtype],
-        _NORMS[p],
+        DTYPE_CODES[grad.dtype],
+        NORM_CODES[p],
     )
     if grad.is_cuda:
         index = grad.device.index
