@@ -39,7 +39,7 @@ from singe.network import Network
 from singe.objectives import as_objective
 from singe.quadrature import as_quadrature
 from singe.removal import remove_units
-from singe.units import distance, find_groups, outputs_of, set_gates
+from singe.units import distance, find_groups, float_outputs, set_gates
 
 REMOVALS = 3  # groups whose single unit is removed alone
 LIMIT_SECONDS = 600
@@ -157,11 +157,11 @@ def _removal_error(model: nn.Module, batch: Any, graph: ModelGraph) -> float:
 
     def difference(units: list[Any]) -> float:
         set_gates(network, units, 0.0)
-        gated = outputs_of(network(batch))
+        gated = float_outputs(network(batch))
         small = private_copy(model, trainable=True)
         with torch.enable_grad():
             remove_units(small, batch, units)
-        return distance(gated, outputs_of(batch.call(small)))
+        return distance(gated, float_outputs(batch.call(small)))
 
     def some(group: Any, count: int) -> list[int]:
         return sorted(torch.randperm(group.n_units, generator=generator)[:count].tolist())

@@ -138,14 +138,14 @@ def _is_half(tensor: Tensor) -> bool:
 def _folds_well(model: nn.Module, batch: Batch, graph: ModelGraph) -> bool:
     """Not where the model also returns what a folded layer gives before its norm."""
     try:
-        folded = outputs_of(Network(model, (), graph.folds)(batch))
+        folded = float_outputs(Network(model, (), graph.folds)(batch))
     except Exception:  # a model that reads a layer's weight or bias itself, say
         return False
-    original = outputs_of(batch.call(private_copy(model)))
+    original = float_outputs(batch.call(private_copy(model)))
     return distance(folded, original) <= tolerance_of(original)
 
 
-def outputs_of(outputs: Any) -> list[Tensor]:
+def float_outputs(outputs: Any) -> list[Tensor]:
     return [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
@@ -198,8 +198,8 @@ def _verified(model: nn.Module, batch: Batch, graph: ModelGraph) -> ModelGraph:
     """
     network = Network(model, graph.groups, graph.folds)
     network.clear()
-    base = outputs_of(network(batch))
-    original = outputs_of(batch.call(private_copy(model)))
+    base = float_outputs(network(batch))
+    original = float_outputs(batch.call(private_copy(model)))
     if not all(bool(torch.isfinite(t).all()) for t in original):
         raise NonFiniteError(
             f"{type(model).__name__} gives NaN or infinite outputs for the first batch in evaluation "
@@ -214,12 +214,12 @@ def _verified(model: nn.Module, batch: Batch, graph: ModelGraph) -> ModelGraph:
     def problem(groups: Sequence[Group]) -> str | None:
         units = [(g, [g.n_units // 2]) for g in groups]
         set_gates(network, units, 0.0)
-        gated = outputs_of(network(batch))
+        gated = float_outputs(network(batch))
         small_model = private_copy(model)
         try:
             with torch.enable_grad():
                 remove_units(small_model, batch, units)
-            removed = outputs_of(batch.call(small_model))
+            removed = float_outputs(batch.call(small_model))
         except Exception as error:
             return f"removing one of its units fails ({type(error).__name__}: {error})"
         if [t.shape for t in removed] != [t.shape for t in base]:

@@ -22,10 +22,10 @@ from singe.rows import TRANSPOSED, rows_of, weight_of
 from singe.units import (
     checked_groups,
     distance,
+    float_outputs,
     full_precision,
     inside,
     names_of,
-    outputs_of,
     set_gates,
     small,
     tolerance_of,
@@ -148,8 +148,8 @@ def _not_gated(
                 bias = module.bias.detach().clone()
                 bias[channels] *= 0.5
                 module.bias = nn.Parameter(bias, requires_grad=False)
-        expected = outputs_of(halved(batch))
-        if distance(outputs_of(gated(batch)), expected) > tolerance_of(expected):
+        expected = float_outputs(halved(batch))
+        if distance(float_outputs(gated(batch)), expected) > tolerance_of(expected):
             return "something reads its weight without calling it: no gate can stand for its rows"
         return None
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import singe
 from singe.network import Network
 from singe.removal import remove_units
-from singe.units import find_groups, outputs_of, set_gates
+from singe.units import find_groups, float_outputs, set_gates
 
 EXACT = 1e-9
 
@@ -63,13 +63,13 @@ class Family:
 
 
 def outputs_of(model: nn.Module, batch: Any) -> list[Tensor]:
-    return outputs_of(batch_of(batch).call(model))
+    return float_outputs(batch_of(batch).call(model))
 
 
 @torch.no_grad()
 def gated(network: Network, units: Any, batches: list[Any]) -> list[list[Tensor]]:
     set_gates(network, units, 0.0)
-    return [outputs_of(network(batch_of(batch))) for batch in batches]
+    return [float_outputs(network(batch_of(batch))) for batch in batches]
 
 
 def assert_gates_are_removals(family: Family) -> None:
