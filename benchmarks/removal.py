@@ -24,7 +24,8 @@ from torch import Tensor, nn
 import singe
 from benchmarks.record import ROOT, write
 from singe.data import as_batch
-from singe.graph import Group, build_dependency_graph, private_copy
+from singe.dependencies import build_dependency_graph
+from singe.graph import Group, private_copy
 from singe.units import find_groups
 
 sys.path.insert(0, str(ROOT / "tests"))

@@ -140,7 +140,7 @@ def _pool_by_mean(pool: Any) -> None:
 
 
 def dialect_of(norm: Any) -> Dialect:
-    """The dialect of a norm that :func:`singe.graph.read_graph` has let through."""
+    """The dialect of a norm that :func:`singe.coupling.read_graph` has let through."""
     found = dialect(norm)
     assert found is not None
     return found

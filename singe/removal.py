@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from singe.conv1d import Linears
 from singe.data import Batch
-from singe.graph import Group, build_dependency_graph, private_copy, unwrapped
+from singe.dependencies import build_dependency_graph
+from singe.graph import Group, private_copy, unwrapped
 from singe.heads import remove_heads
 
 Removals = Sequence[tuple[Group, Sequence[int]]]

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from singe.coupling import read_graph
 from singe.data import Batch, first_samples
 from singe.errors import ModelError, NonFiniteError
-from singe.graph import Group, ModelGraph, private_copy, read_graph, unwrapped
+from singe.graph import Group, ModelGraph, private_copy, unwrapped
 from singe.network import Network, site_key
 from singe.removal import remove_units
 

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from singe.coupling import is_plain, tied_layers
 from singe.data import Batch
 from singe.errors import ModelError
-from singe.graph import ROWS, Group, Member, ModelGraph, is_plain, tied_layers, unwrapped
+from singe.graph import ROWS, Group, Member, ModelGraph, unwrapped
 from singe.network import Network
 from singe.rows import TRANSPOSED, rows_of, weight_of
 from singe.units import (
