@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from singe.channel_update import ChannelUpdates
 from singe.data import Batch, cut, device_of, first_samples, shapes_of
 from singe.decision import EarlyDecision, hardest_first
 from singe.definition import Definition
+from singe.divisible import TRIAL_SAMPLES, Divisible, first_few
 from singe.errors import DataError, OptionError
 from singe.graph import ModelGraph, unwrapped
 from singe.memory import PeakMemory, free_memory, is_out_of_memory
@@ -38,7 +38,6 @@ ACTIVATION_COPIES = 3  # forward, what backward keeps, and the gradient
 # Groups share a pass while it is so small that starting operations costs more than running them.
 SHARED_PASS_BYTES = 2 << 20
 MAX_FOLDS = 16  # of the data, for error bars
-TRIAL_SAMPLES = 4  # of a batch, to find out about the network and the data
 FOLD_BYTES = 256 << 20  # what their sums may take, unless max_memory says otherwise
 
 
@@ -98,7 +97,7 @@ class FusedEngine:
         self.sweep = Sweep(self.network, self.updates, definition, self.sums, self.device, compile)
         self.active = torch.ones(self.n_sets, dtype=torch.bool)
         self.budget = max_memory or free_memory(self.device) // 4
-        self.divisible: bool | None = None  # whether batches may be cut, once that is known
+        self.divisible = Divisible(self.objective, self.sweep.record)
         self.sample_bytes = 0.0  # activations of one sample, once they are known
         self.chunk = MAX_VARIANTS
         self.evaluated = 0  # samples times variants
@@ -215,7 +214,7 @@ class FusedEngine:
 
     def _pieces(self, batch: Batch) -> list[Batch] | None:
         """The batch in parts of which at least one variant fits, where cutting changes nothing."""
-        few = self._few(batch)
+        few = first_few(batch)
         if few is None:
             return None
         if not self.sample_bytes:
@@ -223,46 +222,10 @@ class FusedEngine:
             self.sample_bytes = self.network.cache.bytes / few.size
         size = int(self._room_with_record() // max(1, (1 + ACTIVATION_COPIES) * self.sample_bytes))
         count = -(-batch.size // max(1, size))
-        if count == 1 or not self._can_be_cut(few):
+        if count == 1 or not self.divisible(few):
             return None
         small, extra = divmod(batch.size, count)
         return cut(batch, *[small + 1] * extra, *[small] * (count - extra))
-
-    @staticmethod
-    def _few(batch: Batch) -> Batch | None:
-        """The first samples of a batch, labels and all, if there are several to take apart."""
-        if batch.size <= TRIAL_SAMPLES:
-            return batch if batch.size > 1 else None
-        parts = cut(batch, TRIAL_SAMPLES, batch.size - TRIAL_SAMPLES)
-        return None if parts is None else parts[0]
-
-    def _can_be_cut(self, few: Batch) -> bool:
-        """Whether batches can be cut, see :meth:`_divisible`; found out once per run."""
-        if self.divisible is None:
-            halves = cut(few, few.size // 2, -(-few.size // 2))
-            self.divisible = halves is not None and self._divisible(
-                few, self.sweep.record(few), halves[0]
-            )
-        return self.divisible
-
-    def _divisible(self, batch: Batch, reference: Any, half: Batch) -> bool:
-        """Whether the loss is one per sample, and that of a sample the same in a smaller batch.
-
-        Not so for a user's mean with weights of its own, or where a tensor of as many entries as the
-        batch is something else. Told by the numbers, once per run.
-        """
-        whole = self.objective.per_sample(reference, batch, reference)
-        if whole.shape != (batch.size,):
-            return False
-        own = self.sweep.record(half)
-        alone = self.objective.per_sample(own, half, own)
-        pairs = [(alone, whole), *zip(tree_leaves(own), tree_leaves(reference), strict=True)]
-        return all(
-            part.shape == all_of_it[: half.size].shape
-            and torch.allclose(part, all_of_it[: half.size], rtol=1e-3, atol=1e-4)
-            for part, all_of_it in pairs
-            if isinstance(part, Tensor) and part.is_floating_point() and part.dim() > 0
-        )
 
     def _run_job(
         self, job: list[Variant], batch: Batch, reference: Any, fold: int, share: float
@@ -332,8 +295,8 @@ class FusedEngine:
                     f"{self.objective.name!r} gives a mean; return one loss per sample"
                 )
             losses.append(loss)
-            few = self._few(batch)
-            if batch.size > 1 and (few is None or not self._can_be_cut(few)):
+            few = first_few(batch)
+            if batch.size > 1 and (few is None or not self.divisible(few)):
                 raise DataError(
                     f"early decision sorts the samples, but those of batch {batch.index} cannot be "
                     "taken apart: its tensors must have one entry per sample, and the loss of a "
