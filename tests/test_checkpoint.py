@@ -23,6 +23,7 @@ from helpers import (
     snapshot,
     vgg,
 )
+from helpers_loop import same_weights
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -61,13 +62,6 @@ def compress(model: nn.Module, folder=None, **options) -> singe.CompressReport:
 def steep(outputs: torch.Tensor, batch) -> torch.Tensor:
     """Overflows float16 until its scale has been halved a few times."""
     return 1e4 * torch.nn.functional.cross_entropy(outputs.float(), batch[1])
-
-
-def same_weights(left: nn.Module, right: nn.Module) -> bool:
-    a, b = left.state_dict(), right.state_dict()
-    return a.keys() == b.keys() and all(
-        a[n].shape == b[n].shape and torch.equal(a[n], b[n]) for n in a
-    )
 
 
 class Cut(TensorDataset):

@@ -1,10 +1,9 @@
-"""The entwined loop's options: order, schedule, training, state that follows its parameters, roll-back."""
+"""The entwined loop's options: order, schedule, a training function of the user's, roll-back."""
 
 from __future__ import annotations
 
 import math
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,45 +15,24 @@ from helpers import (
     assert_unchanged,
     batch_of,
     clone,
-    make_batches,
     one_thread,  # noqa: F401 - autouse
     randomise,
     residual,
     snapshot,
     torchvision_models,
     trained_resnet20,
-    vgg,
 )
+from helpers_loop import BATCHES, OPTIONS, network, same_weights
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import singe
 from singe.data import first_batch
-from singe.finetune import Training, cosine, default_optimizer, recalibrate
 from singe.network import Network
-from singe.objectives import CrossEntropy, as_objective
 from singe.removal import kept_elements, remove_units, take
 from singe.rounds import portions, target_after
 from singe.seeding import Stream
-from singe.tuner import Tuner
 from singe.units import find_groups, set_gates
-
-SHAPE = (3, 8, 8)
-BATCHES = make_batches(SHAPE, (4, 4, 4), dtype=torch.float32)
-OPTIONS = {"train": BATCHES, "rounds": 2, "finetune_steps": 3, "progress": False}
-
-
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return randomise(vgg((8, 10, 9), 12))
-
-
-def same_weights(left: nn.Module, right: nn.Module) -> bool:
-    a, b = left.state_dict(), right.state_dict()
-    return a.keys() == b.keys() and all(
-        a[n].shape == b[n].shape and torch.equal(a[n], b[n]) for n in a
-    )
-
 
 # ---------------------------------------------------------------------- removal
 
@@ -104,221 +82,6 @@ def test_which_elements_removal_keeps(name):
         assert torch.equal(take(model.state_dict()[name], kept[name]), tensor), name
     cut = sum(t.shape != model.state_dict()[n].shape for n, t in pruned.state_dict().items())
     assert cut > 1
-
-
-# ---------------------------------------------------------------------- state that follows
-
-
-def tuner_of(model, factory=None, **options) -> Tuner:
-    training = Training(factory or default_optimizer(0.05), cosine, CrossEntropy(), **options)
-    return Tuner(model, training, Stream(BATCHES, 0), seed=0)
-
-
-@pytest.mark.parametrize(
-    ("factory", "keys"),
-    [
-        (lambda p: torch.optim.SGD(p, 0.01, momentum=0.9), {"momentum_buffer"}),
-        (lambda p: torch.optim.AdamW(p, 1e-3, amsgrad=True),
-         {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}),
-        (lambda p: torch.optim.RMSprop(p, 1e-3, momentum=0.5), {"square_avg", "momentum_buffer"}),
-    ],
-)  # fmt: skip
-def test_optimizer_state_and_average_follow_their_parameters(factory, keys):
-    """Tagged with the parameter it belongs to, an element of the state stays beside it."""
-    model = network()
-    tuner = tuner_of(model, factory, ema=0.5)
-    tuner.start(4)
-    tuner.run()
-    for parameter in model.parameters():
-        for key in keys:
-            tuner._optimizer.state[parameter][key] = parameter.detach() ** 2
-    tuner._gathered = tuner._by_name()
-    tuner.average = {n: 3 * t.detach() for n, t in tuner._floating().items()}
-    batch = batch_of(BATCHES[0])
-    removals = [(g, [1, 3]) for g in find_groups(model, batch).groups]
-    shapes = {n: p.shape for n, p in model.named_parameters()}
-    tuner.follow(kept_elements(model, batch, removals), shapes)
-    remove_units(model, batch, removals)
-    tuner.start(4)
-    steps = set()
-    for name, parameter in model.named_parameters():
-        state = tuner._optimizer.state[parameter]
-        assert keys <= state.keys()
-        for key in keys:
-            assert torch.equal(state[key], parameter.detach() ** 2), (name, key)
-        steps.add(float(state.get("step", 4)))
-    assert steps == {4.0}, "bias correction goes on from where it was"
-    for name, tensor in tuner._floating().items():
-        assert torch.equal(tuner.average[name], 3 * tensor.detach()), name
-    tuner.run()  # and it is fit to go on
-
-
-def test_factored_moments_of_cut_parameters_start_again():
-    model = network()
-    tuner = tuner_of(model, lambda p: torch.optim.Adafactor(p, lr=1e-3))
-    tuner.start(2)
-    tuner.run()
-    batch = batch_of(BATCHES[0])
-    removals = [(g, [0]) for g in find_groups(model, batch).groups if g.name == "8"]
-    shapes = {n: p.shape for n, p in model.named_parameters()}
-    tuner.follow(kept_elements(model, batch, removals), shapes)
-    remove_units(model, batch, removals)
-    tuner.start(2)
-    assert not tuner._optimizer.state[model[8].weight]
-    assert tuner._optimizer.state[model[0].weight]
-    assert tuner.run() > 0
-
-
-def test_the_average_is_what_is_evaluated_and_what_comes_back():
-    model, seen = network(), []
-
-    def evaluate(m):
-        seen.append(m[0].bias is None and m[16].weight.detach().clone())
-        return 0.5
-
-    singe.compress(model, macs=0.6, ema=0.9, lr=0.1, evaluate=evaluate, **OPTIONS)
-    assert torch.equal(model[16].weight, seen[-1])
-    plain = network()
-    singe.compress(plain, macs=0.6, lr=0.1, **OPTIONS)
-    assert not torch.equal(plain[16].weight, model[16].weight)
-
-
-# ---------------------------------------------------------------------- training options
-
-
-def test_clipping_bounds_the_whole_gradient():
-    model = network()
-    tuner = tuner_of(model, lambda p: torch.optim.SGD(p, lr=1.0), clip_grad_norm=1e-3)
-    before = [p.detach().clone() for p in model.parameters()]
-    tuner.start(1)
-    tuner.run()
-    moved = torch.cat([(p - b).flatten() for p, b in zip(model.parameters(), before, strict=True)])
-    assert float(moved.detach().norm()) == pytest.approx(1e-3, rel=1e-2)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_trains_float32_weights(dtype):
-    """The first loss is off by a few roundings of the lower precision, and is not the same."""
-    exact, mixed = network(), network()
-    options = {**OPTIONS, "rounds": 1, "finetune_steps": 1}
-    a = singe.compress(exact, macs=0.7, **options)
-    b = singe.compress(mixed, macs=0.7, autocast=dtype, **options)
-    assert all(p.dtype == torch.float32 for p in mixed.parameters())
-    assert a.rounds[-1].finetune_loss != b.rounds[-1].finetune_loss
-    rel = 4 * torch.finfo(dtype).eps
-    assert a.rounds[-1].finetune_loss == pytest.approx(b.rounds[-1].finetune_loss, rel=rel)
-
-
-def times(factor: float):
-    """The cross-entropy, so many times."""
-    return lambda outputs, batch: factor * F.cross_entropy(outputs.float(), batch[1])
-
-
-def test_float16_keeps_gradients_that_would_vanish():
-    """Below 6e-8 float16 has nothing: unscaled, every layer would stand still."""
-    model = network()
-    options = {"autocast": torch.float16, "finetune_objective": times(1e-9)}
-    options["optimizer"] = lambda parameters: torch.optim.SGD(parameters, lr=1e7)
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    singe.compress(model, macs=1.0, **OPTIONS, **options)
-    still = [n for n, p in model.named_parameters() if torch.equal(p, before[n])]
-    assert not still
-
-
-def test_a_step_that_overflows_float16_is_passed_over():
-    """Neither weights nor schedule move; the halved scale is in the state, and goes on from there."""
-    model = network()
-    sgd = lambda parameters: torch.optim.SGD(parameters, lr=1.0)  # noqa: E731
-    tuner = tuner_of(model, sgd, autocast=torch.float16, clip_grad_norm=1e-3)
-    tuner.training = replace(tuner.training, objective=as_objective(times(1e4)))
-    tuner.start(60)
-    before = clone(model).state_dict()
-    tuner._one_step()
-    assert tuner.state()["scaler"]["scale"] == 2.0**15
-    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-    assert tuner._scheduler.last_epoch == 0
-    other = tuner_of(model, autocast=torch.float16)
-    other.load(tuner.state())
-    assert other._scaler.get_scale() == 2.0**15
-    while tuner._scheduler.last_epoch == 0:
-        before = clone(model).state_dict()
-        tuner._one_step()
-    moved = [(p - before[n]).flatten() for n, p in model.named_parameters()]
-    norm = float(torch.cat(moved).detach().norm())
-    assert norm == pytest.approx(1e-3, rel=1e-2), "clipped after the scale was taken out"
-
-
-def test_gradients_that_overflow_float16_at_every_scale():
-    model = network()
-    before = snapshot(model)
-    broken = lambda outputs, batch: (0.0 * outputs.float()).sqrt().sum()  # noqa: E731 - 0, slope inf
-    options = {**OPTIONS, "finetune_steps": 60}
-    with pytest.raises(singe.NonFiniteError, match=r"overflow float16 at every scale.*bfloat16"):
-        singe.compress(
-            model, macs=0.7, autocast=torch.float16, finetune_objective=broken, **options
-        )
-    assert_unchanged(model, before, versions=False)
-
-
-def test_label_smoothing_is_torchs():
-    logits, labels = torch.randn(4, 5), torch.tensor([0, 3, 1, 4])
-    batch = batch_of((torch.randn(4, 2), labels))
-    for smoothing in (0.0, 0.1):
-        expected = F.cross_entropy(logits, labels, label_smoothing=smoothing)
-        assert CrossEntropy(smoothing).total(logits, batch) / 4 == pytest.approx(float(expected))
-
-
-def test_distillation_needs_no_labels_and_follows_the_original():
-    model = network()
-    original = clone(model)
-    images = [x for x, _ in BATCHES]
-    options = {
-        **OPTIONS, "train": images, "calibrate": images, "objective": "kl", "finetune_steps": 40,
-        "rounds": 1, "macs": 0.7, "lr": 0.01,
-    }  # fmt: skip
-
-    def far(m: nn.Module) -> float:
-        x = torch.cat(images)
-        with torch.no_grad():
-            return float(F.kl_div(m.eval()(x).log_softmax(1), original(x).softmax(1)))
-
-    singe.compress(model, distill=1.0, **options)
-    untrained = network()
-    singe.compress(untrained, distill=1.0, **{**options, "finetune_steps": 0})
-    assert far(model) < 0.5 * far(untrained)
-    half = network()
-    with pytest.raises(singe.DataError, match="needs labels"):
-        singe.compress(half, distill=0.5, **options)
-    assert same_weights(half, network())
-
-
-def test_recalibration_sets_the_statistics_of_the_calibration_data():
-    model = network()
-    data = [batch_of(b) for b in BATCHES]
-    weights = [p.detach().clone() for p in model.parameters()]
-    recalibrate(model, data)
-    with torch.no_grad():
-        outputs = [model[0](x) for x, _ in BATCHES]
-    means = torch.stack([o.mean((0, 2, 3)) for o in outputs]).mean(0)
-    assert torch.allclose(model[1].running_mean, means, atol=1e-6)
-    assert model[1].momentum == 0.1
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), weights, strict=True))
-    assert not any(m.training for m in model.modules())
-    again = clone(model)
-    recalibrate(again, [batch_of((BATCHES[0][0][:1], BATCHES[0][1][:1]))])
-    assert same_weights(again, model), "a single sample has no variance"
-
-
-def test_recalibration_can_be_left_out():
-    with_it, without = network(), network()
-    options = {**OPTIONS, "finetune_steps": 0, "rounds": 1, "macs": 0.6}
-    singe.compress(with_it, **options)
-    report = singe.compress(without, recalibrate=False, **options)
-    pruned = network()
-    singe.prune(pruned, report.plan, BATCHES[0][0])
-    assert same_weights(without, pruned)
-    assert torch.equal(with_it[0].weight, without[0].weight)
-    assert not torch.equal(with_it[1].running_mean, without[1].running_mean)
 
 
 def test_a_finetune_function_of_the_users():

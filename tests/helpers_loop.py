@@ -1,0 +1,23 @@
+"""A small network and its data, for the tests of the entwined loop."""
+
+from __future__ import annotations
+
+import torch
+from helpers import make_batches, randomise, vgg
+from torch import nn
+
+SHAPE = (3, 8, 8)
+BATCHES = make_batches(SHAPE, (4, 4, 4), dtype=torch.float32)
+OPTIONS = {"train": BATCHES, "rounds": 2, "finetune_steps": 3, "progress": False}
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return randomise(vgg((8, 10, 9), 12))
+
+
+def same_weights(left: nn.Module, right: nn.Module) -> bool:
+    a, b = left.state_dict(), right.state_dict()
+    return a.keys() == b.keys() and all(
+        a[n].shape == b[n].shape and torch.equal(a[n], b[n]) for n in a
+    )
