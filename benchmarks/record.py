@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -33,7 +34,7 @@ def environment() -> dict[str, Any]:
         "commit": _git("rev-parse", "--short=12", "HEAD"),
         # Results and the pages made of them are what the run writes.
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", *NOT_CODE)),
-        "command": " ".join(["python", *_relative(sys.orig_argv[1:])]),
+        "command": shlex.join(["python", *_relative(sys.orig_argv[1:])]),
         "machine": {
             "cpu": _cpu(),
             # A main thread that is pinned sees its own core only.

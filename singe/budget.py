@@ -294,5 +294,6 @@ def require(reached: float, target: float, kind: str, full: float) -> None:
         raise BudgetError(
             f"a target of {target:.4g}{unit} {kind} cannot be met: the smallest reachable is "
             f"{reached / full:.4f} of the model's {full:.4g} ({reached:.4g}); raise the target or "
-            "max_pruning_ratio, or score more layers"
+            "max_pruning_ratio, or score more layers (a target up to 1 is a share of the model, a "
+            "larger one an absolute number)"
         )

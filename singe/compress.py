@@ -15,7 +15,7 @@ from singe.budget import RANKINGS
 from singe.checkpoint import Folder, digest_of
 from singe.criteria import choose
 from singe.data import as_batch, check_reiterable, device_of
-from singe.errors import CheckpointError, OptionError
+from singe.errors import CheckpointError, OptionError, expect, expect_callable
 from singe.evaluation import Evaluate, accuracy, as_evaluate
 from singe.finetune import (
     FinetuneFunction,
@@ -178,6 +178,12 @@ def compress(
             "compress ranks units on a network that changes its shapes every round: granularity must "
             "be 'unit' and compile False"
         )
+    expect("model", model, nn.Module, "an nn.Module")
+    expect_callable(
+        "optimizer", optimizer, "e.g. lambda parameters: torch.optim.SGD(parameters, 0.01)"
+    )
+    expect_callable("scheduler", scheduler, "lambda optimizer, steps: an LRScheduler")
+    expect_callable("finetune", finetune, "lambda model, stage: the loss or None")
     choose("order", order, ("global", "layerwise"))
     choose("visit", visit, ("forward", "damage"))
     choose("ranking", ranking, RANKINGS)

@@ -193,6 +193,12 @@ def shapes_of(batch: Batch) -> list[Any]:
     return [(t.shape, t.dtype) if isinstance(t, Tensor) else t for t in leaves]
 
 
+def input_shapes(batch: Batch) -> list[list[int]]:
+    """Shape of one sample of every input tensor of the model."""
+    leaves = tree_leaves((batch.args, batch.kwargs))
+    return [list(t.shape[1:]) for t in leaves if isinstance(t, Tensor) and t.dim()]
+
+
 def by_sample(batch: Batch) -> tuple[list[Tensor | None], TreeSpec] | None:
     """The tensors of a batch and the structure they stand in, if each has one entry per sample."""
     leaves, spec = tree_flatten(batch.raw)
@@ -228,6 +234,11 @@ def example_batch(example_inputs: Any, device: torch.device) -> Batch:
     """
     if isinstance(example_inputs, Batch):
         return example_inputs
-    if isinstance(example_inputs, tuple | list):
-        return as_batch((tuple(example_inputs),), 0, device)
-    return as_batch(example_inputs, 0, device)
+    is_sequence = isinstance(example_inputs, tuple | list)
+    try:
+        return as_batch((tuple(example_inputs),) if is_sequence else example_inputs, 0, device)
+    except DataError as error:
+        raise DataError(
+            f"example_inputs must hold an input of the model with a batch dimension, as a tensor, a "
+            f"tuple of arguments or a dict ({error})"
+        ) from error

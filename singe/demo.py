@@ -90,7 +90,7 @@ def check_requirements() -> None:
     """Raise where scikit-learn or matplotlib is missing."""
     for module, name in (("sklearn", "scikit-learn"), ("matplotlib", "matplotlib")):
         if importlib.util.find_spec(module) is None:
-            raise SingeError(f"the demo needs {name}: pip install 'singe[demo]'")
+            raise SingeError(f"the demo needs {name}: pip install {name}")
 
 
 def load_data(settings: Settings, device: torch.device) -> tuple[Batches, Batches, Batches]:

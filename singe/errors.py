@@ -43,6 +43,18 @@ class ExportError(SingeError, RuntimeError):
     """A model cannot be exported, or its exported form computes something else."""
 
 
+def expect(argument: str, value: object, kind: type | tuple[type, ...], wanted: str) -> None:
+    """Raise OptionError where an argument is something else altogether."""
+    if not isinstance(value, kind):
+        raise OptionError(f"{argument} must be {wanted}, got {type(value).__name__}")
+
+
+def expect_callable(argument: str, value: object, wanted: str) -> None:
+    """Raise OptionError where an argument is given and cannot be called."""
+    if value is not None and not callable(value):
+        raise OptionError(f"{argument} must be a callable, {wanted}; got {type(value).__name__}")
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what an exception says; empty where it says nothing."""
     return next(iter(str(error).strip().splitlines()), "")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from singe.data import check_reiterable, device_of, read_batches
-from singe.errors import DataError
+from singe.errors import DataError, OptionError
 from singe.finetune import in_mode
 from singe.objectives import logits_of
 
@@ -18,10 +18,21 @@ Evaluate = Callable[[nn.Module], float]
 
 def as_evaluate(evaluate: Evaluate | Iterable[Any] | None) -> Evaluate | None:
     """A callable as it is, batches as their accuracy."""
-    if evaluate is None or callable(evaluate):
-        return evaluate
+    if evaluate is None:
+        return None
+    if callable(evaluate):
+        return lambda model: _number(evaluate(model))
     check_reiterable(evaluate, "evaluate")
     return lambda model: accuracy(model, evaluate)
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise OptionError(
+            f"evaluate must return a number (higher is better), got {type(value).__name__}"
+        ) from error
 
 
 @torch.no_grad()

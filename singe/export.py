@@ -162,7 +162,7 @@ def check_onnx() -> None:
     """Raise ExportError unless everything that ONNX needs is installed."""
     missing = [name for name in ONNX_MODULES if importlib.util.find_spec(name) is None]
     if missing:
-        raise ExportError(f"ONNX needs {', '.join(missing)}: pip install 'singe[export]'")
+        raise ExportError(f"ONNX needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def _layers(model: nn.Module) -> dict[str, dict[str, Any]]:

@@ -15,6 +15,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     It is on the disk before it does: a power cut leaves the old file or the new one.
     """
     final = Path(path)
+    if not final.parent.is_dir():
+        raise FileNotFoundError(
+            f"there is no folder {str(final.parent)!r} to write {final.name} to"
+        )
     partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
     try:
         yield partial

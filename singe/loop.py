@@ -366,7 +366,7 @@ class Loop:
         return Console(stderr=True, quiet=not self.progress)
 
     def _metric(self) -> float | None:
-        return None if self.measure is None else float(self.measure(self.model))
+        return None if self.measure is None else self.measure(self.model)
 
     def _note_plan(self) -> None:
         """The plan of the whole run, as far as it has come."""

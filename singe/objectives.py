@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from singe.data import Batch
-from singe.errors import DataError, NonFiniteError, OptionError
+from singe.errors import DataError, NonFiniteError, OptionError, first_line
 
 IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default
 
@@ -180,7 +180,14 @@ class UserObjective(Objective):
         self.name = getattr(function, "__qualname__", type(function).__name__)
 
     def per_sample(self, outputs: Any, batch: Batch, reference: Any) -> Tensor:
-        loss = self.function(outputs, batch.raw)
+        try:
+            loss = self.function(outputs, batch.raw)
+        except TypeError as error:
+            raise DataError(
+                f"objective {self.name!r} failed on batch {batch.index} ({first_line(error)}). It is "
+                "called with the model's outputs and the whole batch as the data gives it; for (x, y): "
+                "lambda outputs, batch: F.cross_entropy(outputs, batch[1])"
+            ) from error
         if not isinstance(loss, Tensor):
             raise DataError(
                 f"objective {self.name!r} returned {type(loss).__name__}; expected a tensor: one "

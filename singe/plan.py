@@ -16,14 +16,14 @@ from singe.budget import RANKINGS, Search, gather, order_steps, require, steps_o
 from singe.cost import CostModel, count
 from singe.criteria import choose
 from singe.data import Batch, device_of, example_batch
-from singe.errors import ScoresError
+from singe.errors import ScoresError, expect
 from singe.explain import explain_groups, table
 from singe.files import replacing
 from singe.graph import ModelGraph, private_copy, unwrapped
 from singe.latency import Stopwatch, Timing
 from singe.limits import MAX_PRUNING_RATIO, Limits, Share, absolute, limits_of, target_of
 from singe.removal import remove_units
-from singe.scores import Scores, require_units
+from singe.scores import Scores, ScoreTable, require_units
 from singe.units import find_groups, small
 
 FORMAT = "singe-plan-1"
@@ -175,8 +175,12 @@ def plan(
         BudgetError: the target cannot be met; names the smallest that can.
         OptionError: not exactly one target, or a value out of range.
     """
+    expect("model", model, nn.Module, "an nn.Module")
+    expect("scores", scores, ScoreTable, "what singe.score returned")
     require_units(scores)
     scores.check(model)
+    if timing is not None:
+        expect("timing", timing, Timing, "a singe.Timing(batch_size=..., runs=..., threads=...)")
     kind, value = target_of(macs=macs, params=params, channels=channels, latency=latency)
     choose("ranking", ranking, RANKINGS)
     batch = example_batch(example_inputs, device_of(model))

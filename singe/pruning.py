@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,18 +10,25 @@ from torch import nn
 
 from singe.cost import count
 from singe.data import device_of, example_batch
-from singe.errors import ModelError, ScoresError
-from singe.graph import Group, private_copy
+from singe.errors import ModelError, OptionError, ScoresError, expect
+from singe.graph import Group, private_copy, unwrapped
 from singe.plan import Plan
 from singe.removal import remove_units
-from singe.scores import fingerprint
+from singe.scores import ScoreTable, fingerprint
 from singe.snapshot import Snapshot
-from singe.units import find_groups, small
+from singe.units import find_groups, names_of, small
 
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What pruning changed. MACs are per sample, counted as Torch-Pruning counts them."""
+    """What pruning changed.
+
+    Attributes:
+        macs_before: per sample, as Torch-Pruning counts them; likewise ``macs_after``.
+        params_before: number of parameters; likewise ``params_after``.
+        removed: group -> number of units that went; only groups of the plan, like the next one.
+        kept: group -> number of units that are left.
+    """
 
     macs_before: float
     macs_after: float
@@ -41,7 +49,9 @@ class PruneReport:
         )
 
 
-def prune(model: nn.Module, plan: Plan, example_inputs: Any) -> PruneReport:
+def prune(
+    model: nn.Module, plan: Plan | Mapping[str, Sequence[int]], example_inputs: Any
+) -> PruneReport:
     """Remove the units of ``plan`` from ``model``, in place.
 
     Parameters of the touched layers are new, smaller objects afterwards: make a new optimizer. The
@@ -49,13 +59,24 @@ def prune(model: nn.Module, plan: Plan, example_inputs: Any) -> PruneReport:
 
     Args:
         model: pruned in place; mode and ``requires_grad`` flags are kept.
-        plan: from :func:`singe.plan`, or ``singe.Plan({"layer1.0.conv1": [3, 7]})``.
+        plan: from :func:`singe.plan`, or by hand: ``{"layer1.0.conv1": [3, 7]}``, the units to remove.
         example_inputs: a tensor, a tuple of arguments or a dict, as for Torch-Pruning.
+
+    Returns:
+        A :class:`PruneReport`; ``print`` shows it in a line.
 
     Raises:
         ScoresError: the plan was made for another model, or names units that are not there.
         ModelError: a layer of the plan is unknown or cannot be pruned.
     """
+    expect("model", model, nn.Module, "an nn.Module")
+    if isinstance(plan, ScoreTable):
+        raise OptionError(
+            "plan holds scores; make a plan of them first: singe.plan(model, scores, ...)"
+        )
+    expect("plan", plan, Mapping, "a singe.Plan, or a dict of the units to remove from each layer")
+    if not isinstance(plan, Plan):
+        plan = Plan(plan)
     expected = plan.meta.get("fingerprint")
     if expected is not None and expected != fingerprint(model):
         raise ScoresError(
@@ -82,6 +103,7 @@ def prune(model: nn.Module, plan: Plan, example_inputs: Any) -> PruneReport:
 
 
 def _resolve(model: nn.Module, plan: Plan, batch: Any) -> list[tuple[Group, list[int]]]:
+    names_of(dict(unwrapped(model).named_modules()), plan, "plan")
     graph = find_groups(model, batch, layers=list(plan))
     covered = {name for group in graph.groups for name in (group.name, *group.layers)}
     for name in plan:

@@ -73,7 +73,9 @@ class Request:
                 "checkpoint promises the same bits, and compile=True cannot keep that: its first passes "
                 "run plainly, and after a kill these are others; choose one of them"
             )
-        if self.max_memory is not None and self.max_memory <= 0:
+        if self.max_memory is not None and not (
+            _is_number(self.max_memory) and self.max_memory > 0
+        ):
             raise OptionError(
                 f"max_memory must be a positive number of bytes, got {self.max_memory!r}"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -55,7 +56,16 @@ class ScoreTable(Mapping[str, Tensor]):
         self.stderr = None if stderr is None else {k: t.float() for k, t in stderr.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._values[name]
+        try:
+            return self._values[name]
+        except KeyError:
+            raise KeyError(self._unknown(name)) from None
+
+    def _unknown(self, name: object) -> str:
+        """Why there is nothing under a name, and what there is instead."""
+        near = difflib.get_close_matches(str(name), self._values, n=3, cutoff=0.4)
+        hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
+        return f"there are no scores of {self.ENTRY} {name!r}{hint}"
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
@@ -160,6 +170,12 @@ class Scores(ScoreTable):
         return (
             f"Scores({what}, {len(self)} groups, {units} units, {self.meta.get('samples')} samples)"
         )
+
+    def _unknown(self, name: object) -> str:
+        for group, layers in self.groups.items():
+            if name in layers:
+                return f"{name!r} is coupled with {group!r}, and the scores of both are under that name"
+        return super()._unknown(name)
 
     def units_of(self, group: str, layer: str, channels: int) -> Tensor:
         """int64 [channels]: the unit of ``group`` that each output channel of ``layer`` belongs to.

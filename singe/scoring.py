@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from singe.data import check_reiterable, device_of, first_batch, read_batches
+from singe.data import check_reiterable, device_of, first_batch, input_shapes, read_batches
 from singe.data_free import of_units, of_weights
 from singe.decision import EarlyDecision
 from singe.engine import FusedEngine
+from singe.errors import expect
 from singe.graph import ModelGraph
 from singe.naive import naive_scores
 from singe.objectives import Loss, Objective
@@ -113,7 +114,8 @@ def score(
         batches: re-iterable: a list or DataLoader of ``(x, y)``, dicts of model arguments (with
             ``labels``), or ``x`` alone for label-free objectives. Moved to the model's device.
         objective: ``"cross_entropy"``, ``"kl"`` (label-free: divergence from the original outputs),
-            or ``callable(outputs, batch)`` giving a loss per sample [B] or their mean.
+            or ``callable(outputs, batch)`` giving a loss per sample [B] or their mean; ``batch`` is
+            what ``batches`` gave, ``(x, y)`` for instance, on the model's device.
         criterion: ``singe``, ``ig``, ``signed``, ``taylor``, ``gradient``, ``magnitude``,
             ``ablation`` or ``random``; see the README's table.
         path: which gates move together: ``"layer"`` (one group), ``"neuron"`` (one unit),
@@ -125,7 +127,7 @@ def score(
         ignore: layers that keep all their channels (names or modules, containers included).
         engine: ``"fused"``, or ``"naive"``: the definition, run literally.
         max_memory: bytes beside the model and the data; default a quarter of what is free. Passes are
-            cut to fit, batches too where not even one variant fits.
+            cut to fit, batches too where not even one variant fits, down to one sample and one variant.
         autocast: ``torch.bfloat16`` or ``torch.float16``: convolutions and linear layers compute in
             it, sums stay float32. Float32 models and the fused engine only.
         compile: run the passes through ``torch.compile``. Every group's pass is compiled once for every
@@ -172,6 +174,7 @@ def carry_out(
     request: Request, model: nn.Module, batches: Iterable[Any]
 ) -> tuple[Scores | WeightScores, ModelGraph]:
     """What :func:`score` does, with the groups that were found on the way."""
+    expect("model", model, nn.Module, "an nn.Module")
     request.check_model(model)
     check_reiterable(batches)
     start = time.perf_counter()
@@ -179,7 +182,8 @@ def carry_out(
     find = find_groups if request.granularity == "unit" else find_weight_groups
     # The caller may be in no_grad or inference mode; what is computed here needs gradients.
     with _random_state_kept(device), torch.inference_mode(False), torch.enable_grad():
-        graph = find(model, first_batch(batches, device), request.layers, request.ignore)
+        first = first_batch(batches, device)
+        graph = find(model, first, request.layers, request.ignore)
         found = time.perf_counter()
         result = _compute(request, model, graph, batches)
     end = time.perf_counter()
@@ -198,6 +202,7 @@ def carry_out(
         "granularity": request.granularity,
         "engine": request.engine,
         "samples": result.n_samples,
+        "input_shapes": input_shapes(first),
         "seed": request.seed,
         "autocast": None if request.autocast is None else str(request.autocast),
         "compile": request.compile,

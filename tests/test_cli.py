@@ -88,11 +88,13 @@ def test_an_unknown_device(monkeypatch, capsys, tmp_path):
     assert capsys.readouterr().err.startswith("error: device 'abacus' cannot be used")
 
 
-@pytest.mark.parametrize("module", ["sklearn", "matplotlib"])
-def test_demo_says_what_to_install(monkeypatch, capsys, tmp_path, module):
+@pytest.mark.parametrize(
+    ("module", "name"), [("sklearn", "scikit-learn"), ("matplotlib", "matplotlib")]
+)
+def test_demo_says_what_to_install(monkeypatch, capsys, tmp_path, module, name):
     monkeypatch.setitem(sys.modules, module, None)
     assert run_main(monkeypatch, "demo", "--out", str(tmp_path)) == 2
-    assert "pip install 'singe[demo]'" in capsys.readouterr().err
+    assert f"pip install {name}" in capsys.readouterr().err
 
 
 def test_info_names_an_implementation_for_every_device():

@@ -308,3 +308,80 @@ def test_every_error_is_a_singe_error():
     assert all(issubclass(error, singe.SingeError) for error in errors)
     assert issubclass(singe.OptionError, ValueError)
     assert issubclass(singe.NonFiniteError, ArithmeticError)
+
+
+X = CASE.batches()[0][0][:2]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, s: score("resnet18", CASE.batches()), "model must be an nn.Module, got str"),
+        (
+            lambda m, s: score(m, CASE.batches(), max_memory="1GB"),
+            "positive number of bytes.*'1GB'",
+        ),
+        (
+            lambda m, s: singe.plan(m, dict(s), X, macs=0.5),
+            "scores must be what singe.score returned",
+        ),
+        (lambda m, s: singe.plan(m, s, X, macs=0.5, timing=8), r"timing must be a singe\.Timing"),
+        (lambda m, s: singe.plan(m, s, "x", macs=0.5), "example_inputs must hold an input"),
+        (lambda m, s: singe.plan(m, s, X, macs=50.0), "up to 1 is a share"),
+        (lambda m, s: singe.prune(m, s, X), r"holds scores; make a plan.*singe\.plan"),
+        (lambda m, s: singe.prune(m, [3], X), "plan must be a singe.Plan, or a dict"),
+        (
+            lambda m, s: singe.prune(m, {"3.body.9": [1]}, X),
+            "`plan` names '3.body.9'.*did you mean",
+        ),
+        (lambda m, s: compress(m, optimizer="adam"), "optimizer must be a callable.*got str"),
+        (lambda m, s: compress(m, evaluate=lambda model: None), "evaluate must return a number"),
+        (
+            lambda m, s: compress(m, criterium="singe"),
+            r"compress\(\) got an unexpected.*'criterium'",
+        ),
+        (
+            lambda m, s: score(m, CASE.batches(), objective=nn.CrossEntropyLoss()),
+            r"CrossEntropyLoss' failed on batch 0.*batch\[1\]",
+        ),
+    ],
+)
+def test_something_else_altogether(call, message):
+    model = CASE.model()
+    before = snapshot(model)
+    scores = score(model, CASE.batches(), criterion="random")
+    with pytest.raises((singe.SingeError, TypeError), match=message):
+        call(model, scores)
+    assert_unchanged(model, before, versions=False)
+
+
+def compress(model, **options):
+    return singe.compress(
+        model, train=CASE.batches(), macs=0.5, rounds=1, finetune_steps=1, progress=False, **options
+    )
+
+
+def test_a_plan_can_be_a_dict():
+    by_plan, by_dict = CASE.model(), CASE.model()
+    name = next(iter(score(by_plan, CASE.batches(), criterion="random")))
+    singe.prune(by_plan, singe.Plan({name: [1]}), X)
+    singe.prune(by_dict, {name: [1]}, X)
+    shapes = [t.shape for t in by_plan.state_dict().values()]
+    assert shapes == [t.shape for t in by_dict.state_dict().values()]
+
+
+def test_names_that_scores_do_not_have():
+    scores = score(CASE.model(), CASE.batches(), criterion="random")
+    group = next(g for g, layers in scores.groups.items() if len(layers) > 1)
+    other = next(layer for layer in scores.groups[group] if layer != group)
+    with pytest.raises(KeyError, match=f"'{other}' is coupled with '{group}'"):
+        scores[other]
+    with pytest.raises(KeyError, match=f"no scores of group '{group}0'; did you mean '{group}'"):
+        scores[group + "0"]
+    assert scores.get(other) is None
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    scores = score(CASE.model(), CASE.batches(), criterion="random")
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere.* to write s.safetensors to"):
+        scores.save(tmp_path / "nowhere" / "s.safetensors")

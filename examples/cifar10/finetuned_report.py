@@ -123,7 +123,7 @@ def tried(settings: dict[Setting, Cells]) -> str:
                     f"{setting.rounds}", f"{setting.samples:,}", f"{setting.train_images:,}",
                 ]  # fmt: skip
                 rows.append([*where, *(cell(runs, what) for what in COLUMNS)])
-    return "### What else was tried\n\n" + table(header, rows)
+    return "### What else was tried\n\n" + table(header, rows) if rows else ""
 
 
 def draw(settings: dict[Setting, Cells], path: Path) -> None:
@@ -171,16 +171,15 @@ def generated(document: dict[str, Any]) -> str:
         "sample deviation over three seeds, in percent; in brackets the number of seeds where it is "
         "another. MACs are equal to within one unit's step."
     )
-    return "\n\n".join(
-        [
-            note,
-            f"![Accuracy after fine-tuning](img/{NAME}.png)",
-            *(section(setting, cells) for setting, cells in main_tables(settings).items()),
-            tried(settings),
-            f"Commits of the runs: {commits}. Last write:",
-            provenance(document, f"{NAME}.json"),
-        ]
-    )
+    parts = [
+        note,
+        f"![Accuracy after fine-tuning](img/{NAME}.png)",
+        *(section(setting, cells) for setting, cells in main_tables(settings).items()),
+        tried(settings),
+        f"Commits of the runs: {commits}. Last write:",
+        provenance(document, f"{NAME}.json"),
+    ]
+    return "\n\n".join(filter(None, parts))
 
 
 def main() -> None:

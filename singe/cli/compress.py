@@ -68,6 +68,8 @@ def compress(
     inputs = load_inputs(model, data, common.seed, voice)
     options = scoring.arguments()
     timing = Timing(batch_size=budget.timing_batch)
+    if tuning.accuracy_floor is not None and not 0 <= tuning.accuracy_floor <= 1:
+        raise OptionError(f"--accuracy-floor is a share, 0 to 1, got {tuning.accuracy_floor:g}")
     found = inputs.require_data("compress")
     if found.train is None:
         raise OptionError("compress needs training data: the loader gave no `train` part")

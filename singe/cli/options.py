@@ -279,7 +279,10 @@ class ExportOptions:
     )
     export: Annotated[
         str,
-        _option(_OUTPUT, "Beside safetensors: pt2, onnx (needs singe\\[export]), both, or none."),
+        _option(
+            _OUTPUT,
+            "Beside safetensors: pt2, onnx (needs onnxruntime), both, or none.",
+        ),
     ] = "pt2"
     report: Annotated[bool, _option(_OUTPUT, "Write report.html.")] = True
     dry_run: Annotated[

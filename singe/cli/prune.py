@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,6 +54,11 @@ def prune(
     formats = output.formats()
     if plan is not None and (budget.target() or scores is not None):
         raise OptionError("--plan says what goes: leave out --scores and the budget")
+    if data.data is None and data.input_shape is None:
+        data = replace(data, input_shape=_scored_shape(scores))
+        if data.input_shape is None:
+            voice.notice(f"no data: inputs are taken to be 3 x {data.image_size} x {data.image_size}; "
+                         "--input-shape says otherwise")  # fmt: skip
     inputs = load_inputs(model, data, common.seed, voice)
     options = scoring.arguments()
     found = Scores.load(scores, inputs.model) if scores is not None else None
@@ -95,6 +101,12 @@ def prune(
     summary: dict[str, Any] = {k: content[k] for k in ("before", "after", "latency")}
     summary["files"] = files
     voice.result(summary, describe(summary))
+
+
+def _scored_shape(scores: Path | None) -> str | None:
+    """The shape of one input that the scores were computed on, as --input-shape takes it."""
+    shapes = [] if scores is None else Scores.load(scores).meta.get("input_shapes", [])
+    return ",".join(map(str, shapes[0])) if len(shapes) == 1 else None
 
 
 def make_plan(inputs: Inputs, scores: Scores, budget: BudgetOptions, timing: Timing) -> Plan:

@@ -26,7 +26,7 @@ def demo(
     """Compare pruning criteria on a small network, all with the same budget: one to two minutes.
 
     Trains on scikit-learn's 8x8 digits, prunes in rounds with fine-tuning in between, prints what
-    was measured and draws singe-demo.png. Needs pip install 'singe[demo]'.
+    was measured and draws singe-demo.png. Needs scikit-learn and matplotlib.
     """
     from singe import demo as job
     from singe import demo_report
