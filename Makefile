@@ -1,4 +1,4 @@
-# Everything works from a bare Python 3.10+ and a C++ compiler: `make test` installs what it needs.
+# Everything works from a bare Python 3.11 (constraints.txt is for that) and a C++ compiler: `make test` installs what it needs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
