@@ -23,7 +23,7 @@ from singe.errors import CheckpointError
 from singe.files import replacing
 from singe.graph import unwrapped
 
-FORMAT = "singe-checkpoint-1"
+FORMAT = "singe-checkpoint-2"
 KEPT = 2
 
 
@@ -49,7 +49,8 @@ class Folder:
 
     def files(self) -> list[Path]:
         """All checkpoints, the oldest first."""
-        return sorted(self.path.glob("checkpoint-*.safetensors"), key=_number)
+        found = self.path.glob("checkpoint-*.safetensors")
+        return sorted((path for path in found if _number(path) >= 0), key=_number)
 
     def save(self, state: Mapping[str, Any]) -> Path:
         """Write the next checkpoint; only then remove all but the newest two.

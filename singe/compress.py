@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from os import PathLike
 from typing import Any
 
@@ -33,7 +34,7 @@ from singe.loop import Loop
 from singe.memory import free_memory
 from singe.objectives import Loss, Objective, as_objective
 from singe.plan import Plan
-from singe.request import Request
+from singe.request import Request, check_float32
 from singe.rounds import SCHEDULES, CompressReport, Pruning, Round, Schedule
 from singe.scores import Scores
 from singe.seeding import Stream, derive, random_state_kept
@@ -122,8 +123,8 @@ def compress(
         max_pruning_ratio: no group loses more than this share.
         finetune_steps: optimizer steps per round.
         final_steps: further steps in the last round.
-        finetune: ``callable(model, stage) -> loss or None`` in place of the built-in training; see
-            :class:`singe.Stage`. It trains the model in place and leaves its shapes alone.
+        finetune: ``callable(model, stage) -> loss or None`` in place of the built-in training and its
+            options; see :class:`singe.Stage`. It trains the model in place and leaves its shapes alone.
         optimizer: ``callable(parameters) -> Optimizer``, called in every round; what the last one had
             gathered per parameter is cut as the parameters were, and goes on. Default SGD with
             Nesterov momentum 0.9 and weight decay 5e-4 at ``lr``.
@@ -206,24 +207,35 @@ def compress(
         temperature,
         ema,
     )
-    if finetune is not None and ema is not None:
-        raise OptionError("ema is of the built-in training; average inside your finetune function")
+    if finetune is not None:
+        own = {
+            "ema": ema, "autocast": autocast, "clip_grad_norm": clip_grad_norm,
+            "label_smoothing": label_smoothing, "optimizer": optimizer, "scheduler": scheduler,
+        }  # fmt: skip
+        if given := [name for name, value in own.items() if value]:
+            raise OptionError(
+                f"{', '.join(given)} belong to the built-in training; do that inside your finetune "
+                "function"
+            )
+    if autocast is not None:
+        check_float32(model, "autocast")
     pruning = Pruning(
         kind, value, rounds, schedule, order, visit, ranking, round_to, min_keep, max_keep,
         max_pruning_ratio, timing or Timing(), recalibrate,
     )  # fmt: skip
     settings = {
-        "target": {kind: value}, "rounds": rounds, "schedule": _word(schedule), "order": order,
-        "visit": visit, "ranking": ranking, "round_to": round_to, "min_keep": min_keep,
+        "target": {kind: value}, "timing": asdict(pruning.timing), "rounds": rounds,
+        "schedule": _word(schedule), "order": order, "visit": visit, "ranking": ranking,
+        "round_to": round_to, "min_keep": min_keep,
         "max_keep": max_keep, "max_pruning_ratio": max_pruning_ratio,
         "finetune_steps": finetune_steps, "final_steps": final_steps, "finetune": _word(finetune),
         "optimizer": _word(optimizer), "scheduler": _word(scheduler), "lr": lr,
-        "clip_grad_norm": clip_grad_norm, "autocast": _word(autocast),
+        "clip_grad_norm": clip_grad_norm, "autocast": None if autocast is None else str(autocast),
         "label_smoothing": label_smoothing, "distill": distill, "temperature": temperature,
         "ema": ema, "recalibrate": recalibrate, "objective": request.definition.objective.name,
         "finetune_objective": training.objective.name, "accuracy_floor": accuracy_floor,
         "seed": seed,
-        "score": {k: _plain(v, model) for k, v in sorted(score_options.items())},
+        "score": {k: _plain(getattr(request, k), model) for k in sorted(score_options)},
     }  # fmt: skip
     device = device_of(model)
     with random_state_kept(device), Snapshot(model) as snapshot:
@@ -262,7 +274,11 @@ def _word(value: Any) -> str | None:
     """A function by its name: all that can be compared of it from run to run."""
     if value is None or isinstance(value, str):
         return value
-    return getattr(value, "__qualname__", str(value))
+    if isinstance(value, functools.partial):
+        return f"partial of {_word(value.func)}"
+    if is_dataclass(value):
+        return repr(value)
+    return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def _plain(value: Any, model: nn.Module) -> Any:
@@ -271,9 +287,11 @@ def _plain(value: Any, model: nn.Module) -> Any:
         return next((n for n, m in unwrapped(model).named_modules() if m is value), repr(value))
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, set | frozenset):
+        return sorted(_plain(v, model) for v in value)
     if isinstance(value, Iterable):
         return [_plain(v, model) for v in value]
-    return repr(value)
+    return _word(value) if callable(value) else repr(value)
 
 
 def _first_samples(batches: Iterable[Any], samples: int, seed: int) -> list[Any]:

@@ -145,8 +145,10 @@ def check_reiterable(batches: Any, argument: str = "batches") -> None:
         )
 
 
-def read_batches(batches: Iterable[Any], device: torch.device) -> Iterator[Batch]:
-    """All batches in order, each checked, on ``device``.
+def read_batches(
+    batches: Iterable[Any], device: torch.device, use: str = "calibration"
+) -> Iterator[Batch]:
+    """All batches in order, each checked, on ``device``; ``use`` is for messages.
 
     Raises:
         DataError: no batch at all, or a malformed one.
@@ -157,7 +159,7 @@ def read_batches(batches: Iterable[Any], device: torch.device) -> Iterator[Batch
         empty = False
         yield as_batch(raw, index, device)
     if empty:
-        raise DataError("the calibration data is empty: it gave no batch; pass at least one")
+        raise DataError(f"the {use} data is empty: it gave no batch; pass at least one")
 
 
 def first_batch(batches: Iterable[Any], device: torch.device) -> Batch:

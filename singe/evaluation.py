@@ -40,10 +40,16 @@ def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
     """Top-1 accuracy (0..1) of class-index labels, in evaluation mode; the modes are put back."""
     right = total = 0
     with in_mode(model, training=False):
-        for batch in read_batches(batches, device_of(model)):
+        for batch in read_batches(batches, device_of(model), "evaluation"):
             predicted = logits_of(batch.call(model)).argmax(1)
             if not isinstance(batch.labels, Tensor):
                 raise DataError(f"evaluation batch {batch.index} has no labels")
+            if batch.labels.shape != predicted.shape:
+                raise DataError(
+                    f"evaluation batch {batch.index} has labels of shape {tuple(batch.labels.shape)}, "
+                    f"the model's outputs need class indices of shape {tuple(predicted.shape)}; give "
+                    "evaluate=callable(model) for another metric"
+                )
             right += int((predicted == batch.labels).sum())
             total += batch.labels.numel()
     return right / total

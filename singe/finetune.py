@@ -107,10 +107,11 @@ def cosine(optimizer: Optimizer, steps: int) -> LRScheduler:
 
 
 @contextmanager
-def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Training or evaluation mode in here; every module's own mode is put back afterwards."""
+def in_mode(model: nn.Module, training: bool | None) -> Iterator[None]:
+    """Training or evaluation mode in here (None: as it is); every module's own comes back afterwards."""
     modes = {module: module.training for module in model.modules()}
-    model.train(training)
+    if training is not None:
+        model.train(training)
     try:
         yield
     finally:

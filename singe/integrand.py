@@ -34,8 +34,9 @@ def along_the_path(
         units: group -> units to follow.
         removed: group -> units that a plan removes (:class:`singe.Plan` is one), to mark them.
         nodes: gate values mu in [0, 1], rising.
-        options: further arguments of :func:`singe.score`. Criteria without a path are shown along
-            the layer path, ``"neuron"`` as well (its cost grows with the units of a group).
+        options: further arguments of :func:`singe.score`, ``quadrature`` apart. Criteria without a path
+            are shown along the layer path, ``"neuron"`` as well (its cost grows with the units of a
+            group).
 
     Returns:
         JSON-ready: ``path``, ``criterion``, ``ylabel`` and ``units``, a list of ``{"group", "unit",
@@ -43,7 +44,7 @@ def along_the_path(
     """
     if not units or not len(nodes):
         raise OptionError("along_the_path needs at least one unit and one node")
-    options = dict(options)
+    options = {name: value for name, value in options.items() if name != "quadrature"}
     known = CRITERIA.get(options.get("criterion", "singe"))
     on_path = known is not None and known.integrand in ("variation", "gradient")
     if not on_path or known is None or known.endpoint:

@@ -104,6 +104,14 @@ def limits_of(
                 f"group {name!r} of {n} units shall keep at most {most[name]} (max_keep) and at "
                 f"least {least[name]} ({why[name]}); change one of them"
             )
+        width = group.root_channels.shape[1]
+        if most[name] < n and not any(
+            kept * width % round_to == 0 for kept in range(least[name], most[name] + 1)
+        ):
+            raise OptionError(
+                f"group {name!r} shall keep {least[name]} to {most[name]} of its {n} units (max_keep), "
+                f"and no number of channels there is a multiple of round_to={round_to}; change one"
+            )
     return Limits(least, most, round_to, why)
 
 

@@ -116,7 +116,7 @@ class Loop:
     def _begin(self) -> None:
         self.report.metric_before = self._metric()
         before = self.report.metric_before
-        if self.floor is not None and before is not None and before < self.floor:
+        if self.floor is not None and before is not None and not before >= self.floor:  # or NaN
             raise OptionError(
                 f"the unpruned model's metric is {before:.4f}, below accuracy_floor={self.floor}"
             )
@@ -129,6 +129,8 @@ class Loop:
         scores, graph = self._score(self.request, 0)
         plan = self._make(graph, scores, self.last)
         self.quota = {name: len(units) for name, units in plan.items()}
+        self._scores, self._round_plan = scores, plan
+        self._write_decision(0)
         names = [g.name for g in graph.groups if g.name in plan]
         if self.pruning.visit == "damage":
             names.sort(key=lambda n: float(scores[n][plan[n]].sum()))
@@ -149,9 +151,12 @@ class Loop:
         request = self.request
         if self.visits is not None:
             request = replace(request, layers=self.visits[index - 1])
-        scores, graph = self._score(request, index)
-        plan = self._plan(graph, scores, index)
-        self._remove([(g, plan[g.name]) for g in graph.groups if g.name in plan])
+        if max(map(len, self.kept.values())) > 1:
+            scores, graph = self._score(request, index)
+            plan = self._plan(graph, scores, index)
+            self._remove([(g, plan[g.name]) for g in graph.groups if g.name in plan])
+        else:  # every group is down to its last unit
+            scores, plan = Scores({}, {}, {"criterion": request.criterion}), Plan({})
         for name, units in plan.items():
             gone = set(units)
             self.kept[name] = [k for u, k in enumerate(self.kept[name]) if u not in gone]
@@ -198,9 +203,14 @@ class Loop:
         )
 
     def _make(self, graph: ModelGraph, scores: Scores, target: float) -> Plan:
+        last = self.last
+        if self.pruning.kind == "channels":  # groups that are down to one unit have left the graph
+            present = {g.name for g in graph.groups}
+            left_out = sum(len(u) for name, u in self.kept.items() if name not in present)
+            target, last = target - left_out, last - left_out
         return make_plan(
             self.model, graph, scores, self.original.batch, self.pruning.kind, target,
-            ranking=self.pruning.ranking, limits=self.limits, last=self.last, watch=self.original.watch,
+            ranking=self.pruning.ranking, limits=self.limits, last=last, watch=self.original.watch,
         )  # fmt: skip
 
     def _remove(self, removals: Removals) -> None:
@@ -227,7 +237,7 @@ class Loop:
             {name: len(units) for name, units in self.kept.items()},
         )  # fmt: skip
         self.current = None
-        if self.floor is not None and metric is not None and metric < self.floor:
+        if self.floor is not None and metric is not None and not metric >= self.floor:  # or NaN
             self._roll_back(done, index)
         else:
             self.report.rounds.append(done)
@@ -347,7 +357,7 @@ class Loop:
         self.report = CompressReport.from_dict(state["report"])
         self._return_to(state["network"])
         if not state["finished"]:
-            self.tuner.load({**state["tuner"], "average": self.tuner.average})
+            self.tuner.load(state["tuner"])
         self.visits, self.quota, self.good = state["visits"], state["quota"], state["good"]
         self.current, self.finished = state["current"], state["finished"]
         # What fits in memory decides how sums are cut into passes.
@@ -366,7 +376,10 @@ class Loop:
         return Console(stderr=True, quiet=not self.progress)
 
     def _metric(self) -> float | None:
-        return None if self.measure is None else self.measure(self.model)
+        if self.measure is None:
+            return None
+        with in_mode(self.model, training=None):  # a metric of the user's may leave another
+            return self.measure(self.model)
 
     def _note_plan(self) -> None:
         """The plan of the whole run, as far as it has come."""

@@ -59,6 +59,10 @@ class Request:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("layers", "ignore"):  # an iterator would be used up by its first reader
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str | nn.Module):
+                object.__setattr__(self, name, tuple(value))
         as_criterion(self.criterion)
         choose("path", self.path, PATHS)
         choose("norm", self.norm, NORMS)
@@ -102,13 +106,8 @@ class Request:
 
     def check_model(self, model: nn.Module) -> None:
         """Raise OptionError where the model does not allow what was asked for."""
-        if self.autocast is None:
-            return
-        other = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
-        if other:
-            raise OptionError(
-                f"autocast needs a float32 model, this one has {sorted(map(str, other))}"
-            )
+        if self.autocast is not None:
+            check_float32(model, "autocast")
 
     def _check_naive(self) -> None:
         if self.autocast is not None:
@@ -144,6 +143,15 @@ class Request:
                 f"tolerance saves nothing with criterion={criterion.name!r}, path={path!r}: all units "
                 "come from the same passes; use path='neuron' or 'layer'"
             )
+
+
+def check_float32(model: nn.Module, argument: str) -> None:
+    """Raise OptionError where an argument is for models in float32 and this one is in something else."""
+    other = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
+    if other:
+        raise OptionError(
+            f"{argument} needs a float32 model, this one has {sorted(map(str, other))}"
+        )
 
 
 def _is_number(value: object) -> bool:

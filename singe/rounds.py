@@ -126,10 +126,12 @@ def target_after(schedule: Schedule, done: float, full: float, last: float) -> f
     Raises:
         OptionError: a callable left [0, 1].
     """
+    if done >= 1.0:
+        return last  # exactly: a rounding below it may be out of reach
     if schedule == "geometric":
         return full * (last / full) ** done
     if callable(schedule):
-        way = 1.0 if done >= 1.0 else float(schedule(done))
+        way = float(schedule(done))
         if not 0.0 <= way <= 1.0:
             raise OptionError(f"schedule({done:g}) must lie in [0, 1], got {way!r}")
     else:

@@ -107,6 +107,7 @@ class Stream:
         owners: list[Any] = [self._batches]
         for name in ("dataset", "sampler", "batch_sampler"):
             owners.append(getattr(self._batches, name, None))
+        owners.append(getattr(owners[-1], "sampler", None))
         for owner in owners:
             if callable(getattr(owner, "set_epoch", None)):
                 owner.set_epoch(epoch)

@@ -93,7 +93,7 @@ class Tuner:
                     self._one_step()
                     after_step()
         finally:
-            self._optimizer.zero_grad(set_to_none=True)
+            self._clear_gradients()
         self._gathered = self._by_name()
         return sum(self.tail) / len(self.tail)
 
@@ -108,7 +108,7 @@ class Tuner:
             raise NonFiniteError(
                 f"fine-tuning diverged: the loss of step {self.step} is {loss.item()}; lower `lr`"
             )
-        optimizer.zero_grad(set_to_none=True)
+        self._clear_gradients()
         self._scaler.scale(loss).backward()
         if self.training.clip_grad_norm is not None:
             self._scaler.unscale_(optimizer)
@@ -116,13 +116,18 @@ class Tuner:
             nn.utils.clip_grad_norm_(parameters, self.training.clip_grad_norm)
         if self._update(optimizer):
             scheduler.step()
-        optimizer.zero_grad(set_to_none=True)  # a checkpoint may be taken now
+        self._clear_gradients()  # a checkpoint may be taken now
         self.step += 1
         self.total += 1
         if self.step > self.steps - max(1, self.steps // 10):
             self.tail.append(float(loss.detach()))
         if self.training.ema is not None:
             self._follow_average(self.training.ema)
+
+    def _clear_gradients(self) -> None:
+        """Of all parameters: the optimizer may have been given a few of them."""
+        for parameter in self.model.parameters():
+            parameter.grad = None
 
     def _update(self, optimizer: Optimizer) -> bool:
         """Step, unless scaled float16 gradients overflowed: then the scale is halved instead."""
@@ -229,14 +234,13 @@ class Tuner:
         return bool(self._gathered) or self.average is not None
 
     def state(self) -> dict[str, Any]:
-        """Everything but the model: plain containers of numbers and tensors."""
+        """Everything but the model and its average: plain containers of numbers and tensors."""
         running = self._optimizer is not None and self.step < self.steps
         return {
             "total": self.total,
             "step": self.step,
             "steps": self.steps,
             "tail": self.tail,
-            "average": self.average,
             "gathered": self._by_name() if running else self._gathered,
             "groups": self._settings() if running else None,
             "scheduler": self._scheduler.state_dict() if running and self._scheduler else None,
@@ -245,15 +249,13 @@ class Tuner:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Continue from :meth:`state`; the model has its parameters back by now."""
+        """Continue from :meth:`state`; the model and the average have their values back by now."""
         parameters, device = self._trainable(), device_of(self.model)
         for name, entries in state["gathered"].items():
             for key, value in entries.items():
                 if isinstance(value, Tensor) and value.shape == parameters[name].shape:
                     entries[key] = value.to(device)  # step counts stay on the CPU
         self._gathered = state["gathered"]
-        if state["average"] is not None:
-            self.average = {name: t.to(device) for name, t in state["average"].items()}
         if state["groups"] is not None:
             self.start(state["steps"])
             assert self._optimizer is not None

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -266,6 +267,34 @@ def test_what_is_in_the_folder(tmp_path):
 def interrupted(folder: Path) -> None:
     with pytest.raises(Power):
         compress(network(), folder, evaluate=Evaluate(4))
+
+
+class Trainer:
+    """A callable object: what it prints as has an address in it."""
+
+    def __call__(self, model, stage):
+        return None
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: {"finetune": Trainer(), "ema": None},
+        lambda: {"scheduler": partial(SCHEDULERS["one_cycle"])},
+        lambda: {"ignore": {"0", "1", "2"}, "macs": 0.7},
+        lambda: {"optimizer": partial(OPTIMIZERS["sgd"])},
+    ],
+)
+def test_the_same_options_made_again_are_the_same_run(tmp_path, make):
+    compress(network(), tmp_path, **make())
+    compress(network(), tmp_path, **make())
+
+
+def test_files_of_others_in_the_folder_are_left_alone(tmp_path):
+    theirs = tmp_path / "checkpoint-best.safetensors"
+    theirs.write_bytes(b"theirs")
+    compress(network(), tmp_path)
+    assert theirs.read_bytes() == b"theirs"
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "other"])

@@ -17,23 +17,15 @@ from helpers import (
     randomise,
     residual,
     snapshot,
-    vgg,
 )
+from helpers_loop import BATCHES, OPTIONS, SHAPE, network
 from torch import nn
 
 import singe
 
-SHAPE = (3, 8, 8)
 # Torch-Pruning counts a linear layer's bias once per batch: its MACs per sample depend, by less than
 # this, on how many samples it is shown.
 MACS = 1e-3
-BATCHES = make_batches(SHAPE, (4, 4, 4), dtype=torch.float32)
-OPTIONS = {"train": BATCHES, "rounds": 2, "finetune_steps": 3, "progress": False}
-
-
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return randomise(vgg((8, 10, 9), 12))
 
 
 def macs_of(model: nn.Module) -> float:
@@ -223,6 +215,18 @@ def test_evaluate_takes_batches_or_a_callable():
     metrics = [(r.metric_pruned, r.metric_finetuned) for r in report.rounds]
     assert metrics == [(2.0, 3.0), (4.0, 5.0)]
     assert report.metric_after == 5.0
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([(BATCHES[0][0], BATCHES[0][1][:, None])], r"shape \(4, 1\).*shape \(4,\)"),
+        ([], "evaluation data is empty"),
+    ],
+)
+def test_what_accuracy_cannot_be_taken_of(batches, message):
+    with pytest.raises(singe.DataError, match=message):
+        singe.compress(network(), macs=0.7, evaluate=batches, **OPTIONS)
 
 
 def test_the_report():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import shutil
 import tarfile
 
 import numpy as np
@@ -16,6 +17,7 @@ from helpers import (
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 import singe
 from singe.cli.data import Data, Reading, Source
@@ -160,6 +162,41 @@ def test_torchvision_by_name_and_head(tmp_path):
         load_model("torchvision:resnet81")
 
 
+def test_torchvisions_own_weights(monkeypatch):
+    """Taken the library's way, which mends old names and sets what the weights expect."""
+    published = torchvision_models().get_model("resnet18")
+    monkeypatch.setattr(
+        "torchvision.models._api.load_state_dict_from_url", lambda *_, **__: published.state_dict()
+    )
+    whole = load_model("torchvision:resnet18", "pretrained")
+    assert all(torch.equal(t, whole.state_dict()[n]) for n, t in published.state_dict().items())
+    told: list[str] = []
+    other = load_model("torchvision:resnet18", "pretrained", 5, told.append)
+    assert other.fc.out_features == 5
+    assert torch.equal(other.conv1.weight, published.conv1.weight)
+    assert "fc is new and untrained" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "head"), [("mnasnet0_5", "classifier.1"), ("squeezenet1_1", "classifier.1")]
+)
+def test_heads_of_other_kinds_and_states_without_a_version(tmp_path, name, head):
+    """MNASNet asks its state for a version, which safetensors do not keep; SqueezeNet's head is 1x1."""
+    published = torchvision_models().get_model(name, num_classes=7)
+    save_file(published.state_dict(), tmp_path / "w.safetensors")
+    assert len(load_model(f"torchvision:{name}", str(tmp_path / "w.safetensors")).state_dict())
+    other = load_model(f"torchvision:{name}", str(tmp_path / "w.safetensors"), 5)
+    assert len(other.get_submodule(head).weight) == 5
+
+
+def test_a_pruned_model_with_other_classes_is_told(tmp_path):
+    model = load_model("torchvision:resnet18", None, 10)
+    save_pruned(model, tmp_path / "pruned", singe.Plan({}))
+    told: list[str] = []
+    load_model("torchvision:resnet18", str(tmp_path / "pruned"), 5, told.append)
+    assert "has 10 outputs, not 5" in told[0]
+
+
 def test_timm_by_name():
     torchvision_models()
     pytest.importorskip("timm")
@@ -228,6 +265,54 @@ def test_parts_of_their_own_and_a_wrapping_folder(tmp_path, held_out):
     assert sorted({label for _, label in others}) == [1, 2]
     data = Source(str(tmp_path)).read(MODEL, Reading(image_size=8, evaluation=3))
     assert data.describe()["evaluate"] == 3
+
+
+def test_parts_are_known_by_the_classes_in_them(tmp_path):
+    """ImageNet's `test` has images without labels; a class may be called `train`."""
+    write_images(tmp_path / "a" / "train")
+    write_images(tmp_path / "a" / "val", count=2)
+    (tmp_path / "a" / "test").mkdir()
+    shutil.copy(next((tmp_path / "a" / "val" / "cat").iterdir()), tmp_path / "a" / "test")
+    classes, train, held_out = scan(tmp_path / "a")
+    assert (classes, len(train), len(held_out)) == (["cat", "dog", "eel"], 15, 6)
+    write_images(tmp_path / "b", classes=("bus", "car", "train"))
+    assert scan(tmp_path / "b")[0] == ["bus", "car", "train"]
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.tar.xz", "x.tar.gz", "x.tar"])
+def test_damaged_files_are_named(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = tmp_path / name
+    if name == "x.npz":
+        draw = np.random.default_rng(0)
+        np.savez(path, x=draw.integers(0, 256, (20, 8, 8, 3), np.uint8), y=np.arange(20) % 2)
+    else:
+        write_images(tmp_path / "images", size=(64, 64))
+        with tarfile.open(path, "w:" + name.partition("tar")[2].lstrip(".")) as tar:
+            tar.add(tmp_path / "images", "images")
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    overwritten = whole[:middle] + bytes(99) + whole[middle + 99 :]
+    for damaged in (whole[: len(whole) // 3], overwritten)[: 1 if name == "x.tar" else 2]:
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=name):
+            Source(str(path))
+
+
+def test_channels_and_mean_must_fit(tmp_path):
+    np.savez(tmp_path / "x.npz", x=np.zeros((8, 4, 6, 6), np.uint8), y=np.arange(8) % 2)
+    with pytest.raises(DataError, match="has 4 channels, --mean has 3"):
+        Source(str(tmp_path / "x.npz")).read(nn.Conv2d(4, 2, 3), Reading())
+
+
+def test_data_without_a_length_is_described(tmp_path):
+    class Endless(IterableDataset):
+        def __iter__(self):
+            return iter([(torch.zeros(3), 0)])
+
+    assert Data(DataLoader(Endless()), [(torch.zeros(2, 3), torch.zeros(2))], None).describe() == {
+        "calibrate": 2
+    }
 
 
 def test_a_tar_is_unpacked_once(tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from helpers import (
     snapshot,
     torchvision_models,
     trained_resnet20,
+    vgg,
 )
 from helpers_loop import BATCHES, OPTIONS, network, same_weights
 from torch import nn
@@ -131,7 +132,10 @@ def test_a_finetune_function_of_the_users():
         ({"distill": 1.5}, r"distill must lie in \[0, 1\]"),
         ({"temperature": 0.0, "distill": 0.5}, "temperature must be positive"),
         ({"ema": 1.0}, r"ema must lie in \(0, 1\)"),
-        ({"ema": 0.9, "finetune": lambda m, s: None}, "ema is of the built-in training"),
+        ({"ema": 0.9, "finetune": lambda m, s: None}, "ema belong to the built-in training"),
+        ({"autocast": torch.bfloat16, "finetune": lambda m, s: None}, "autocast belong to the built-in"),
+        ({"max_keep": 0.7, "round_to": 7}, "no number of channels there is a multiple of round_to=7"),
+        ({"accuracy_floor": 0.5, "evaluate": lambda m: math.nan}, "nan, below accuracy_floor=0.5"),
         ({"accuracy_floor": 0.5}, "accuracy_floor needs evaluate"),
         ({"accuracy_floor": 0.5, "evaluate": lambda m: 0.4}, "0.4000, below accuracy_floor=0.5"),
         ({"final_steps": -1}, "final_steps >= 0"),
@@ -251,7 +255,62 @@ def test_a_target_in_latency():
     assert "latency" in report.plan.meta["target"]
 
 
+@pytest.mark.parametrize("rounds", [1, 2, 5])
+def test_a_target_in_channels_counts_groups_that_have_one_left(rounds):
+    """They leave the graph of the later rounds; what is left of them counts all the same."""
+    torch.manual_seed(0)
+    model = randomise(vgg((3, 10, 4), 12))
+    options = {**OPTIONS, "rounds": rounds, "finetune_steps": 1, "criterion": "random"}
+    report = singe.compress(model, channels=9, max_pruning_ratio=1.0, ranking="local", **options)
+    assert sum(report.rounds[-1].kept.values()) == 9
+    assert report.plan.meta["after"]["channels"] == 9
+
+
+def test_when_every_group_is_down_to_one_the_rest_is_fine_tuning():
+    model = network()
+    report = singe.compress(
+        model, channels=4, schedule=lambda done: 1.0, max_pruning_ratio=1.0, **OPTIONS
+    )
+    assert set(report.rounds[0].kept.values()) == {1}
+    assert [r.units_removed for r in report.rounds] == [35, 0]
+
+
+def test_geometric_schedules_end_at_the_target():
+    """49 * (16 / 49) ** 1.0 is below 16."""
+    for full in range(2, 200):
+        for last in range(1, full):
+            assert target_after("geometric", 1.0, float(full), float(last)) == last
+
+
+def test_iterators_of_layers_are_read_once():
+    kept, same = network(), network()
+    singe.compress(kept, macs=0.7, ignore=(name for name in ["0"]), **OPTIONS)
+    singe.compress(same, macs=0.7, ignore=["0"], **OPTIONS)
+    assert same_weights(kept, same)
+    assert kept[0].out_channels == 8
+
+
+def test_a_metric_may_leave_another_mode_and_gradients_do_not_stay():
+    """Where the optimizer was given a few parameters only, the others gather no gradients either."""
+    model = network().train()
+    report = singe.compress(
+        model, macs=0.7, evaluate=lambda m: float(m.eval().training), **OPTIONS,
+        optimizer=lambda parameters: torch.optim.SGD(list(parameters)[:2], lr=0.01),
+    )  # fmt: skip
+    assert report.metric_after == 0.0
+    assert all(module.training for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 # ---------------------------------------------------------------------- roll-back
+
+
+def test_a_metric_that_is_no_number_is_below_any_floor():
+    values = iter([0.9, 0.9, math.nan])
+    report = singe.compress(
+        network(), macs=0.7, evaluate=lambda m: next(values), accuracy_floor=0.8, **OPTIONS
+    )
+    assert "was nan, below accuracy_floor=0.8" in report.stopped
 
 
 @pytest.mark.parametrize("ema", [None, 0.9])

@@ -75,8 +75,10 @@ def compare(
             found.check(inputs.model)
         wanted = criteria if criteria is not None else "" if named else DEFAULT_CRITERIA
         named |= _score_all(inputs, wanted, scoring, common, voice)
-    elif criteria is not None or budget.target():
-        raise OptionError("--criteria and budgets need --model")
+    elif criteria is not None or budget.arguments() or scoring.arguments():
+        raise OptionError("--criteria, scoring options and budgets need --model")
+    if finetune_steps and not budget.target():
+        raise OptionError("--finetune-steps needs a budget, e.g. --macs 0.5")
     result = agreement(named, share)
     if budget.target():
         assert inputs is not None

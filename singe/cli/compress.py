@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +34,7 @@ from singe.cli.score import run_score
 from singe.compress import CompressReport, Round
 from singe.criteria import choose
 from singe.data import as_batch, device_of
-from singe.errors import OptionError
+from singe.errors import ExportError, OptionError
 from singe.graph import private_copy
 from singe.latency import Timing
 from singe.objectives import logits_of
@@ -42,6 +44,7 @@ from singe.scores import Scores
 EXIT_FLOOR = 3
 DEFAULT_ROUNDS, DEFAULT_STEPS = 5, 200  # of singe.compress, to tell the cost of a run beforehand
 CHECKPOINT, WARMUP = "checkpoint", "warmup"
+WARMUP_TOO = ("clip_grad_norm", "label_smoothing", "checkpoint_every")
 # Options that singe.compress takes under the same name.
 PASSED = (
     "rounds", "finetune_steps", "final_steps", "schedule", "order", "visit", "clip_grad_norm",
@@ -89,23 +92,25 @@ def compress(
         "autocast": tuning.autocast(),
         "seed": common.seed,
         "resume": tuning.resume,
+        "recalibrate": tuning.recalibrate,
         "progress": voice.progress,
     }
+    chosen = {n: getattr(tuning, n) for n in PASSED if getattr(tuning, n) is not None}
     if tuning.warmup_steps:
         voice.step(f"training for {tuning.warmup_steps} steps before pruning")
         singe.compress(
             inputs.model, **shared, channels=1.0, rounds=1, finetune_steps=tuning.warmup_steps,
             criterion="random", checkpoint=output.out / WARMUP,
+            **{name: value for name, value in chosen.items() if name in WARMUP_TOO},
         )  # fmt: skip
     original = copy.deepcopy(inputs.model)
-    chosen = {n: getattr(tuning, n) for n in PASSED if getattr(tuning, n) is not None}
     limits = budget.arguments()
     if budget.latency is not None:
         limits["timing"] = timing
     checkpoint = output.out / CHECKPOINT
     done = singe.compress(
-        inputs.model, **shared, **chosen, **limits, **options, recalibrate=tuning.recalibrate,
-        checkpoint=checkpoint, on_round=time_left(tuning, voice),
+        inputs.model, **shared, **chosen, **limits, **options,
+        checkpoint=checkpoint, on_round=time_left(tuning, checkpoint, voice),
     )  # fmt: skip
     files = finish.write_model(inputs, done.plan, output.out)
     latency = finish.time_both(original, inputs.model, inputs.example, timing)
@@ -115,13 +120,15 @@ def compress(
         "versions": finish.versions(),
         "accuracy_floor": tuning.accuracy_floor,
     }
-    first = checkpoint / "round-01.scores.safetensors"
-    if output.report and first.exists():
+    first = min(checkpoint.glob("round-*.scores.safetensors"), default=None)
+    if output.report and first is not None:
         scores = Scores.load(first, original)
         content |= {
             "groups": finish.scored_groups(scores, done.plan),
             "score_name": finish.label(scores),
-            **finish.explain(original, inputs, scores, done.plan, options, common.seed, voice),
+            **finish.explain(
+                original, inputs, scores, done.plan, options.get("max_memory"), common.seed, voice
+            ),
         }
     seconds = time.perf_counter() - start
     content["lead"] = (
@@ -131,20 +138,29 @@ def compress(
     )
     if output.report:
         files["report"] = str(write_report(output.out, content))
-    files |= finish.write_exports(inputs, output.out, formats, voice)
+    written, failed = finish.write_exports(inputs, output.out, formats, voice)
+    files |= written
     keys = ("before", "after", "rounds", "latency", "stopped")
     summary = {k: content[k] for k in keys} | {"files": files, "seconds": seconds}
     voice.result(summary, describe(summary))
     if done.stopped:
-        voice.notice(f"stopped early: {done.stopped}")
+        voice.notice(". ".join([f"stopped early: {done.stopped}", *failed]))
         raise typer.Exit(EXIT_FLOOR)
+    if failed:
+        raise ExportError("; ".join(failed))
 
 
-def time_left(tuning: TuningOptions, voice: Voice) -> Callable[..., None]:
-    """For ``on_round``: says how long the rounds that are left will take, at the last one's pace."""
+def time_left(tuning: TuningOptions, checkpoint: Path, voice: Voice) -> Callable[..., None]:
+    """For ``on_round``: says how long the rounds that are left will take, at the last one's pace.
+
+    Args:
+        checkpoint: folder of a run that is continued; its report knows the rounds that are over.
+    """
     rounds = tuning.rounds or (DEFAULT_ROUNDS if tuning.order != "layerwise" else None)
     last = time.perf_counter()
-    left = rounds or 0
+    report = checkpoint / "report.json"
+    over = len(json.loads(report.read_text())["rounds"]) if report.is_file() else 0
+    left = (rounds or 0) - over
 
     def tell(done: Round, *_: Any) -> None:
         nonlocal last, left

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,8 +66,9 @@ class Data:
         calibrate = self.calibrate if isinstance(self.calibrate, list) else []
         sizes = {"calibrate": sum(as_batch(b, 0, CPU).size for b in calibrate)}
         for part in ("train", "evaluate"):
-            dataset = getattr(getattr(self, part), "dataset", None)
-            sizes[part] = 0 if dataset is None else len(dataset)
+            dataset = getattr(getattr(self, part), "dataset", ())
+            with suppress(TypeError):  # an IterableDataset has no length
+                sizes[part] = len(dataset)
         return {part: size for part, size in sizes.items() if size}
 
 
@@ -154,7 +158,8 @@ def _loader(part: Dataset[Any], how: Reading, shuffle: bool) -> DataLoader[Any]:
     drop = shuffle and count > how.batch_size
     return DataLoader(
         part, how.batch_size, shuffle=shuffle, drop_last=drop, num_workers=how.workers,
-        persistent_workers=how.workers > 0,
+        # Workers that live on draw on from the epoch before: a run that is continued could not follow.
+        persistent_workers=how.workers > 0 and not shuffle,
     )  # fmt: skip
 
 
@@ -185,7 +190,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"cannot read {path}: {error}") from error
     if {"x", "y"} <= arrays.keys():
         arrays |= {"x_train": arrays["x"], "y_train": arrays["y"]}

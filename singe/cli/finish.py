@@ -17,6 +17,7 @@ from singe.cli.output import Voice
 from singe.comparison import compare
 from singe.criteria import as_criterion
 from singe.data import device_of, example_batch
+from singe.errors import ExportError, first_line
 from singe.export import export_onnx, export_pt2, save_pruned
 from singe.integrand import along_the_path, telling_units
 from singe.latency import Stopwatch, Timing
@@ -34,18 +35,22 @@ def write_model(inputs: Inputs, plan: Plan, folder: Path) -> dict[str, str]:
 
 def write_exports(
     inputs: Inputs, folder: Path, formats: Iterable[str], voice: Voice
-) -> dict[str, str]:
-    """The other formats asked for. After everything else: not every model can be captured."""
-    written = {}
+) -> tuple[dict[str, str], list[str]]:
+    """The other formats asked for, and what went wrong with some: not every model can be captured."""
+    written, failed = {}, []
     for kind in formats:
         voice.step(f"exporting {kind}")
         path = folder / f"model.{kind}"
-        if kind == "onnx":
-            export_onnx(inputs.model, inputs.example, path)
+        try:
+            if kind == "onnx":
+                export_onnx(inputs.model, inputs.example, path)
+            else:
+                export_pt2(inputs.model, inputs.example, path)
+        except ExportError as error:
+            failed.append(f"{path} was not written: {first_line(error)}")
         else:
-            export_pt2(inputs.model, inputs.example, path)
-        written[kind] = str(path)
-    return written
+            written[kind] = str(path)
+    return written, failed
 
 
 def time_both(original: nn.Module, pruned: nn.Module, example: Any, timing: Timing) -> dict:
@@ -75,27 +80,32 @@ def explain(
     inputs: Inputs,
     scores: Scores,
     plan: Plan,
-    options: dict[str, Any],
+    max_memory: int | None,
     seed: int,
     voice: Voice,
 ) -> dict[str, Any]:
     """The parts of a report that need the original network: criteria compared, the integrand.
 
+    Both are of the groups that ``scores`` have, and by the definition they were made with.
+
     Args:
         original: before pruning.
         inputs: its data are scored on; None of both parts without data.
-        options: that ``scores`` were made with.
     """
-    if inputs.data is None or not plan:
+    made = scores.meta
+    if inputs.data is None or not plan or made["objective"] not in ("cross_entropy", "kl"):
         return {}
-    quiet = {k: v for k, v in options.items() if k not in ("criterion", "path")}
+    shared = {
+        "objective": made["objective"], "p": made["p"], "norm": made["norm"],
+        "layers": list(scores), "max_memory": max_memory,
+    }  # fmt: skip
     voice.step("comparing criteria")
     named = {label(scores): scores}
     for criterion in BASELINES:
-        if criterion != scores.meta["criterion"] and _suits(criterion, options):
+        if criterion != made["criterion"] and _suits(criterion, made["objective"]):
             named[criterion] = singe.score(
                 original, inputs.data.calibrate, criterion=criterion, progress=voice.progress,
-                seed=seed, **quiet,
+                seed=seed, **shared,
             )  # fmt: skip
     found: dict[str, Any] = {}
     if len(named) > 1:
@@ -103,14 +113,15 @@ def explain(
     voice.step("following a few channels along the path")
     batches = first_batches(inputs.data.calibrate, PICTURE_SAMPLES)
     found["integrand"] = along_the_path(
-        original, batches, telling_units(scores, plan), plan, **options
-    )
+        original, batches, telling_units(scores, plan), plan, criterion=made["criterion"],
+        path=made["path"], **shared,
+    )  # fmt: skip
     return found
 
 
-def _suits(criterion: str, options: dict[str, Any]) -> bool:
+def _suits(criterion: str, objective: str) -> bool:
     """kl is flat at the network itself, where Taylor looks."""
-    return not (as_criterion(criterion).endpoint and options.get("objective") == "kl")
+    return not (as_criterion(criterion).endpoint and objective == "kl")
 
 
 def _units(scores: Scores) -> int:

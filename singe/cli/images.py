@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import lzma
 import os
 import shutil
 import tarfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +41,11 @@ class Transform:
 
     def __call__(self, image: Tensor) -> Tensor:
         channels = len(image)
+        if any(1 < len(values) < channels or not len(values) for values in (self.mean, self.std)):
+            raise DataError(
+                f"an image has {channels} channels, --mean has {len(self.mean)} numbers and --std "
+                f"{len(self.std)}; give one for each channel"
+            )
         x = (image.float() / 255 - self.mean[:channels]) / self.std[:channels]
         if not self.augment:
             return x
@@ -105,8 +113,10 @@ def scan(folder: Path) -> tuple[list[str], list[Item], list[Item] | None]:
     inside = _folders(folder)
     while len(inside) == 1 and _folders(inside[0]) and not _images(inside[0], deep=False):
         folder, inside = inside[0], _folders(inside[0])
-    train = next((f for f in inside if f.name.lower() in TRAINING), None)
-    held_out = next((f for f in inside if f.name.lower() in HELD_OUT), None)
+    # A class may be called `train`, and a `test` beside `val` may hold images without labels.
+    parts = [f for f in inside if any(map(_images, _folders(f)))]
+    train = next((f for f in parts if f.name.lower() in TRAINING), None)
+    held_out = next((f for f in parts if f.name.lower() in HELD_OUT), None)
     if train is None:
         classes = [f.name for f in inside if _images(f)]
         return classes, _items(folder, classes), None
@@ -159,13 +169,28 @@ def unpacked(archive: Path) -> Path:
     partial = cache / f".{name}.{os.getpid()}.partial"
     try:
         partial.mkdir(parents=True)
-        with tarfile.open(archive) as tar:
+        ended: list[bytes] = []
+
+        class Member(tarfile.TarInfo):
+            """Sees the block of zeros that ends a tar; tarfile is content with the end of the file."""
+
+            @classmethod
+            def frombuf(cls, buf: Any, encoding: Any, errors: Any) -> Any:
+                if len(buf) == tarfile.BLOCKSIZE and not any(buf):
+                    ended.append(buf)
+                return super().frombuf(buf, encoding, errors)
+
+        with tarfile.open(archive, tarinfo=Member) as tar:
             for member in tar:  # in the archive's order: xz cannot go back
                 if member.isfile() and Path(member.name).suffix.lower() in ENDINGS:
                     tar.extract(member, partial, filter="data")
+        if not ended:
+            raise tarfile.ReadError("it ends in the middle")
+        if not _images(partial):
+            raise DataError(f"{archive} holds no images, or is not whole")
         os.replace(partial, folder)
-    except (tarfile.TarError, EOFError) as error:
-        raise DataError(f"cannot unpack {archive}: {error}") from error
+    except (tarfile.TarError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise DataError(f"cannot unpack {archive}: {error}; is it whole?") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import inspect
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -132,7 +134,8 @@ def _from_library(
 ) -> nn.Module:
     vision = import_torchvision()  # timm imports it too
     library = vision.models if source == "torchvision" else _import("timm")
-    if name not in library.list_models():
+    known = library.is_model(name) if source == "timm" else name in library.list_models()
+    if not known:
         import difflib
 
         near = difflib.get_close_matches(name, library.list_models(), n=3)
@@ -140,8 +143,10 @@ def _from_library(
         raise ModelError(f"{source} has no model {name!r}{hint}")
 
     def build(classes: int | None) -> nn.Module:
-        options = {} if classes is None else {"num_classes": classes}
+        options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
         if source == "torchvision":
+            if "weights_backbone" in inspect.signature(library.get_model_builder(name)).parameters:
+                options["weights_backbone"] = None  # or it is downloaded
             return library.get_model(name, weights=None, **options)
         return library.create_model(name, pretrained=False, **options)
 
@@ -149,13 +154,23 @@ def _from_library(
         return build(num_classes)
     if weights != PRETRAINED:
         if _is_pruned(Path(weights)):
-            return load_pruned(build(num_classes), weights)
+            model = load_pruned(build(num_classes), weights)
+            if num_classes is not None and (classes := _outputs(model)) not in (None, num_classes):
+                notify(f"the pruned model in {weights} has {classes} outputs, not {num_classes}")
+            return model
         state = read_state(Path(weights))
-    elif source == "torchvision":
-        state = library.get_model_weights(name).DEFAULT.get_state_dict(progress=False)
     else:
-        state = library.create_model(name, pretrained=True).state_dict()
+        # The library's own way: some of its files need their names mended, some models a setting.
+        if source == "torchvision":
+            whole = library.get_model(name, weights="DEFAULT", progress=False)
+        else:
+            whole = library.create_model(name, pretrained=True)
+        if num_classes in (None, _outputs(whole)):
+            return whole
+        state = whole.state_dict()
     model = build(num_classes)
+    if weights == PRETRAINED and hasattr(whole, "transform_input"):
+        model.transform_input = whole.transform_input
     head = _other_head(model, state)
     if head is not None and num_classes is None:
         model = build(len(state[f"{head}.weight"]))
@@ -165,8 +180,14 @@ def _from_library(
             f"{head} is new and untrained: the weights have {len(state[f'{head}.weight'])} "
             f"classes, not {num_classes}; --warmup-steps trains it before pruning"
         )
-        state = {k: v for k, v in state.items() if not k.startswith(f"{head}.")}
+        state = OrderedDict((k, v) for k, v in state.items() if not k.startswith(f"{head}."))
     return _load(model, state, weights, but=head)
+
+
+def _outputs(model: nn.Module) -> int | None:
+    """Outputs of the last linear layer, where there is one."""
+    last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
+    return last[0].out_features if last else None
 
 
 def _from_folder(folder: Path) -> nn.Module:
@@ -232,7 +253,7 @@ def _is_pruned(path: Path) -> bool:
 
 
 def _other_head(model: nn.Module, state: State) -> str | None:
-    """The one linear layer whose number of outputs differs; None if nothing or more differs."""
+    """The one linear layer or 1x1 convolution whose number of outputs differs; None where more does."""
     own = model.state_dict()
     layers = {
         k.rpartition(".")[0] for k, v in state.items() if k in own and own[k].shape != v.shape
@@ -242,10 +263,15 @@ def _other_head(model: nn.Module, state: State) -> str | None:
     (name,) = layers
     weight, other = state.get(f"{name}.weight"), own[f"{name}.weight"]
     same = weight is not None and weight.shape[1:] == other.shape[1:]
-    return name if same and isinstance(model.get_submodule(name), nn.Linear) else None
+    return name if same and isinstance(model.get_submodule(name), nn.Linear | nn.Conv2d) else None
 
 
 def _load(model: nn.Module, state: State, path: str, but: str | None = None) -> nn.Module:
+    if not hasattr(
+        state, "_metadata"
+    ):  # safetensors have none; without it MNASNet takes an old layout
+        state = OrderedDict(state)
+        state._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
     try:
         missing, unknown = model.load_state_dict(state, strict=False)
     except RuntimeError as error:

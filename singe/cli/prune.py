@@ -24,7 +24,7 @@ from singe.cli.options import (
 from singe.cli.output import Voice
 from singe.cli.score import run_score
 from singe.compress import accuracy
-from singe.errors import OptionError
+from singe.errors import ExportError, OptionError
 from singe.latency import Timing
 from singe.plan import Plan
 from singe.report import si, write_report
@@ -52,8 +52,10 @@ def prune(
     """
     voice = Voice(common)
     formats = output.formats()
-    if plan is not None and (budget.target() or scores is not None):
-        raise OptionError("--plan says what goes: leave out --scores and the budget")
+    if plan is not None and (budget.arguments() or scoring.arguments() or scores is not None):
+        raise OptionError(
+            "--plan says what goes: leave out --scores, scoring options and the budget"
+        )
     if data.data is None and data.input_shape is None:
         data = replace(data, input_shape=_scored_shape(scores))
         if data.input_shape is None:
@@ -93,14 +95,19 @@ def prune(
         content |= {
             "groups": finish.scored_groups(found, made),
             "score_name": finish.label(found),
-            **finish.explain(original, inputs, found, made, options, common.seed, voice),
+            **finish.explain(
+                original, inputs, found, made, options.get("max_memory"), common.seed, voice
+            ),
         }
     if output.report:
         files["report"] = str(write_report(output.out, content))
-    files |= finish.write_exports(inputs, output.out, formats, voice)
+    written, failed = finish.write_exports(inputs, output.out, formats, voice)
+    files |= written
     summary: dict[str, Any] = {k: content[k] for k in ("before", "after", "latency")}
     summary["files"] = files
     voice.result(summary, describe(summary))
+    if failed:
+        raise ExportError("; ".join(failed))
 
 
 def _scored_shape(scores: Path | None) -> str | None:
