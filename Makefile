@@ -1,6 +1,7 @@
 # Everything works from a bare Python 3.11 (constraints.txt is for that) and a C++ compiler: `make test` installs what it needs.
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= $(shell nproc)
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH_INSTALLED := $(VENV)/.torch
@@ -21,8 +22,8 @@ help:  ## list the targets
 demo: $(INSTALLED)  ## prune a small network with every criterion: table and picture in out/
 	$(BIN)/singe demo --out out
 
-test: $(INSTALLED)  ## the whole suite, ruff and mypy included; ARGS="-k name" chooses
-	$(BIN)/python -m pytest $(ARGS)
+test: $(INSTALLED)  ## the whole suite, ruff and mypy included; ARGS="-k name" chooses, JOBS=1 for one process
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-adapters: $(ADAPTERS_INSTALLED)  ## adapters and attention of the libraries that no test dependency brings
 	$(VENV)-adapters/bin/python -m pytest tests/test_adapters_libraries.py tests/test_heads_libraries.py $(ARGS)
