@@ -27,14 +27,7 @@ from singe.original import Original
 from singe.plan import Plan, make_plan
 from singe.removal import Removals, kept_elements, remove_units
 from singe.request import Request
-from singe.rounds import (
-    CompressReport,
-    Pruning,
-    Round,
-    describe,
-    portions,
-    target_after,
-)
+from singe.rounds import CompressReport, Pruning, Round, describe, portions, target_after
 from singe.scores import Scores, fingerprint
 from singe.scoring import carry_out
 from singe.seeding import derive, seed_all
@@ -192,15 +185,9 @@ class Loop:
         limits = Limits(exact, exact, 1, dict.fromkeys(exact, "settled by the first scoring"))
         total = float(sum(g.n_units for g in graph.groups))
         return make_plan(
-            self.model,
-            graph,
-            scores,
-            self.original.batch,
-            "channels",
-            total,
-            ranking="local",
+            self.model, graph, scores, self.original.batch, "channels", total, ranking="local",
             limits=limits,
-        )
+        )  # fmt: skip
 
     def _make(self, graph: ModelGraph, scores: Scores, target: float) -> Plan:
         last = self.last

@@ -15,7 +15,7 @@ from singe.cli.data import first_batches
 from singe.cli.inputs import Inputs
 from singe.cli.output import Voice
 from singe.comparison import compare
-from singe.criteria import as_criterion
+from singe.criteria import CRITERIA, as_criterion
 from singe.data import device_of, example_batch
 from singe.errors import ExportError, first_line
 from singe.export import export_onnx, export_pt2, save_pruned
@@ -93,7 +93,8 @@ def explain(
         inputs: its data are scored on; None of both parts without data.
     """
     made = scores.meta
-    if inputs.data is None or not plan or made["objective"] not in ("cross_entropy", "kl"):
+    known = made.get("objective") in ("cross_entropy", "kl") and made.get("criterion") in CRITERIA
+    if inputs.data is None or not plan or not known:
         return {}
     shared = {
         "objective": made["objective"], "p": made["p"], "norm": made["norm"],
@@ -130,7 +131,9 @@ def _units(scores: Scores) -> int:
 
 def label(scores: Scores) -> str:
     """``singe, layer path``; criteria without a path by their name."""
-    name = scores.meta["criterion"]
+    name = str(scores.meta.get("criterion"))
+    if name not in CRITERIA:  # made by other means
+        return name
     known = as_criterion(name)
     with_path = known.needs_data and not known.endpoint and known.integrand != "loss"
     return f"{name}, {scores.meta['path']} path" if with_path else name

@@ -267,9 +267,8 @@ def _other_head(model: nn.Module, state: State) -> str | None:
 
 
 def _load(model: nn.Module, state: State, path: str, but: str | None = None) -> nn.Module:
-    if not hasattr(
-        state, "_metadata"
-    ):  # safetensors have none; without it MNASNet takes an old layout
+    # Safetensors keep no versions of modules; without one MNASNet takes the state for an old layout.
+    if not hasattr(state, "_metadata"):
         state = OrderedDict(state)
         state._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
     try:
