@@ -275,10 +275,16 @@ def _word(value: Any) -> str | None:
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, functools.partial):
-        return f"partial of {_word(value.func)}"
+        given = [_word_or_value(v) for v in value.args]
+        named = [f"{k}={_word_or_value(v)}" for k, v in sorted(value.keywords.items())]
+        return f"{_word(value.func)}({', '.join([*given, *named])}, ...)"
     if is_dataclass(value):
         return repr(value)
     return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def _word_or_value(value: Any) -> str:
+    return str(_word(value)) if callable(value) else repr(value)
 
 
 def _plain(value: Any, model: nn.Module) -> Any:
@@ -291,7 +297,7 @@ def _plain(value: Any, model: nn.Module) -> Any:
         return sorted(_plain(v, model) for v in value)
     if isinstance(value, Iterable):
         return [_plain(v, model) for v in value]
-    return _word(value) if callable(value) else repr(value)
+    return _word_or_value(value)
 
 
 def _first_samples(batches: Iterable[Any], samples: int, seed: int) -> list[Any]:

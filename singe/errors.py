@@ -43,7 +43,7 @@ class ExportError(SingeError, RuntimeError):
     """A model cannot be exported, or its exported form computes something else."""
 
 
-def expect(argument: str, value: object, kind: type | tuple[type, ...], wanted: str) -> None:
+def expect(argument: str, value: object, kind: type, wanted: str) -> None:
     """Raise OptionError where an argument is something else altogether."""
     if not isinstance(value, kind):
         raise OptionError(f"{argument} must be {wanted}, got {type(value).__name__}")

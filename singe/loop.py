@@ -144,6 +144,8 @@ class Loop:
         request = self.request
         if self.visits is not None:
             request = replace(request, layers=self.visits[index - 1])
+        elif request.layers is not None:  # those that are down to one unit cannot be asked for
+            request = replace(request, layers=[n for n, u in self.kept.items() if len(u) > 1])
         if max(map(len, self.kept.values())) > 1:
             scores, graph = self._score(request, index)
             plan = self._plan(graph, scores, index)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from os import PathLike
 
 import torch
@@ -21,7 +23,7 @@ from singe.criteria import (
     choose,
 )
 from singe.definition import Definition
-from singe.errors import OptionError
+from singe.errors import OptionError, expect
 from singe.objectives import Loss, Objective, as_objective
 from singe.precision import OFFERED as LOWER
 from singe.quadrature import Quadrature, as_quadrature
@@ -62,6 +64,7 @@ class Request:
         for name in ("layers", "ignore"):  # an iterator would be used up by its first reader
             value = getattr(self, name)
             if value is not None and not isinstance(value, str | nn.Module):
+                expect(name, value, Iterable, "names or modules of layers")
                 object.__setattr__(self, name, tuple(value))
         as_criterion(self.criterion)
         choose("path", self.path, PATHS)
@@ -77,9 +80,8 @@ class Request:
                 "checkpoint promises the same bits, and compile=True cannot keep that: its first passes "
                 "run plainly, and after a kill these are others; choose one of them"
             )
-        if self.max_memory is not None and not (
-            _is_number(self.max_memory) and self.max_memory > 0
-        ):
+        memory = self.max_memory
+        if memory is not None and not (isinstance(memory, Real) and 0 < memory < math.inf):
             raise OptionError(
                 f"max_memory must be a positive number of bytes, got {self.max_memory!r}"
             )

@@ -20,7 +20,7 @@ from singe.objectives import logits_of
 from singe.removal import take
 from singe.seeding import Stream, seed_all
 
-SMALLEST_SCALE = 1e-4  # float16 overflows even so: 65536 has been halved 29 times
+SMALLEST_SCALE = 1e-4  # float16 overflows even so: 65536 has been halved 30 times
 
 
 class Tuner:
@@ -125,7 +125,9 @@ class Tuner:
             self._follow_average(self.training.ema)
 
     def _clear_gradients(self) -> None:
-        """Of all parameters: the optimizer may have been given a few of them."""
+        """Of the optimizer's and the model's parameters: either may have some that the other lacks."""
+        assert self._optimizer is not None
+        self._optimizer.zero_grad(set_to_none=True)
         for parameter in self.model.parameters():
             parameter.grad = None
 

@@ -290,6 +290,12 @@ def test_the_same_options_made_again_are_the_same_run(tmp_path, make):
     compress(network(), tmp_path, **make())
 
 
+def test_another_rate_in_a_partial_is_another_run(tmp_path):
+    compress(network(), tmp_path, optimizer=partial(torch.optim.SGD, lr=0.1))
+    with pytest.raises(singe.CheckpointError, match=r"SGD\(lr=0.1, ...\).*SGD\(lr=0.2"):
+        compress(network(), tmp_path, optimizer=partial(torch.optim.SGD, lr=0.2))
+
+
 def test_files_of_others_in_the_folder_are_left_alone(tmp_path):
     theirs = tmp_path / "checkpoint-best.safetensors"
     theirs.write_bytes(b"theirs")

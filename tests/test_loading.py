@@ -189,6 +189,14 @@ def test_heads_of_other_kinds_and_states_without_a_version(tmp_path, name, head)
     assert len(other.get_submodule(head).weight) == 5
 
 
+def test_old_weights_lack_the_counts_of_batches(tmp_path):
+    model = load_model("torchvision:resnet18", None, 3)
+    old = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
+    save_file(old, tmp_path / "old.safetensors")
+    again = load_model("torchvision:resnet18", str(tmp_path / "old.safetensors"))
+    assert torch.equal(again.fc.weight, model.fc.weight)
+
+
 def test_a_pruned_model_with_other_classes_is_told(tmp_path):
     model = load_model("torchvision:resnet18", None, 10)
     save_pruned(model, tmp_path / "pruned", singe.Plan({}))
@@ -277,6 +285,9 @@ def test_parts_are_known_by_the_classes_in_them(tmp_path):
     assert (classes, len(train), len(held_out)) == (["cat", "dog", "eel"], 15, 6)
     write_images(tmp_path / "b", classes=("bus", "car", "train"))
     assert scan(tmp_path / "b")[0] == ["bus", "car", "train"]
+    write_images(tmp_path / "c", classes=("train", "val"))  # without classes in them
+    with pytest.raises(DataError, match="holds no image folder"):
+        scan(tmp_path / "c")
 
 
 @pytest.mark.parametrize("name", ["x.npz", "x.tar.xz", "x.tar.gz", "x.tar"])

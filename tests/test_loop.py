@@ -255,12 +255,14 @@ def test_a_target_in_latency():
     assert "latency" in report.plan.meta["target"]
 
 
+@pytest.mark.parametrize("layers", [None, ["0", "4", "8"]])
 @pytest.mark.parametrize("rounds", [1, 2, 5])
-def test_a_target_in_channels_counts_groups_that_have_one_left(rounds):
+def test_a_target_in_channels_counts_groups_that_have_one_left(rounds, layers):
     """They leave the graph of the later rounds; what is left of them counts all the same."""
     torch.manual_seed(0)
     model = randomise(vgg((3, 10, 4), 12))
     options = {**OPTIONS, "rounds": rounds, "finetune_steps": 1, "criterion": "random"}
+    options["layers"] = layers
     report = singe.compress(model, channels=9, max_pruning_ratio=1.0, ranking="local", **options)
     assert sum(report.rounds[-1].kept.values()) == 9
     assert report.plan.meta["after"]["channels"] == 9

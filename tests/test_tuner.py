@@ -128,6 +128,20 @@ def test_autocast_trains_float32_weights(dtype):
     assert a.rounds[-1].finetune_loss == pytest.approx(b.rounds[-1].finetune_loss, rel=rel)
 
 
+def test_parameters_beside_the_model_gather_no_gradients():
+    """An objective may have parameters of its own, and the user's optimizer may train them."""
+    seen, own = [], torch.nn.Parameter(torch.zeros(()))
+    own.register_hook(lambda gradient: seen.append(own.grad))
+    model = network()
+    singe.compress(
+        model, macs=1.0, **{**OPTIONS, "rounds": 1},
+        optimizer=lambda parameters: torch.optim.SGD([*parameters, own], lr=0.01),
+        finetune_objective=lambda outputs, batch: outputs.float().square().mean() - own,
+    )  # fmt: skip
+    assert seen == [None] * 3
+    assert float(own) > 0
+
+
 def times(factor: float):
     """The cross-entropy, so many times."""
     return lambda outputs, batch: factor * F.cross_entropy(outputs.float(), batch[1])

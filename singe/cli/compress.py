@@ -120,8 +120,9 @@ def compress(
         "versions": finish.versions(),
         "accuracy_floor": tuning.accuracy_floor,
     }
-    first = min(checkpoint.glob("round-*.scores.safetensors"), default=None)
-    if output.report and first is not None:
+    number = 0 if tuning.order == "layerwise" else 1  # of the first scoring of all groups
+    first = checkpoint / f"round-{number:02d}.scores.safetensors"
+    if output.report and first.exists():
         scores = Scores.load(first, original)
         content |= {
             "groups": finish.scored_groups(scores, done.plan),

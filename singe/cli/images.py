@@ -118,6 +118,8 @@ def scan(folder: Path) -> tuple[list[str], list[Item], list[Item] | None]:
     train = next((f for f in parts if f.name.lower() in TRAINING), None)
     held_out = next((f for f in parts if f.name.lower() in HELD_OUT), None)
     if train is None:
+        if all(f.name.lower() in (*TRAINING, *HELD_OUT) for f in inside):
+            inside = []  # parts without classes in them are no classes themselves
         classes = [f.name for f in inside if _images(f)]
         return classes, _items(folder, classes), None
     classes = [f.name for f in _folders(train) if _images(f)]
@@ -169,15 +171,15 @@ def unpacked(archive: Path) -> Path:
     partial = cache / f".{name}.{os.getpid()}.partial"
     try:
         partial.mkdir(parents=True)
-        ended: list[bytes] = []
+        ended = False
 
         class Member(tarfile.TarInfo):
             """Sees the block of zeros that ends a tar; tarfile is content with the end of the file."""
 
             @classmethod
             def frombuf(cls, buf: Any, encoding: Any, errors: Any) -> Any:
-                if len(buf) == tarfile.BLOCKSIZE and not any(buf):
-                    ended.append(buf)
+                nonlocal ended
+                ended = ended or (len(buf) == tarfile.BLOCKSIZE and not any(buf))
                 return super().frombuf(buf, encoding, errors)
 
         with tarfile.open(archive, tarinfo=Member) as tar:
@@ -185,12 +187,12 @@ def unpacked(archive: Path) -> Path:
                 if member.isfile() and Path(member.name).suffix.lower() in ENDINGS:
                     tar.extract(member, partial, filter="data")
         if not ended:
-            raise tarfile.ReadError("it ends in the middle")
+            raise tarfile.ReadError("it ends in the middle; pack it again, or give a folder")
         if not _images(partial):
             raise DataError(f"{archive} holds no images, or is not whole")
         os.replace(partial, folder)
-    except (tarfile.TarError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise DataError(f"cannot unpack {archive}: {error}; is it whole?") from error
+    except (tarfile.TarError, OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise DataError(f"cannot unpack {archive}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from singe.errors import ModelError, OptionError
 from singe.export import FORMAT, WEIGHTS, load_pruned
+from singe.gates import BATCH_NORMS
 
 PRETRAINED = "pretrained"
 SOURCES = "torchvision:NAME, timm:NAME, hf:FOLDER or path/to/file.py:factory"
@@ -253,7 +254,7 @@ def _is_pruned(path: Path) -> bool:
 
 
 def _other_head(model: nn.Module, state: State) -> str | None:
-    """The one linear layer or 1x1 convolution whose number of outputs differs; None where more does."""
+    """The one linear layer or convolution whose number of outputs differs; None where more does."""
     own = model.state_dict()
     layers = {
         k.rpartition(".")[0] for k, v in state.items() if k in own and own[k].shape != v.shape
@@ -261,8 +262,8 @@ def _other_head(model: nn.Module, state: State) -> str | None:
     if len(layers) != 1:
         return None
     (name,) = layers
-    weight, other = state.get(f"{name}.weight"), own[f"{name}.weight"]
-    same = weight is not None and weight.shape[1:] == other.shape[1:]
+    weight, other = state.get(f"{name}.weight"), own.get(f"{name}.weight")
+    same = weight is not None and other is not None and weight.shape[1:] == other.shape[1:]
     return name if same and isinstance(model.get_submodule(name), nn.Linear | nn.Conv2d) else None
 
 
@@ -270,7 +271,12 @@ def _load(model: nn.Module, state: State, path: str, but: str | None = None) -> 
     # Safetensors keep no versions of modules; without one MNASNet takes the state for an old layout.
     if not hasattr(state, "_metadata"):
         state = OrderedDict(state)
-        state._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+        state._metadata = {  # type: ignore[attr-defined]
+            name: version
+            for name, version in model.state_dict()._metadata.items()  # type: ignore[attr-defined]
+            # Without a version torch adds the `num_batches_tracked` that old files lack.
+            if not isinstance(model.get_submodule(name), BATCH_NORMS)
+        }
     try:
         missing, unknown = model.load_state_dict(state, strict=False)
     except RuntimeError as error:

@@ -56,7 +56,7 @@ def prune(
         raise OptionError(
             "--plan says what goes: leave out --scores, scoring options and the budget"
         )
-    if data.data is None and data.input_shape is None:
+    if data.data is None and data.input_shape is None and data.image_size == DataOptions.image_size:
         data = replace(data, input_shape=_scored_shape(scores))
         if data.input_shape is None:
             voice.notice(f"no data: inputs are taken to be 3 x {data.image_size} x {data.image_size}; "
