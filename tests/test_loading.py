@@ -208,7 +208,10 @@ def test_a_pruned_model_with_other_classes_is_told(tmp_path):
 def test_timm_by_name():
     torchvision_models()
     pytest.importorskip("timm")
-    assert load_model("timm:resnet10t", num_classes=3).get_classifier().out_features == 3
+    for name in ("resnet10t", "resnet10t.c3_in1k"):  # as timm writes it, with the weights' tag
+        assert load_model(f"timm:{name}", num_classes=3).get_classifier().out_features == 3
+    with pytest.raises(ModelError, match="did you mean"):
+        load_model("timm:resnet51x")
 
 
 def test_transformers_from_a_folder(tmp_path):
