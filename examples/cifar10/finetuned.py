@@ -212,6 +212,8 @@ def record(row: Row, settings: dict[str, Any]) -> None:
     """Add one run to the results; other processes may be doing the same."""
     with (Path(tempfile.gettempdir()) / f"{NAME}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        if is_done({k: row[k] for k in (*KEY, *ALSO)}):  # by another process, in the meantime
+            return
         write(NAME, {"settings": settings, "runs": [*recorded(), row]})
 
 
