@@ -18,6 +18,7 @@ from singe.data import Batch
 from singe.errors import OptionError
 from singe.graph import BATCH_NORMS
 from singe.objectives import CrossEntropy, Objective
+from singe.precision import OFFERED as LOWER
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
@@ -68,7 +69,7 @@ class Training:
             )
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
             raise OptionError(f"clip_grad_norm must be positive, got {self.clip_grad_norm!r}")
-        choose("autocast", self.autocast, (None, torch.bfloat16, torch.float16))
+        choose("autocast", self.autocast, (None, *LOWER))
         if not 0.0 <= self.distill <= 1.0:
             raise OptionError(f"distill must lie in [0, 1], got {self.distill!r}")
         if not self.temperature > 0:

@@ -142,11 +142,12 @@ class Loop:
             self._finish()
             return
         request = self.request
+        left = [name for name, units in self.kept.items() if len(units) > 1]
         if self.visits is not None:
             request = replace(request, layers=self.visits[index - 1])
-        elif request.layers is not None:  # those that are down to one unit cannot be asked for
-            request = replace(request, layers=[n for n, u in self.kept.items() if len(u) > 1])
-        if max(map(len, self.kept.values())) > 1:
+        elif request.layers is not None:  # a group of one unit cannot be asked for
+            request = replace(request, layers=left)
+        if left:
             scores, graph = self._score(request, index)
             plan = self._plan(graph, scores, index)
             self._remove([(g, plan[g.name]) for g in graph.groups if g.name in plan])
