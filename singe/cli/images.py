@@ -171,7 +171,7 @@ def unpacked(archive: Path) -> Path:
     partial = cache / f".{name}.{os.getpid()}.partial"
     try:
         partial.mkdir(parents=True)
-        ended = False
+        ended, images = False, 0
 
         class Member(tarfile.TarInfo):
             """Sees the block of zeros that ends a tar; tarfile is content with the end of the file."""
@@ -186,9 +186,10 @@ def unpacked(archive: Path) -> Path:
             for member in tar:  # in the archive's order: xz cannot go back
                 if member.isfile() and Path(member.name).suffix.lower() in ENDINGS:
                     tar.extract(member, partial, filter="data")
+                    images += 1
         if not ended:
             raise tarfile.ReadError("it ends in the middle; pack it again, or give a folder")
-        if not _images(partial):
+        if not images:
             raise DataError(f"{archive} holds no images, or is not whole")
         os.replace(partial, folder)
     except (tarfile.TarError, OSError, EOFError, lzma.LZMAError, zlib.error) as error:
