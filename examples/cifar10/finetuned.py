@@ -3,6 +3,7 @@
     python examples/cifar10/finetuned.py [--steps 200] [--speedup 2.11] [--seeds 3] [--criteria L1 ...]
     python examples/cifar10/finetuned.py --rounds 5 --steps 1000 --ranking cost [--between 0]
     python examples/cifar10/finetuned.py --train-images 1024 --ranking cost
+    python examples/cifar10/finetuned.py --max-pruning-ratio 0.9 --criteria "SInGE, layer" L2
 
 A trained ResNet-56 loses the channels between the two convolutions of its blocks until 2.11 or 2.57
 times fewer MACs are left. Pruner, guard, budget and fine-tuning are the same for all; the criterion
@@ -48,7 +49,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16 = DEVICE == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
 KEY = ("criterion", "ranking", "speedup", "steps", "rounds", "lr", "seed")
 # What rows that do not say were run with.
-ALSO = {"samples": 256, "train_images": 50_000, "between": 0.5}
+ALSO = {"samples": 256, "train_images": 50_000, "between": 0.5, "max_pruning_ratio": 0.75}
 Row = dict[str, Any]
 
 
@@ -155,6 +156,7 @@ class Experiment:
             model, train=calibration, calibrate=calibration, macs=1 / job["speedup"], rounds=rounds,
             ranking=job["ranking"], finetune_steps=between, final_steps=steps - rounds * between,
             finetune=finetune, layers=inner_layers(model), progress=False, seed=job["seed"],
+            max_pruning_ratio=job["max_pruning_ratio"],
             **OWN[job["criterion"]],
         )  # fmt: skip
         return self._row(model, report, history)
@@ -163,8 +165,9 @@ class Experiment:
         """Prune at once, then fine-tune."""
         example = self.data.example.to(DEVICE)
         plan = singe.plan(
-            self.model, self.scored(job), example, macs=1 / job["speedup"], ranking=job["ranking"]
-        )
+            self.model, self.scored(job), example, macs=1 / job["speedup"], ranking=job["ranking"],
+            max_pruning_ratio=job["max_pruning_ratio"],
+        )  # fmt: skip
         model = copy.deepcopy(self.model)
         report = singe.prune(model, plan, example)
         pruned = accuracy(model, self.data.quick)
@@ -229,6 +232,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=ALSO["samples"], help="to score on")
     parser.add_argument("--train-images", type=int, default=ALSO["train_images"])
     parser.add_argument("--between", type=float, default=ALSO["between"], help="see above")
+    parser.add_argument(
+        "--max-pruning-ratio", type=float, default=ALSO["max_pruning_ratio"], help="of every layer"
+    )
     parser.add_argument("--test-images", type=int, default=5000)
     parser.add_argument("--quick-images", type=int, default=2000, help="while it trains")
     parser.add_argument("--part", default="0/1")

@@ -15,7 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finetuned import ALSO, NAME
+from finetuned import ALSO, LR, NAME
 from importances import SCORERS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -36,14 +36,16 @@ class Setting(NamedTuple):
     speedup: float
     steps: int
     rounds: int
+    lr: float
     samples: int
     train_images: int
     between: float
+    max_pruning_ratio: float
 
     @property
     def usual(self) -> bool:
         """Whether only budget, steps and rounds are its own."""
-        return all(getattr(self, name) == value for name, value in ALSO.items())
+        return self.lr == LR and all(getattr(self, name) == value for name, value in ALSO.items())
 
     @property
     def title(self) -> str:
@@ -109,8 +111,8 @@ def columns(cells: Cells, shown: list[str]) -> str:
 def tried(settings: dict[Setting, Cells]) -> str:
     """Variants and unusual settings, each row a table of its own would have."""
     header = [
-        "criterion", "ranking", "fewer MACs", "steps", "rounds", "scored on", "trained on",
-        *COLUMNS.values(),
+        "criterion", "ranking", "fewer MACs", "steps", "rounds", "learning rate", "scored on",
+        "trained on", "at most pruned", *COLUMNS.values(),
     ]  # fmt: skip
     rows = []
     for setting, cells in settings.items():
@@ -120,7 +122,8 @@ def tried(settings: dict[Setting, Cells]) -> str:
             for ranking, runs in cells[criterion].items():
                 where = [
                     criterion, ranking, f"{setting.speedup:g} x", f"{setting.steps:,}",
-                    f"{setting.rounds}", f"{setting.samples:,}", f"{setting.train_images:,}",
+                    f"{setting.rounds}", f"{setting.lr:g}", f"{setting.samples:,}",
+                    f"{setting.train_images:,}", f"{setting.max_pruning_ratio:.0%}",
                 ]  # fmt: skip
                 rows.append([*where, *(cell(runs, what) for what in COLUMNS)])
     return "### What else was tried\n\n" + table(header, rows) if rows else ""
@@ -161,10 +164,9 @@ def generated(document: dict[str, Any]) -> str:
     """What stands between the markers of the page."""
     used, runs = document["results"]["settings"], document["results"]["runs"]
     settings = by_setting(runs)
-    rates = ", ".join(f"{rate:g}" for rate in sorted({run["lr"] for run in runs}))
     commits = ", ".join(f"`{commit}`" for commit in sorted({run["commit"] for run in runs}))
     note = (
-        f"{ALSO['samples']} calibration images, batches of {used['batch']}, learning rate {rates} "
+        f"{ALSO['samples']} calibration images, batches of {used['batch']}, learning rate {LR} "
         f'with a cosine to zero; {used["test_images"]:,} test images ("best seen" and "right after": '
         f"the first {used['quick_images']:,}); the whole network has {100 * used['base']:.1f} %. "
         '"parameters": the share that is left; a plan for MACs is free to keep more of them. Mean ± '

@@ -148,6 +148,18 @@ SCORERS: dict[str, Scorer] = {
     "Hessian, patched": by_torch_pruning(hessian_patched),
     **{name: by_singe(**options) for name, options in OWN.items() if name != "random"},
 }
+
+
+def mean_is_one(scorer: Scorer) -> Scorer:
+    """The scores of every group divided by their mean: Torch-Pruning's default normaliser."""
+
+    def scores(model: nn.Module, batches: Batches, seed: int) -> singe.Scores:
+        raw = scorer(model, batches, seed)
+        return singe.Scores({name: v / v.mean() for name, v in raw.items()}, raw.groups, raw.meta)
+
+    return scores
+
+
 # Set beside the above: other ways for the integral and the norm to meet.
 VARIANTS: dict[str, Scorer] = {
     "SInGE, layer, sum": by_singe(path="layer", p="sum"),
@@ -156,5 +168,8 @@ VARIANTS: dict[str, Scorer] = {
     "SInGE, layer, label-free": by_singe(path="layer", objective="kl"),
     "SInGE, layer, label-free, sum": by_singe(path="layer", objective="kl", p="sum"),
     "SInGE, network, sum": by_singe(path="network", p="sum"),
+    "SInGE, layer, group mean 1": mean_is_one(by_singe(path="layer")),
+    "SInGE, network, group mean 1": mean_is_one(by_singe(path="network")),
+    "gradient at 1, group mean 1": mean_is_one(by_singe(criterion="taylor")),
     "ablation": by_singe(criterion="ablation"),
 }
