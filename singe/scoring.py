@@ -27,6 +27,7 @@ from singe.request import Cut, Request
 from singe.result import Result
 from singe.score_checkpoint import ScoreCheckpoint, digest_of_model
 from singe.scores import Scores, fingerprint
+from singe.seeding import random_state_kept
 from singe.units import find_groups
 from singe.weight_groups import find_weight_groups
 from singe.weight_scores import WeightScores
@@ -181,7 +182,7 @@ def carry_out(
     device = device_of(model)
     find = find_groups if request.granularity == "unit" else find_weight_groups
     # The caller may be in no_grad or inference mode; what is computed here needs gradients.
-    with _random_state_kept(device), torch.inference_mode(False), torch.enable_grad():
+    with random_state_kept(device), torch.inference_mode(False), torch.enable_grad():
         first = first_batch(batches, device)
         graph = find(model, first, request.layers, request.ignore)
         found = time.perf_counter()
@@ -308,14 +309,6 @@ def _length(batches: Iterable[Any]) -> int | None:
         return len(batches)  # type: ignore[arg-type]
     except TypeError:  # no length, or a DataLoader over a dataset without one
         return None
-
-
-@contextmanager
-def _random_state_kept(device: torch.device) -> Iterator[None]:
-    """A shuffling DataLoader draws from the global generator: give that back as it was."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        yield
 
 
 @contextmanager

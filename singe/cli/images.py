@@ -111,18 +111,18 @@ def scan(folder: Path) -> tuple[list[str], list[Item], list[Item] | None]:
         DataError: no class folders with images.
     """
     inside = _folders(folder)
-    while len(inside) == 1 and _folders(inside[0]) and not _images(inside[0], deep=False):
+    while len(inside) == 1 and _folders(inside[0]) and not _has_images(inside[0], deep=False):
         folder, inside = inside[0], _folders(inside[0])
     # A class may be called `train`, and a `test` beside `val` may hold images without labels.
-    parts = [f for f in inside if any(map(_images, _folders(f)))]
+    parts = [f for f in inside if any(map(_has_images, _folders(f)))]
     train = next((f for f in parts if f.name.lower() in TRAINING), None)
     held_out = next((f for f in parts if f.name.lower() in HELD_OUT), None)
     if train is None:
         if all(f.name.lower() in (*TRAINING, *HELD_OUT) for f in inside):
             inside = []  # parts without classes in them are no classes themselves
-        classes = [f.name for f in inside if _images(f)]
+        classes = [f.name for f in inside if _has_images(f)]
         return classes, _items(folder, classes), None
-    classes = [f.name for f in _folders(train) if _images(f)]
+    classes = [f.name for f in _folders(train) if _has_images(f)]
     extra = [] if held_out is None else {f.name for f in _folders(held_out)} - set(classes)
     if extra:
         raise DataError(
@@ -145,11 +145,18 @@ def _folders(folder: Path) -> list[Path]:
     return sorted(f for f in folder.iterdir() if f.is_dir() and f.name[0] not in "._")
 
 
-def _images(folder: Path, deep: bool = True) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    files = folder.rglob("*") if deep else folder.iterdir()
-    return sorted(f for f in files if f.suffix.lower() in ENDINGS and f.name[0] != ".")
+def _images(folder: Path) -> list[Path]:
+    """None if the folder is missing: a held-out part need not have every class."""
+    return sorted(f for f in folder.rglob("*") if _is_image(f))
+
+
+def _has_images(folder: Path, deep: bool = True) -> bool:
+    """Looks no further than the first one."""
+    return any(map(_is_image, folder.rglob("*") if deep else folder.iterdir()))
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in ENDINGS and path.name[0] != "."
 
 
 def unpacked(archive: Path) -> Path:
