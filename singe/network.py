@@ -352,9 +352,9 @@ def _gated_custom(network: Network, site: Site, forward: Forward) -> Forward:
 def weighted_norm(norm: Any, x: Tensor, gate: Tensor) -> Tensor:
     """LayerNorm or GroupNorm over channels that count as much as their gates are open.
 
-    ``n = sum_c g_c``, ``mean = sum_c x_c / n``, ``var = sum_c g_c (x_c - mean)^2 / n`` (sums also over
-    positions), ``out_c = scale_c (x_c - g_c mean) / sqrt(var + eps) + g_c shift_c``, where ``x`` is
-    gated already. At gates of 0 and 1 this is the norm over the channels that remain.
+    ``n = sum_c g_c``, ``mean = sum_c g_c v_c / n``, ``var = sum_c g_c (v_c - mean)^2 / n`` (sums also
+    over positions), ``out_c = g_c (scale_c (v_c - mean) / sqrt(var + eps) + shift_c)``. What arrives is
+    gated already, ``x_c = g_c v_c``. At gates of 0 and 1 this is the norm over the channels that remain.
 
     Args:
         norm: LayerNorm over the last dimension or GroupNorm.
@@ -380,11 +380,12 @@ def weighted_norm(norm: Any, x: Tensor, gate: Tensor) -> Tensor:
 def _standardise(
     x: Tensor, gate: Tensor, dims: tuple[int, ...], positions: int, eps: float
 ) -> Tensor:
-    # The clamp only matters when every channel is gated off: 0 / tiny stays 0, not NaN.
+    # The clamps only matter where gates are 0: 0 / tiny stays 0, not NaN.
     n = gate.sum(dims[0], keepdim=True).clamp(min=1e-6) * positions
     mean = x.sum(dims, keepdim=True) / n
-    var = (gate * (x - mean).square()).sum(dims, keepdim=True) / n
-    return (x - gate * mean) * (var + eps).rsqrt()
+    centred = x - gate * mean
+    squares = centred.square() / gate.clamp(min=torch.finfo(x.dtype).tiny)
+    return centred * (squares.sum(dims, keepdim=True) / n + eps).rsqrt()
 
 
 _GATED: dict[str, Callable[[Network, Site, Forward], Forward]] = {

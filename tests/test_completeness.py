@@ -7,6 +7,7 @@ less than 1e-6 of it.
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 
 import pytest
@@ -46,6 +47,21 @@ def test_signed_is_ablation_at_64_nodes(name, engine):
     signed = run_engine(model, batches, criterion="signed", quadrature=64, **options)
     ablation = run_engine(model, batches, criterion="ablation", engine=engine)
     assert_close(signed.scores, ablation.scores, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "norm", [lambda: nn.LayerNorm(6), lambda: nn.GroupNorm(2, 6)], ids=["layer norm", "group norm"]
+)
+def test_four_nodes_integrate_a_whole_group_under_a_norm(norm):
+    """Gates that fall together leave a norm's statistics as they are: the path is smooth down to zero."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), norm(), nn.SiLU(), nn.Linear(6, 3)).double()
+    batches = [(torch.randn(16, 4).double(), torch.randint(0, 3, (16,)))]
+    scores = singe.score(model, batches, criterion="signed", path="layer", progress=False)
+    gone = copy.deepcopy(model)
+    nn.init.zeros_(gone[3].weight)  # nothing of the group arrives
+    damage = mean_loss(gone, batches) - mean_loss(model, batches)
+    assert abs(float(scores.completeness["0"])) <= 0.01 * abs(damage)
 
 
 @settings(max_examples=10)

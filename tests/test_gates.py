@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import singe
 from singe.gates import dialect, unregister_layer
-from singe.network import Network
+from singe.network import Network, weighted_norm
 from singe.removal import remove_units
 from singe.units import find_groups, set_gates
 
@@ -276,3 +276,25 @@ def test_a_wrong_gate_is_found_out():
 def test_registration_is_checked(layer, options):
     with pytest.raises(singe.OptionError):
         singe.register_layer(layer, **options)
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.LayerNorm(4), nn.GroupNorm(1, 4), nn.GroupNorm(2, 4)], ids=["layer", "group", "two"]
+)
+def test_norms_count_a_channel_as_often_as_its_gate_is_open(norm):
+    """A gate of 1/2 beside gates of 1 is a channel that stands once where the others stand twice."""
+    norm = norm.double()
+    randomise(norm)
+    gate, times = torch.tensor([1.0, 0.5, 0.75, 0.75]).double(), torch.tensor([4, 2, 3, 3])
+    dim = -1 if isinstance(norm, nn.LayerNorm) else 1
+    values = torch.randn((3, 5, 4) if dim == -1 else (3, 4, 5), dtype=torch.float64)
+    many = values.repeat_interleave(times, dim)
+    if dim == -1:
+        expected = F.layer_norm(many, [12], eps=norm.eps)
+    else:
+        expected = F.group_norm(many, norm.num_groups, eps=norm.eps)
+    expected = expected.index_select(dim, times.cumsum(0) - 1)
+    expected = (expected.movedim(dim, -1) * norm.weight + norm.bias) * gate
+    gated = (values.movedim(dim, -1) * gate).movedim(-1, dim)
+    found = weighted_norm(norm, gated, gate).movedim(dim, -1)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
