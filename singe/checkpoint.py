@@ -164,7 +164,8 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 def digest_of(model: nn.Module) -> str:
     """SHA-256 over names, shapes and values of all parameters and buffers."""
-    return _digest(unwrapped(model).state_dict())
+    state = unwrapped(model).state_dict()  # with whatever ``get_extra_state`` gives
+    return _digest({name: value for name, value in state.items() if isinstance(value, Tensor)})
 
 
 # ---------------------------------------------------------------------- containers <-> JSON + tensors

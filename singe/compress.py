@@ -27,6 +27,7 @@ from singe.finetune import (
     default_optimizer,
     smoothed,
 )
+from singe.gradients import check_changeable, gradients_on
 from singe.graph import unwrapped
 from singe.latency import Timing
 from singe.limits import MAX_PRUNING_RATIO, Share, target_of
@@ -44,8 +45,10 @@ from singe.tuner import Tuner
 __all__ = ["CompressReport", "Round", "accuracy", "compress"]
 
 CALIBRATION_SAMPLES = 256  # taken from the training data when no calibration data is given
+LEAST_MEMORY = 64 << 20  # bytes for scoring, even where the system reports none free
 
 
+@gradients_on()
 def compress(
     model: nn.Module,
     *,
@@ -180,6 +183,7 @@ def compress(
             "be 'unit' and compile False"
         )
     expect("model", model, nn.Module, "an nn.Module")
+    check_changeable(model)
     expect_callable(
         "optimizer", optimizer, "e.g. lambda parameters: torch.optim.SGD(parameters, 0.01)"
     )
@@ -238,12 +242,12 @@ def compress(
         "score": {k: _plain(getattr(request, k), model) for k in sorted(score_options)},
     }  # fmt: skip
     device = device_of(model)
-    with random_state_kept(device), Snapshot(model) as snapshot:
+    with random_state_kept(device, train, calibrate, evaluate), Snapshot(model) as snapshot:
         folder = _open(checkpoint, settings, model, resume)
         if calibrate is None:
             calibrate = _first_samples(train, CALIBRATION_SAMPLES, seed)
         if request.max_memory is None:
-            request = replace(request, max_memory=free_memory(device) // 4)
+            request = replace(request, max_memory=max(LEAST_MEMORY, free_memory(device) // 4))
         teacher = copy.deepcopy(unwrapped(model)).eval() if distill > 0 else None
         tuner = Tuner(model, training, Stream(train, derive(seed, "train")), seed, teacher)
         loop = Loop(

@@ -12,6 +12,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, t
 from torch.utils.data import DataLoader
 
 from singe.errors import DataError, NonFiniteError, OptionError, first_line
+from singe.seeding import random_state_kept
 
 LABEL_KEYS = ("labels", "label", "targets", "target")
 
@@ -137,7 +138,10 @@ def check_reiterable(batches: Any, argument: str = "batches") -> None:
         raise DataError(
             f"{argument} must be re-iterable (a list or a DataLoader), got {type(batches).__name__}"
         )
-    once = not isinstance(batches, DataLoader) and iter(batches) is iter(batches)
+    with random_state_kept(
+        torch.device("cpu")
+    ):  # a wrapper of a shuffling loader draws when it starts
+        once = not isinstance(batches, DataLoader) and iter(batches) is iter(batches)
     if isinstance(batches, Iterator) or once:
         raise DataError(
             f"{argument} is a one-shot iterator ({type(batches).__name__}): it can be read only "

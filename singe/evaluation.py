@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from singe.data import check_reiterable, device_of, read_batches
 from singe.errors import DataError, OptionError
 from singe.finetune import in_mode
-from singe.objectives import logits_of
+from singe.objectives import IGNORE_INDEX, class_dim, logits_of
 
 Evaluate = Callable[[nn.Module], float]
 
@@ -37,11 +37,18 @@ def _number(value: Any) -> float:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
-    """Top-1 accuracy (0..1) of class-index labels, in evaluation mode; the modes are put back."""
+    """Top-1 accuracy (0..1) of class-index labels, in evaluation mode; the modes are put back.
+
+    Labels of -100 are ignored, as the loss ignores them.
+
+    Raises:
+        DataError: labels that are missing, of another shape, or all ignored.
+    """
     right = total = 0
     with in_mode(model, training=False):
         for batch in read_batches(batches, device_of(model), "evaluation"):
-            predicted = logits_of(batch.call(model)).argmax(1)
+            outputs = batch.call(model)
+            predicted = logits_of(outputs).argmax(class_dim(outputs, batch.labels))
             if not isinstance(batch.labels, Tensor):
                 raise DataError(f"evaluation batch {batch.index} has no labels")
             if batch.labels.shape != predicted.shape:
@@ -50,6 +57,11 @@ def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
                     f"the model's outputs need class indices of shape {tuple(predicted.shape)}; give "
                     "evaluate=callable(model) for another metric"
                 )
-            right += int((predicted == batch.labels).sum())
-            total += batch.labels.numel()
+            counted = batch.labels != IGNORE_INDEX
+            right += int((counted & (predicted == batch.labels)).sum())
+            total += int(counted.sum())
+    if not total:
+        raise DataError(
+            f"every label of the evaluation data is {IGNORE_INDEX}: nothing to evaluate"
+        )
     return right / total

@@ -26,8 +26,9 @@ def explain_groups(
     """Per group, JSON-ready.
 
     ``highest_removed`` and ``lowest_kept`` are scores; ``score_removed`` is the share of the group's
-    score that goes; ``macs_saved`` and ``params_saved`` are what would come back if only this group
-    got its units back (savings of neighbours overlap, so they do not add up).
+    score that goes, None where scores are negative or all zero; ``macs_saved`` and ``params_saved``
+    are what would come back if only this group got its units back (savings of neighbours overlap, so
+    they do not add up).
     """
     gone = {name: len(units) for name, units in removed.items()}
     after = cost(gone)
@@ -45,7 +46,8 @@ def explain_groups(
             "channels_per_unit": group.root_channels.shape[1],
             "highest_removed": max(cut, default=None),
             "lowest_kept": min(kept),
-            "score_removed": sum(cut) / total if total > 0 else 0.0,
+            # Of scores that may be negative (signed, ablation) a share says nothing.
+            "score_removed": sum(cut) / total if min(values) >= 0 and total > 0 else None,
             "macs_saved": restored["macs"] - after["macs"],
             "params_saved": restored["params"] - after["params"],
             "why": _why(name, group, len(units), steps[name], limits),
@@ -99,7 +101,7 @@ def table(plan: Plan) -> str:
             row["group"],
             str(row["units"]),
             str(row["kept"]),
-            f"{row['score_removed']:.1%}",
+            "" if row["score_removed"] is None else f"{row['score_removed']:.1%}",
             "" if row["highest_removed"] is None else f"{row['highest_removed']:.3g}",
             f"{row['lowest_kept']:.3g}",
             f"{row['macs_saved'] / before['macs']:.2%}",

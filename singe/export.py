@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from singe.data import Batch, device_of, example_batch, first_samples
 from singe.errors import ExportError, ModelError
 from singe.files import replacing
+from singe.gates import registered
 from singe.graph import NORMS, ROWS, private_copy, unwrapped
 from singe.plan import Plan
 from singe.slim import slim_of, take_slim
@@ -52,7 +53,7 @@ def save_pruned(
     inner = unwrapped(model)
     header = {"format": FORMAT, "model": type(inner).__name__, "layers": _layers(inner)}
     written = {"weights": folder / WEIGHTS}
-    with replacing(written["weights"]) as partial:
+    with replacing(written["weights"]) as partial, _stored(inner, _cut_buffers(inner)):
         save_model(inner, str(partial), metadata={"singe": json.dumps(header)})
     if plan is not None:
         written["plan"] = folder / PLAN
@@ -83,8 +84,11 @@ def load_pruned(model: nn.Module, path: str | PathLike[str]) -> nn.Module:
     inner = unwrapped(model)
     with Snapshot(model) as snapshot:
         try:
-            _resize(inner, header["layers"])
-            load_model(inner, str(file), device=str(device_of(inner)))
+            with safe_open(str(file), framework="pt") as content:
+                names = set(content.keys())
+            _resize(inner, header["layers"], names)
+            with _stored(inner, names):
+                load_model(inner, str(file), device=str(device_of(inner)))
         except (RuntimeError, KeyError, SafetensorError) as error:
             raise ModelError(
                 f"{file} holds a pruned {header.get('model')} that does not fit this "
@@ -200,7 +204,33 @@ def _read_header(file: Path) -> dict[str, Any]:
     return header
 
 
-def _resize(model: nn.Module, layers: dict[str, dict[str, Any]]) -> None:
+def _cut_buffers(model: nn.Module) -> set[str]:
+    """Buffers of registered layers: they are cut with the channels, also those outside ``state_dict()``."""
+    layers = [(name, m) for name, m in model.named_modules() if registered(m) is not None]
+    return {_full_name(name, key) for name, m in layers for key, _ in m.named_buffers()}
+
+
+def _full_name(module: str, key: str) -> str:
+    return f"{module}.{key}" if module else key
+
+
+@contextmanager
+def _stored(model: nn.Module, names: set[str]) -> Iterator[None]:
+    """Buffers of these names are part of ``state_dict()`` in here, whatever they were registered as."""
+    changed = []
+    for name, module in model.named_modules():
+        hidden = module._non_persistent_buffers_set
+        shown = {key for key in hidden if _full_name(name, key) in names}
+        hidden -= shown
+        changed.append((hidden, shown))
+    try:
+        yield
+    finally:
+        for hidden, shown in changed:
+            hidden |= shown
+
+
+def _resize(model: nn.Module, layers: dict[str, dict[str, Any]], stored: set[str]) -> None:
     modules = dict(model.named_modules())
     replaced: dict[int, Tensor] = {}  # tied parameters stay tied
     for name, layer in layers.items():
@@ -216,6 +246,9 @@ def _resize(model: nn.Module, layers: dict[str, dict[str, Any]]) -> None:
             shape = layer["shapes"].get(key)
             if shape is None or list(tensor.shape) == shape:
                 continue
+            full_name = _full_name(name, key)
+            if key in module._non_persistent_buffers_set and full_name not in stored:
+                raise KeyError(f"{full_name} has another size, and the file does not hold it")
             new = replaced.get(id(tensor))
             if new is None:
                 new = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)

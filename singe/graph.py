@@ -97,7 +97,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside a ``torch.compile`` or data-parallel wrapper, else the model itself."""
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         return unwrapped(model.module)
-    return getattr(model, "_orig_mod", model)
+    inner = getattr(model, "_orig_mod", model)
+    return inner if inner is model else unwrapped(inner)
 
 
 def private_copy(model: nn.Module, trainable: bool = False) -> nn.Module:

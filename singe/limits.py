@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from singe.errors import OptionError
 from singe.graph import ModelGraph, unwrapped
+from singe.units import names_of
 
 # A layer cut to a few channels does not recover in fine-tuning; a single round can do it.
 MAX_PRUNING_RATIO = 0.75
@@ -29,7 +31,7 @@ def target_of(**targets: float | None) -> tuple[str, float]:
             f"{', '.join(kind for kind, _ in given) or 'none'}"
         )
     kind, value = given[0]
-    if not value > 0:
+    if isinstance(value, bool | str) or not value > 0:
         raise OptionError(f"{kind} must be positive: a share (<= 1) or a number, got {value!r}")
     return kind, float(value)
 
@@ -47,7 +49,12 @@ def check_ratio(max_pruning_ratio: float) -> None:
 
 def floor_of(units: int, max_pruning_ratio: float) -> int:
     """Units that a group of so many keeps at least."""
-    return max(1, units - int(max_pruning_ratio * units))
+    return max(1, units - rounded_down(max_pruning_ratio, units))
+
+
+def rounded_down(share: float, units: int) -> int:
+    """``share * units`` without what floats do to it: 0.29 of 100 are 29, not 28.999999999999996."""
+    return math.floor(round(share * units, 9))
 
 
 @dataclass(frozen=True)
@@ -80,11 +87,13 @@ def limits_of(
 
     Raises:
         OptionError: a share out of range, a name that belongs to no group, limits that contradict.
+        ModelError: ``ignore`` names what the model does not have.
     """
     check_ratio(max_pruning_ratio)
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise OptionError(f"round_to must be an integer >= 1, got {round_to!r}")
-    ignored = _groups_of(_names(model, ignore), graph, "ignore")
+    names = dict(unwrapped(model).named_modules())
+    ignored = _groups_of(names_of(names, ignore, "ignore"), graph, "ignore")
     low = _shares(min_keep, graph, "min_keep")
     high = _shares(max_keep, graph, "max_keep")
     named = isinstance(min_keep, Mapping)
@@ -92,13 +101,13 @@ def limits_of(
     for group in graph.groups:
         name, n = group.name, group.n_units
         guard = floor_of(n, max_pruning_ratio)
-        asked = -int(-low.get(name, 0.0) * n // 1)  # rounded up
+        asked = n - rounded_down(1.0 - low.get(name, 0.0), n)  # rounded up
         least[name], why[name] = max(guard, asked), "max_pruning_ratio"
         if name in low and (asked > guard or named):
             least[name], why[name] = max(1, asked), "min_keep"
         if name in ignored:
             least[name], why[name] = n, "ignore"
-        most[name] = n if name in ignored else min(n, max(1, int(high.get(name, 1.0) * n)))
+        most[name] = n if name in ignored else min(n, max(1, rounded_down(high.get(name, 1.0), n)))
         if most[name] < least[name]:
             raise OptionError(
                 f"group {name!r} of {n} units shall keep at most {most[name]} (max_keep) and at "
@@ -113,15 +122,6 @@ def limits_of(
                 f"and no number of channels there is a multiple of round_to={round_to}; change one"
             )
     return Limits(least, most, round_to, why)
-
-
-def _names(model: nn.Module, layers: Iterable[str | nn.Module]) -> list[str]:
-    layers = [layers] if isinstance(layers, str | nn.Module) else list(layers)
-    by_module = {module: name for name, module in unwrapped(model).named_modules()}
-    for layer in layers:
-        if isinstance(layer, nn.Module) and layer not in by_module:
-            raise OptionError(f"`ignore` holds a {type(layer).__name__} not in this model")
-    return [by_module[m] if isinstance(m, nn.Module) else m for m in layers]
 
 
 def _groups_of(names: Iterable[str], graph: ModelGraph, argument: str) -> set[str]:

@@ -7,6 +7,15 @@ from pathlib import Path
 import torch
 
 UNKNOWN = 4 << 30  # bytes; where the system does not say
+UNLIMITED = 1 << 62
+# Versions 2 and 1: folder, limit, use, and the page cache in it that goes first.
+CGROUPS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+    (
+        Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+)  # fmt: skip
 
 
 def free_memory(device: torch.device) -> int:
@@ -28,14 +37,17 @@ def _system_free() -> int:
 
 def _cgroup_free() -> int:
     """What the container may still take; a very large number without a limit."""
-    root = Path("/sys/fs/cgroup")
-    try:
-        limit = (root / "memory.max").read_text().strip()
-        if limit == "max":
-            return 1 << 62
-        return max(0, int(limit) - int((root / "memory.current").read_text()))
-    except (OSError, ValueError):
-        return 1 << 62
+    for root, limit, used, cached in CGROUPS:
+        try:
+            allowed = (root / limit).read_text().strip()
+            if allowed == "max":
+                return UNLIMITED
+            lines = (root / "memory.stat").read_text().splitlines()
+            cache = next((int(v) for k, v in map(str.split, lines) if k == cached), 0)
+            return max(0, int(allowed) - int((root / used).read_text()) + cache)
+        except (OSError, ValueError):
+            continue
+    return UNLIMITED
 
 
 def is_out_of_memory(error: BaseException) -> bool:

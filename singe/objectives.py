@@ -35,11 +35,19 @@ def logits_of(outputs: Any) -> Tensor:
     )
 
 
-def _class_dim(logits: Tensor, labels: Tensor) -> int:
-    """1 for [B, C, ...] logits as in torch, else last where labels fit the [B, T, C] of token models."""
-    if labels.shape[1:] != logits.shape[2:] and labels.shape[1:] == logits.shape[1:-1]:
-        return logits.dim() - 1
-    return 1
+def class_dim(outputs: Any, labels: Any = None) -> int:
+    """The dimension of the classes: 1 of [B, C, ...] as in torch, 2 of the [B, T, C] of token models.
+
+    Class indices tell by their shape. Without them, [B, T, C] is what comes as an object with
+    ``.logits``: so language models return it.
+    """
+    logits = logits_of(outputs)
+    if isinstance(labels, Tensor) and not labels.is_floating_point():
+        if labels.shape[1:] == logits.shape[2:]:
+            return 1
+        if labels.shape[1:] == logits.shape[1:-1]:
+            return logits.dim() - 1
+    return 2 if logits.dim() == 3 and hasattr(outputs, "logits") else 1
 
 
 def _widened(logits: Tensor) -> Tensor:
@@ -123,7 +131,7 @@ class CrossEntropy(Objective):
                     f"{tuple(labels.shape)}; pass integer class indices otherwise"
                 )
             return
-        dim = _class_dim(logits, labels)
+        dim = class_dim(outputs, labels)
         expected = logits.shape[:dim] + logits.shape[dim + 1 :]
         if labels.shape != expected:
             raise DataError(
@@ -146,11 +154,11 @@ class CrossEntropy(Objective):
                 logits, labels, reduction="none", label_smoothing=self.label_smoothing
             )
             return _per_sample(loss)
-        dim = _class_dim(logits, labels)
+        dim = class_dim(outputs, labels)
         if dim != 1:
             logits = logits.movedim(dim, 1)
         loss = F.cross_entropy(
-            logits, labels, reduction="none", ignore_index=IGNORE_INDEX,
+            logits, labels.long(), reduction="none", ignore_index=IGNORE_INDEX,
             label_smoothing=self.label_smoothing,
         )  # fmt: skip
         return _per_sample(loss, labels != IGNORE_INDEX if loss.dim() > 1 else None)
@@ -165,8 +173,7 @@ class KL(Objective):
 
     def per_sample(self, outputs: Any, batch: Batch, reference: Any) -> Tensor:
         logits = _widened(logits_of(outputs))
-        # Language models return an object with [B, T, C] logits; plain tensors have classes in dim 1.
-        dim = -1 if logits.dim() == 3 and hasattr(outputs, "logits") else 1
+        dim = class_dim(outputs, batch.labels)
         log_p = logits.log_softmax(dim)
         log_p0 = _widened(logits_of(reference)).log_softmax(dim)
         return _per_sample((log_p0.exp() * (log_p0 - log_p)).sum(dim))

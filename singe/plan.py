@@ -19,6 +19,7 @@ from singe.data import Batch, device_of, example_batch
 from singe.errors import ScoresError, expect
 from singe.explain import explain_groups, table
 from singe.files import replacing
+from singe.gradients import gradients_on
 from singe.graph import ModelGraph, private_copy, unwrapped
 from singe.latency import Stopwatch, Timing
 from singe.limits import MAX_PRUNING_RATIO, Limits, Share, absolute, limits_of, target_of
@@ -43,11 +44,8 @@ class Plan(Mapping[str, list[int]]):
     def __init__(
         self, remove: Mapping[str, Sequence[int]], meta: Mapping[str, Any] | None = None
     ) -> None:
-        self._remove = {
-            name: sorted({_unit(name, u) for u in units})
-            for name, units in remove.items()
-            if len(units)
-        }
+        found = {name: _units(name, units) for name, units in remove.items()}
+        self._remove = {name: units for name, units in found.items() if units}
         self.meta = dict(meta or {})
 
     def __getitem__(self, name: str) -> list[int]:
@@ -120,12 +118,19 @@ def _lines(content: Mapping[str, Any]) -> str:
     return "{\n" + ",\n".join(entries) + "\n}" if content else "{}"
 
 
+def _units(name: str, units: Any) -> list[int]:
+    if isinstance(units, str) or not isinstance(units, Iterable):
+        raise ScoresError(f"the plan for {name!r} is {units!r}; give a list of units, [3, 7]")
+    return sorted({_unit(name, unit) for unit in units})
+
+
 def _unit(name: str, unit: Any) -> int:
     if isinstance(unit, bool | float | str):
         raise ScoresError(f"the plan for {name!r} holds {unit!r}; units are integers")
     return int(unit)
 
 
+@gradients_on()
 def plan(
     model: nn.Module,
     scores: Scores,

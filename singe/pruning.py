@@ -11,6 +11,7 @@ from torch import nn
 from singe.cost import count
 from singe.data import device_of, example_batch
 from singe.errors import ModelError, OptionError, ScoresError, expect
+from singe.gradients import check_changeable, gradients_on
 from singe.graph import Group, private_copy, unwrapped
 from singe.plan import Plan
 from singe.removal import remove_units
@@ -49,6 +50,7 @@ class PruneReport:
         )
 
 
+@gradients_on()
 def prune(
     model: nn.Module, plan: Plan | Mapping[str, Sequence[int]], example_inputs: Any
 ) -> PruneReport:
@@ -67,9 +69,11 @@ def prune(
 
     Raises:
         ScoresError: the plan was made for another model, or names units that are not there.
-        ModelError: a layer of the plan is unknown or cannot be pruned.
+        ModelError: a layer of the plan is unknown or cannot be pruned, or the model was made in
+            inference mode.
     """
     expect("model", model, nn.Module, "an nn.Module")
+    check_changeable(model)
     if isinstance(plan, ScoreTable):
         raise OptionError(
             "plan holds scores; make a plan of them first: singe.plan(model, scores, ...)"

@@ -5,6 +5,7 @@ Every rule approximates ``integral_0^1 f(mu) dmu`` by ``sum_s weights[s] * f(nod
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +35,8 @@ class Quadrature:
             )
         if not all(0.0 <= node <= 1.0 for node in self.nodes):
             raise OptionError(f"quadrature {self.name!r} has nodes outside [0, 1]: {self.nodes}")
+        if not all(map(math.isfinite, self.weights)):
+            raise OptionError(f"quadrature {self.name!r} has weights that are no finite numbers")
 
     def __len__(self) -> int:
         return len(self.nodes)

@@ -22,8 +22,8 @@ from singe.graph import unwrapped
 
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over the names and shapes of all parameters and buffers, not their values."""
-    state = unwrapped(model).state_dict()
-    shapes = sorted((name, list(t.shape)) for name, t in state.items())
+    state = unwrapped(model).state_dict()  # with whatever ``get_extra_state`` gives
+    shapes = sorted((name, list(getattr(t, "shape", ()))) for name, t in state.items())
     return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
 
 

@@ -19,6 +19,7 @@ from singe.data_free import of_units, of_weights
 from singe.decision import EarlyDecision
 from singe.engine import FusedEngine
 from singe.errors import expect
+from singe.gradients import gradients_on
 from singe.graph import ModelGraph
 from singe.naive import naive_scores
 from singe.objectives import Loss, Objective
@@ -181,8 +182,7 @@ def carry_out(
     start = time.perf_counter()
     device = device_of(model)
     find = find_groups if request.granularity == "unit" else find_weight_groups
-    # The caller may be in no_grad or inference mode; what is computed here needs gradients.
-    with random_state_kept(device), torch.inference_mode(False), torch.enable_grad():
+    with random_state_kept(device, batches), gradients_on():
         first = first_batch(batches, device)
         graph = find(model, first, request.layers, request.ignore)
         found = time.perf_counter()

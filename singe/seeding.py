@@ -31,9 +31,13 @@ def seed_all(*parts: object) -> None:
 
 
 @contextmanager
-def random_state_kept(device: torch.device) -> Iterator[None]:
-    """Whatever is seeded and drawn in here, the caller's generators go on as before."""
+def random_state_kept(device: torch.device, *data: Any) -> Iterator[None]:
+    """Whatever is seeded and drawn in here, the caller's generators go on as before.
+
+    So do those that the loaders among ``data`` shuffle with.
+    """
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    loaders = [(g, g.get_state()) for batches in data for g in _generators(batches)]
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):
@@ -41,6 +45,22 @@ def random_state_kept(device: torch.device) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
+        for generator, state in loaders:
+            generator.set_state(state)
+
+
+def _owners(batches: Any) -> list[Any]:
+    """A loader, its dataset and its samplers: whatever may shuffle."""
+    owners = [
+        batches,
+        *(getattr(batches, n, None) for n in ("dataset", "sampler", "batch_sampler")),
+    ]
+    return [*owners, getattr(owners[-1], "sampler", None)]
+
+
+def _generators(batches: Any) -> list[torch.Generator]:
+    found = (getattr(owner, "generator", None) for owner in _owners(batches))
+    return [generator for generator in found if isinstance(generator, torch.Generator)]
 
 
 class Stream:
@@ -104,15 +124,10 @@ class Stream:
 
     def _open(self, epoch: int) -> None:
         self._epoch, self._taken = epoch, 0
-        owners: list[Any] = [self._batches]
-        for name in ("dataset", "sampler", "batch_sampler"):
-            owners.append(getattr(self._batches, name, None))
-        owners.append(getattr(owners[-1], "sampler", None))
-        for owner in owners:
+        for owner in _owners(self._batches):
             if callable(getattr(owner, "set_epoch", None)):
                 owner.set_epoch(epoch)
-            generator = getattr(owner, "generator", None)
-            if isinstance(generator, torch.Generator):
-                generator.manual_seed(derive(self._seed, "generator", epoch))
+        for generator in _generators(self._batches):
+            generator.manual_seed(derive(self._seed, "generator", epoch))
         seed_all(self._seed, "epoch", epoch)
         self._iterator = iter(self._batches)

@@ -16,7 +16,7 @@ from singe.data import Batch, as_batch, device_of
 from singe.errors import ModelError, NonFiniteError
 from singe.finetune import Training, in_mode
 from singe.graph import unwrapped
-from singe.objectives import logits_of
+from singe.objectives import class_dim, logits_of
 from singe.removal import take
 from singe.seeding import Stream, seed_all
 
@@ -161,9 +161,11 @@ class Tuner:
         if self.teacher is not None:
             # Hinton et al. (arXiv 1503.02531): T^2 keeps the gradients' size as T changes.
             t = training.temperature
-            student = (logits_of(outputs).float() / t).log_softmax(1)
-            soft = F.kl_div(student, (wanted / t).log_softmax(1), reduction="sum", log_target=True)
-            loss = loss + training.distill * t * t * soft / (wanted.numel() / wanted.shape[1])
+            dim = class_dim(outputs, batch.labels)
+            student = (logits_of(outputs).float() / t).log_softmax(dim)
+            teacher = (wanted / t).log_softmax(dim)
+            soft = F.kl_div(student, teacher, reduction="sum", log_target=True)
+            loss = loss + training.distill * t * t * soft / (wanted.numel() / wanted.shape[dim])
         return loss
 
     # ------------------------------------------------------------------ averaged weights

@@ -15,6 +15,7 @@ from singe.coupling import read_graph
 from singe.data import Batch, first_samples
 from singe.errors import ModelError, NonFiniteError
 from singe.graph import Group, ModelGraph, private_copy, unwrapped
+from singe.memory import is_out_of_memory
 from singe.network import Network, site_key
 from singe.removal import remove_units
 
@@ -222,6 +223,8 @@ def _verified(model: nn.Module, batch: Batch, graph: ModelGraph) -> ModelGraph:
                 remove_units(small_model, batch, units)
             removed = float_outputs(batch.call(small_model))
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             return f"removing one of its units fails ({type(error).__name__}: {error})"
         if [t.shape for t in removed] != [t.shape for t in base]:
             return "removing one of its units changes the shape of the model's output"

@@ -26,7 +26,7 @@ from singe.budget import RANKINGS
 from singe.cost import CostModel, CostState
 from singe.data import example_batch
 from singe.latency import Stopwatch, Timing, resized
-from singe.limits import limits_of
+from singe.limits import limits_of, rounded_down
 from singe.plan import Plan
 from singe.scores import fingerprint
 from singe.units import find_groups, small
@@ -243,7 +243,6 @@ def test_a_maximum_goes_whatever_the_target():
             {"min_keep": 0.9, "max_keep": 0.2},
             r"at most 2 \(max_keep\) and at least 11 \(min_keep\)",
         ),
-        ({"ignore": [nn.ReLU()]}, "`ignore` holds a ReLU not in this model"),
         ({"ranking": "fair"}, "ranking='fair'.*'cost'"),
         ({"timing": Timing(), "latency": 0}, "latency must be positive"),
     ],
@@ -306,6 +305,27 @@ def test_the_explanation():
     assert why["13"] == "keeps all: ignore"
     assert "at its limit: max_pruning_ratio" in why.values()
     assert "2 units go" in singe.Plan({"a": [0, 1]}).explain()
+
+
+def test_a_share_of_scores_below_zero_is_not_given():
+    model, x = network()
+    scores = random_scores(model, x)
+    for values in scores.values():
+        values -= values.median()
+    plan = singe.plan(model, scores, x, macs=0.4)
+    assert all(row["score_removed"] is None for row in plan.rows())
+    assert plan.explain().count("%") == 3 + len(plan.rows())  # costs in the head, MACs saved
+
+
+def test_shares_are_not_lost_to_rounding():
+    """0.29 * 100 is 28.999999999999996, and 0.07 * 100 is 7.000000000000001."""
+    assert [rounded_down(share / 100, 100) for share in range(101)] == list(range(101))
+    model, x = network((100, 8, 8))
+    scores = random_scores(model, x)
+    root = next(name for name, values in scores.items() if len(values) == 100)
+    for kept in (7, 29):
+        limits = {"min_keep": {root: kept / 100}, "max_keep": {root: kept / 100}}
+        assert len(singe.plan(model, scores, x, macs=0.99, **limits)[root]) == 100 - kept
 
 
 # ---------------------------------------------------------------------- latency

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torch_pruning as tp
 from helpers import (
     CASES,
@@ -22,6 +23,7 @@ from helpers_loop import BATCHES, OPTIONS, SHAPE, network
 from torch import nn
 
 import singe
+from singe.compress import accuracy
 
 # Torch-Pruning counts a linear layer's bias once per batch: its MACs per sample depend, by less than
 # this, on how many samples it is shown.
@@ -191,16 +193,16 @@ def test_a_target_out_of_reach_fails_before_anything_is_trained():
 
 
 def test_evaluate_takes_batches_or_a_callable():
-    def accuracy(model: nn.Module) -> float:
+    def by_hand(model: nn.Module) -> float:
         with torch.no_grad():
             right = [(model.eval()(x).argmax(1) == y).sum().item() for x, y in BATCHES]
         return sum(right) / 12
 
     model = network()
-    expected = accuracy(model)
+    expected = by_hand(model)
     report = singe.compress(model, macs=0.7, evaluate=BATCHES, **OPTIONS)
     assert report.metric_before == pytest.approx(expected)
-    assert report.metric_after == pytest.approx(accuracy(model))
+    assert report.metric_after == pytest.approx(by_hand(model))
 
     calls = []
 
@@ -217,11 +219,29 @@ def test_evaluate_takes_batches_or_a_callable():
     assert report.metric_after == 5.0
 
 
+def test_ignored_labels_do_not_count():
+    model = network().eval()
+    with torch.no_grad():
+        batches = [(x, model(x).argmax(1)) for x, _ in BATCHES]
+    batches[0][1][:3] = -100
+    assert accuracy(model, batches) == 1.0
+
+
+def test_the_accuracy_of_tokens():
+    class Echo(nn.Linear):
+        def forward(self, x):
+            return F.one_hot(x, 4).double() + 0 * self.weight.sum()
+
+    tokens = torch.randint(0, 4, (3, 5))
+    assert accuracy(Echo(1, 1), [(tokens, tokens)]) == 1.0
+
+
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
         ([(BATCHES[0][0], BATCHES[0][1][:, None])], r"shape \(4, 1\).*shape \(4,\)"),
         ([], "evaluation data is empty"),
+        ([(BATCHES[0][0], torch.full((4,), -100))], "every label of the evaluation data is -100"),
     ],
 )
 def test_what_accuracy_cannot_be_taken_of(batches, message):

@@ -229,6 +229,9 @@ def test_memory_that_cannot_be(model, options):
         ({"macs": 0.5, "params": 0.5}, singe.OptionError, "got macs, params"),
         ({"macs": 0.0}, singe.OptionError, "macs must be positive"),
         ({"macs": -1}, singe.OptionError, "macs must be positive"),
+        ({"macs": "0.5"}, singe.OptionError, "macs must be positive.*'0.5'"),
+        ({"macs": 0.5, "ignore": "3.boddy"}, singe.ModelError, r"did you mean.*'3\.body"),
+        ({"macs": 0.5, "ignore": [nn.ReLU()]}, singe.ModelError, "holds a ReLU not in this model"),
         ({"params": float("nan")}, singe.OptionError, "params must be positive"),
         ({"macs": 0.5, "ranking": "fair"}, singe.OptionError, "ranking='fair'.*'global'.*'local'"),
         ({"macs": 0.5, "max_pruning_ratio": 0.0}, singe.OptionError, "max_pruning_ratio"),
@@ -259,6 +262,7 @@ def test_the_smallest_reachable_target_is_reachable(model, kind):
 @pytest.mark.parametrize(
     ("plan", "error", "message"),
     [
+        ({"3.body.0": 3}, singe.ScoresError, r"'3\.body\.0' is 3; give a list"),
         ({"3.body.0": [6]}, singe.ScoresError, r"unit 6 of '3\.body\.0'.*0\.\.5"),
         ({"3.body.0": [-1]}, singe.ScoresError, r"unit -1 of '3\.body\.0'"),
         ({"3.body.0": range(6)}, singe.ScoresError, "all 6 units.*keep at least one"),

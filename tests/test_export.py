@@ -12,11 +12,14 @@ from helpers import (
     one_thread,  # noqa: F401 - autouse
     torchvision_models,
 )
-from torch import nn
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 import singe
 from singe.errors import ExportError, ModelError
 from singe.export import export_onnx, export_pt2, load_pruned, save_pruned
+from singe.gates import unregister_layer
 
 X = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -95,6 +98,42 @@ def test_tied_weights_stay_tied_and_frozen_ones_frozen(tmp_path):
     assert fresh.out.weight.requires_grad
     fresh(X[:, 0, 0, :6]).sum().backward()
     assert fresh.out.weight.grad is not None
+
+
+class Scale(nn.Module):
+    """A factor per channel that ``state_dict()`` does not show."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("factor", torch.linspace(0.5, 2.0, channels), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor.view(-1, 1, 1)
+
+
+def test_buffers_outside_the_state_dict_that_were_cut_are_kept(tmp_path):
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 6, 3), Scale(6), nn.Conv2d(6, 2, 3)).eval()
+
+    x = torch.randn(2, 3, 8, 8)
+    singe.register_layer(Scale, parameters={"factor": 0})
+    try:
+        model = build()
+        singe.prune(model, {"0": [1, 4]}, x)
+        files = save_pruned(model, tmp_path)
+    finally:
+        unregister_layer(Scale)
+    loaded = load_pruned(build(), tmp_path)
+    assert torch.equal(loaded(x), model(x))
+    assert "1.factor" not in loaded.state_dict()
+    whole = load_file(files["weights"])
+    with safe_open(str(files["weights"]), framework="pt") as content:
+        header = content.metadata()
+    del whole["1.factor"]
+    save_file(whole, files["weights"], header)
+    with pytest.raises(ModelError, match=r"1\.factor has another size"):
+        load_pruned(build(), tmp_path)
 
 
 def test_another_architecture_is_refused_and_left_alone(tmp_path):

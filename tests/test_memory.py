@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from helpers import (
     CASES,
+    CPU,
     assert_close,
     batch_of,
     make_batches,
@@ -17,6 +18,7 @@ from helpers import (
     run_engine,
 )
 
+from singe import memory, units
 from singe.data import cut
 from singe.sweep import Sweep
 
@@ -38,6 +40,34 @@ def test_a_batch_that_does_not_fit_is_cut(monkeypatch):
     cut = run_engine(model, batches, max_memory=60_000)
     assert {size for _, size in sizes} < set(range(1, 6))
     assert_close(cut.scores, whole.scores, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("version", "names"),
+    [
+        (0, ("memory.max", "memory.current", "inactive_file")),
+        (1, ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")),
+    ],
+)
+def test_page_cache_in_a_container_is_free(version, names, tmp_path, monkeypatch):
+    limit, used, cached = names
+    (tmp_path / limit).write_text("1000\n")
+    (tmp_path / used).write_text("900\n")
+    (tmp_path / "memory.stat").write_text(f"anon 300\n{cached} 600\n")
+    monkeypatch.setattr(memory, "CGROUPS", [(tmp_path, limit, used, cached)])
+    assert memory.free_memory(CPU) == 700
+    (tmp_path / limit).write_text("max\n")
+    assert memory.free_memory(CPU) == memory._system_free()
+
+
+def test_running_out_of_memory_is_no_property_of_a_group(monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    case = CASES["residual"]
+    monkeypatch.setattr(units, "remove_units", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        units.find_groups(case.model(), batch_of(case.batches()[0]))
 
 
 def test_parts_are_the_batch():

@@ -15,7 +15,7 @@ from helpers import (
 )
 
 import singe
-from singe.objectives import as_objective, logits_of
+from singe.objectives import as_objective, class_dim, logits_of
 
 RNG = torch.Generator().manual_seed(0)
 
@@ -63,6 +63,31 @@ def test_kl_is_the_divergence_from_the_original():
     ).item()
     assert total("kl", logits, randn(5, 2), original) == pytest.approx(expected)
     assert total("kl", original, randn(5, 2), original) == pytest.approx(0.0, abs=1e-15)
+
+
+def test_the_dimension_of_the_classes():
+    logits = randn(2, 3, 4)
+    pixels, tokens = torch.zeros(2, 4, dtype=torch.long), torch.zeros(2, 3, dtype=torch.long)
+    assert class_dim(logits) == class_dim(logits, pixels) == 1
+    assert class_dim(logits, tokens) == class_dim(SimpleNamespace(logits=logits)) == 2
+    assert class_dim(SimpleNamespace(logits=logits), pixels) == 1
+
+
+def test_kl_of_tokens_is_over_their_classes():
+    logits, original = randn(2, 3, 4), randn(2, 3, 4)
+    labels = torch.zeros(2, 3, dtype=torch.long)
+    expected = F.kl_div(
+        logits.log_softmax(2), original.log_softmax(2), reduction="sum", log_target=True
+    )
+    found = total("kl", logits, (randn(2, 3), labels), original)
+    assert found == pytest.approx(expected.item() / 3)
+
+
+def test_labels_of_any_integer_type():
+    logits, y = randn(5, 4), torch.randint(4, (5,), generator=RNG)
+    for dtype in (torch.int32, torch.uint8):
+        found = total("cross_entropy", logits, (randn(5, 2), y.to(dtype)))
+        assert found == total("cross_entropy", logits, (randn(5, 2), y))
 
 
 def test_kl_needs_no_labels_and_is_blind_at_the_full_network():

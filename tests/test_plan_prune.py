@@ -29,6 +29,7 @@ from torch import nn
 import singe
 from singe.cost import CostModel
 from singe.data import example_batch
+from singe.graph import unwrapped
 from singe.units import find_groups
 
 WIDE = {
@@ -299,6 +300,11 @@ def test_the_state_of_a_float32_model_with_random_statistics_survives_planning()
     singe.plan(model, scores, batches[0][0], params=0.4, ranking="local")
     again = singe.score(model, batches, progress=False)
     assert all(relative_error(again[name], scores[name]) == 0.0 for name in scores)
+
+
+def test_a_compiled_data_parallel_wrapper_is_its_model():
+    model = CASES["residual"].model()
+    assert unwrapped(torch.compile(nn.DataParallel(torch.compile(model)))) is model
 
 
 def test_a_torch_compile_wrapper_is_its_model():

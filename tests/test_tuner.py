@@ -225,6 +225,26 @@ def test_distillation_needs_no_labels_and_follows_the_original():
     assert same_weights(half, network())
 
 
+def test_distillation_of_tokens_is_over_their_classes():
+    class Tokens(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, width), nn.Linear(width, 6)
+
+        def forward(self, x):
+            return self.b(self.a(x).relu())
+
+    torch.manual_seed(0)
+    student, teacher = Tokens(5), Tokens(7)
+    x, y = torch.randn(3, 2, 4), torch.zeros(3, 2, dtype=torch.long)
+    tuner = tuner_of(student, distill=1.0, temperature=1.0)
+    tuner.teacher = teacher
+    with torch.no_grad():
+        wanted, found = teacher(x).log_softmax(2), student(x).log_softmax(2)
+    expected = F.kl_div(found, wanted, reduction="sum", log_target=True) / 6
+    assert float(tuner._loss(batch_of((x, y)))) == pytest.approx(float(expected))
+
+
 def test_recalibration_sets_the_statistics_of_the_calibration_data():
     model = network()
     data = [batch_of(b) for b in BATCHES]

@@ -13,6 +13,7 @@ from helpers import (
     assert_close,
     assert_unchanged,
     channels_last,
+    clone,
     one_thread,  # noqa: F401 - autouse
     randomise,
     same_bits,
@@ -123,6 +124,79 @@ def test_a_shuffling_loader_leaves_the_generator():
     assert torch.equal(torch.get_rng_state(), before)
     straight = singe.score(model, [(x, y)], progress=False)
     assert_close(scores, straight, 1e-6)  # float32: shuffled data is the same data
+
+
+class Wrapped:
+    def __init__(self, loader: DataLoader) -> None:
+        self.loader = loader
+
+    def __iter__(self):
+        return iter(self.loader)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own generator", "global generator"])
+def test_loaders_draw_the_same_afterwards(own):
+    (x, y), = CASE.batches((8,))  # fmt: skip
+    generator = torch.Generator().manual_seed(3)
+    options = {"batch_size": 3, "shuffle": True, "generator": generator if own else None}
+    loader = DataLoader(TensorDataset(x, y), **options)
+    model = used_model()
+    torch.manual_seed(7)
+    process, before = torch.get_rng_state(), generator.get_state()
+    for batches in (loader,) if own else (loader, Wrapped(loader)):
+        singe.score(model, batches, progress=False)
+        singe.compress(
+            model, train=batches, evaluate=batches, channels=0.8, rounds=1, finetune_steps=2,
+            progress=False,
+        )  # fmt: skip
+    assert torch.equal(torch.get_rng_state(), process)
+    assert torch.equal(generator.get_state(), before)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_pruning_in_the_callers_grad_mode(context):
+    model, batches = CASE.model(), CASE.batches()
+    x, options = batches[0][0], {"rounds": 1, "finetune_steps": 2, "progress": False}
+    scores = singe.score(model, batches, progress=False)
+    plan = singe.plan(model, scores, x, channels=0.7)
+    pruned, compressed = clone(model), clone(model)
+    inside = clone(model)
+    singe.compress(compressed, train=batches, channels=0.7, **options)
+    with context():
+        assert dict(singe.plan(model, scores, x, channels=0.7)) == dict(plan)
+        singe.prune(pruned, plan, x)
+        singe.compress(inside, train=batches, channels=0.7, **options)
+    state, other = inside.state_dict(), compressed.state_dict()
+    assert all(same_bits(state[name], other[name]) for name in other)
+
+
+def test_a_model_made_in_inference_mode_is_refused():
+    with torch.inference_mode():
+        model = CASE.model()
+    for change in (
+        lambda: singe.prune(model, {"0": [1]}, CASE.batches()[0][0]),
+        lambda: singe.compress(model, train=CASE.batches(), channels=0.8),
+    ):
+        with pytest.raises(singe.ModelError, match="inference_mode"):
+            change()
+
+
+def test_extra_state_is_no_tensor_but_no_trouble(tmp_path):
+    class WithState(nn.ReLU):
+        def get_extra_state(self):
+            return {"note": 1}
+
+        def set_extra_state(self, state):
+            assert state == {"note": 1}
+
+    model = nn.Sequential(nn.Linear(4, 6), WithState(), nn.Linear(6, 3))
+    batches = [(torch.randn(8, 4), torch.randint(0, 3, (8,)))]
+    scores = singe.score(model, batches, progress=False)
+    singe.prune(clone(model), singe.plan(model, scores, batches[0][0], channels=0.5), batches[0][0])
+    singe.compress(
+        model, train=batches, channels=0.5, rounds=1, finetune_steps=1, progress=False,
+        checkpoint=tmp_path / "run",
+    )  # fmt: skip
 
 
 def test_memory_format():

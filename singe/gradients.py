@@ -1,0 +1,28 @@
+"""Gradients, whatever mode the caller is in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+
+import torch
+from torch import nn
+
+from singe.errors import ModelError
+
+
+@contextmanager
+def gradients_on() -> Iterator[None]:
+    """Autograd records in here, also under the caller's ``no_grad`` or ``inference_mode``."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def check_changeable(model: nn.Module) -> None:
+    """Raise ModelError if the model was made in inference mode: torch lets nobody change it then."""
+    if any(tensor.is_inference() for tensor in chain(model.parameters(), model.buffers())):
+        raise ModelError(
+            f"this {type(model).__name__} was made or copied under torch.inference_mode(), where its "
+            "parameters cannot be changed; build or copy it outside"
+        )
