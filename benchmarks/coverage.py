@@ -35,11 +35,12 @@ from singe.definition import Definition
 from singe.engine import FusedEngine
 from singe.graph import ModelGraph, private_copy
 from singe.naive import naive_scores
-from singe.network import Network
+from singe.network import Network, set_gates
 from singe.objectives import as_objective
 from singe.quadrature import as_quadrature
 from singe.removal import remove_units
-from singe.units import distance, find_groups, float_outputs, set_gates
+from singe.units import find_groups
+from singe.verification import distance, float_outputs
 
 REMOVALS = 3  # groups whose single unit is removed alone
 LIMIT_SECONDS = 600

@@ -16,7 +16,7 @@ from singe.budget import RANKINGS
 from singe.checkpoint import Folder, digest_of
 from singe.criteria import choose
 from singe.data import as_batch, check_reiterable, device_of
-from singe.errors import CheckpointError, OptionError, expect, expect_callable
+from singe.errors import CheckpointError, OptionError, expect_callable
 from singe.evaluation import Evaluate, accuracy, as_evaluate
 from singe.finetune import (
     FinetuneFunction,
@@ -28,7 +28,7 @@ from singe.finetune import (
     smoothed,
 )
 from singe.gradients import check_changeable, gradients_on
-from singe.graph import unwrapped
+from singe.graph import expect_model, unwrapped
 from singe.latency import Timing
 from singe.limits import MAX_PRUNING_RATIO, Share, target_of
 from singe.loop import Loop
@@ -182,7 +182,7 @@ def compress(
             "compress ranks units on a network that changes its shapes every round: granularity must "
             "be 'unit' and compile False"
         )
-    expect("model", model, nn.Module, "an nn.Module")
+    expect_model(model)
     check_changeable(model)
     expect_callable(
         "optimizer", optimizer, "e.g. lambda parameters: torch.optim.SGD(parameters, 0.01)"

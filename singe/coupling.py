@@ -110,12 +110,11 @@ def _find_folds(dg: tp.DependencyGraph, names: dict[nn.Module, str]) -> dict[str
 
 
 def tied_layers(model: nn.Module) -> set[str]:
-    """Layers whose weight is also another layer's: removing from one would untie them."""
+    """Layers whose weight or bias is also another layer's: removing from one would untie them."""
     users: dict[int, list[str]] = {}
     for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            users.setdefault(id(weight), []).append(name)
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(id(parameter), []).append(name)
     return {name for sharers in users.values() if len(sharers) > 1 for name in sharers}
 
 
@@ -189,7 +188,7 @@ def _describe(
         if isinstance(module, ROWS) and "weight" not in module._parameters:
             return f"{name} computes its weight; remove its weight_norm or parametrization first"
         if name in tied:
-            return f"{name} shares its weight with another layer"
+            return f"{name} shares a parameter with another layer"
         if isinstance(module, BATCH_NORMS) and module.running_mean is None:
             return f"{name} keeps no running statistics"
         if max(item.idxs) >= _width(module, is_out):
@@ -222,7 +221,7 @@ def _group_of(heads: Heads, model: nn.Module, tied: set[str]) -> Group | str:
     units: dict[str, Tensor] = {}
     for name, rows in heads.rows.items():
         if name in tied:
-            return f"{name} shares its weight with another layer"
+            return f"{name} shares a parameter with another layer"
         module: Any = model.get_submodule(name)
         if isinstance(module, nn.MultiheadAttention):
             units[name] = units_by_channel(rows, len(module.in_proj_weight))

@@ -83,7 +83,7 @@ def as_batch(raw: Any, index: int, device: torch.device) -> Batch:
 
     Raises:
         DataError: no tensor in it, or no samples.
-        NonFiniteError: NaN or infinity in a floating-point input.
+        NonFiniteError: NaN or infinity in a floating-point input; a second input may hold -inf.
     """
     raw = to_device(raw, device)
     args: tuple[Any, ...] = ()
@@ -112,9 +112,14 @@ def as_batch(raw: Any, index: int, device: torch.device) -> Batch:
         )
     if tensors[0].shape[0] == 0:
         raise DataError(f"batch {index} has no samples (shape {tuple(tensors[0].shape)})")
-    for tensor in tensors:
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            bad = int((~torch.isfinite(tensor)).sum())
+    for position, tensor in enumerate(tensors):
+        if not tensor.is_floating_point():
+            continue
+        usable = torch.isfinite(tensor)
+        if position > 0:  # additive attention masks hold -inf
+            usable |= tensor.isneginf()
+        if not usable.all():
+            bad = int((~usable).sum())
             raise NonFiniteError(
                 f"batch {index} has {bad} NaN or infinite input values (shape "
                 f"{tuple(tensor.shape)}); clean the data or drop this batch"
@@ -171,9 +176,9 @@ def first_batch(batches: Iterable[Any], device: torch.device) -> Batch:
     return next(read_batches(batches, device))
 
 
-def head(value: Any, count: int) -> Any:
-    """The first ``count`` samples of every tensor in a nested structure."""
-    return tree_map(lambda t: t[:count] if isinstance(t, Tensor) and t.dim() else t, value)
+def head(value: Any, count: int, size: int) -> Any:
+    """The first ``count`` of ``size`` samples of every tensor that has so many, in a nested structure."""
+    return tree_map(lambda t: t[:count] if has_samples(t, size) else t, value)
 
 
 def in_channels_last(batch: Batch) -> Batch:
@@ -190,7 +195,8 @@ def in_channels_last(batch: Batch) -> Batch:
 def first_samples(batch: Batch, count: int) -> Batch:
     """The first ``count`` samples of a batch's inputs."""
     size = min(count, batch.size)
-    return replace(batch, args=head(batch.args, size), kwargs=head(batch.kwargs, size), size=size)
+    args, kwargs = (head(inputs, size, batch.size) for inputs in (batch.args, batch.kwargs))
+    return replace(batch, args=args, kwargs=kwargs, size=size)
 
 
 def shapes_of(batch: Batch) -> list[Any]:

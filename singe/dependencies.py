@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -44,6 +45,9 @@ class _DependencyGraph(tp.DependencyGraph):
                 if node.type == kind and not moves_channels(node):
                     node.type = kinds.ELEMENTWISE
         super()._build_dependency(module2node)
+        for node in module2node.values():
+            if node.type == kinds.SPLIT:
+                node.grad_fn = _with_sizes(node.grad_fn)
 
     def _joins_channels(self, node: Any) -> bool:
         """Not with constants alone (an empty cache), nor what was cut along another dimension."""
@@ -81,6 +85,19 @@ class _DependencyGraph(tp.DependencyGraph):
         return any(infer_out_channels_recursively(self, n, [0]) == width for n in node.inputs)
 
 
+def _with_sizes(split: Any) -> Any:
+    """What Torch-Pruning asks of a split of channels into equal parts: current torch saves one size.
+
+    Not of [B, C] features: there a recurrent layer's gates, step after step, would have no end.
+    """
+    sizes, part = (getattr(split, f"_saved_{n}", None) for n in ("self_sym_sizes", "split_size"))
+    if sizes is None or part is None or split._saved_dim != 1 or len(sizes) < 3:
+        return split
+    width, part = int(sizes[1]), int(part)
+    parts = [min(part, width - start) for start in range(0, width, part)]
+    return SimpleNamespace(_saved_dim=1, _saved_split_sizes=parts)
+
+
 def _signed(dim: int) -> int:
     """torch hands negative dimensions out as unsigned numbers."""
     return dim - 2**64 if dim >= 2**63 else dim
@@ -100,9 +117,7 @@ def build_dependency_graph(model: nn.Module, batch: Batch) -> tp.DependencyGraph
                 model,
                 batch.args,
                 forward_fn=lambda m, _: batch.call(m),
-                output_transform=lambda out: [
-                    t for t in tree_leaves(out) if isinstance(t, Tensor) and t.grad_fn is not None
-                ],
+                output_transform=_traced,
                 customized_pruners=pruners(),
                 verbose=False,
             )
@@ -112,6 +127,16 @@ def build_dependency_graph(model: nn.Module, batch: Batch) -> tp.DependencyGraph
             "model(inputs) runs in evaluation mode and returns tensors"
         ) from error
     return graph
+
+
+def _traced(outputs: Any) -> list[Tensor]:
+    tensors = [t for t in tree_leaves(outputs) if isinstance(t, Tensor)]
+    if not tensors:
+        raise ModelError(
+            f"its output is a {type(outputs).__name__}, in which torch finds no tensor: return a tensor, a "
+            "tuple or a dict, or make it known by torch.utils._pytree.register_dataclass"
+        )
+    return [t for t in tensors if t.grad_fn is not None]
 
 
 def coupled(dg: tp.DependencyGraph) -> Iterator[tuple[nn.Module, Any]]:

@@ -109,9 +109,13 @@ def cosine(optimizer: Optimizer, steps: int) -> LRScheduler:
 
 @contextmanager
 def in_mode(model: nn.Module, training: bool | None) -> Iterator[None]:
-    """Training or evaluation mode in here (None: as it is); every module's own comes back afterwards."""
+    """Training or evaluation mode in here (None: as it is); every module's own comes back afterwards.
+
+    A model that is in training mode already stays as it is: what was set to ``eval()`` inside it, a frozen
+    norm say, is not trained.
+    """
     modes = {module: module.training for module in model.modules()}
-    if training is not None:
+    if training is not None and not (training and model.training):
         model.train(training)
     try:
         yield

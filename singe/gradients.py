@@ -14,9 +14,21 @@ from singe.errors import ModelError
 
 @contextmanager
 def gradients_on() -> Iterator[None]:
-    """Autograd records in here, also under the caller's ``no_grad`` or ``inference_mode``."""
-    with torch.inference_mode(False), torch.enable_grad():
+    """Autograd records in here, in the model's own precision.
+
+    Also under the caller's ``no_grad``, ``inference_mode`` or ``autocast``.
+    """
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        _no_autocast("cpu"),
+        _no_autocast("cuda"),
+    ):
         yield
+
+
+def _no_autocast(kind: str) -> torch.autocast:
+    return torch.autocast(kind, enabled=False)
 
 
 def check_changeable(model: nn.Module) -> None:

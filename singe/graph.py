@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singe.errors import ModelError
+from singe.errors import ModelError, expect
 from singe.gates import BATCH_NORMS
 from singe.heads import Heads
 
@@ -99,6 +99,24 @@ def unwrapped(model: nn.Module) -> nn.Module:
         return unwrapped(model.module)
     inner = getattr(model, "_orig_mod", model)
     return inner if inner is model else unwrapped(inner)
+
+
+def expect_model(model: object) -> None:
+    """Raise what a user should read where something is no module, or one that nothing can be cut from.
+
+    Raises:
+        OptionError: no module.
+        ModelError: TorchScript, or layers that do not know their sizes yet.
+    """
+    expect("model", model, nn.Module, "an nn.Module")
+    assert isinstance(model, nn.Module)
+    if isinstance(unwrapped(model), torch.jit.ScriptModule):
+        raise ModelError(
+            "a TorchScript model cannot be changed; give the nn.Module it was made from"
+        )
+    lazy = (n for n, p in model.named_parameters() if nn.parameter.is_lazy(p))
+    if name := next(lazy, None):
+        raise ModelError(f"{name} has no size yet; run the model once, model(inputs), before")
 
 
 def private_copy(model: nn.Module, trainable: bool = False) -> nn.Module:

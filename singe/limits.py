@@ -144,12 +144,18 @@ def _groups_of(names: Iterable[str], graph: ModelGraph, argument: str) -> set[st
     return found
 
 
+def _depth(item: tuple[str, float]) -> int:
+    return item[0].count(".") + 1 if item[0] else 0
+
+
 def _shares(given: Share | None, graph: ModelGraph, argument: str) -> dict[str, float]:
     if given is None:
         return {}
     shares = given if isinstance(given, Mapping) else {g.name: given for g in graph.groups}
     result: dict[str, float] = {}
-    for name, share in shares.items():
+    for name, share in sorted(
+        shares.items(), key=_depth
+    ):  # a layer's own goes before its container's
         if not 0.0 <= float(share) <= 1.0:
             raise OptionError(f"{argument} of {name!r} must lie in [0, 1], got {share!r}")
         for group in _groups_of([name], graph, argument):

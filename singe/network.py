@@ -278,6 +278,18 @@ def site_key(member: Member) -> str:
     return f"{member.name}:input" if member.kind == "input" else member.name
 
 
+def set_gates(network: Network, units: Iterable[tuple[Group, Iterable[int]]], value: float) -> None:
+    """Set the gates of some units to ``value`` and of all others to 1."""
+    network.clear()
+    for group, indices in units:
+        chosen = list(indices)
+        for member in group.members:
+            site = network.sites[site_key(member)]
+            if site.gate is None:
+                site.gate = network.open_gate(site.key).repeat(site.channels)
+            site.gate[member.channels[chosen].flatten()] = value
+
+
 Forward = Callable[..., Tensor]
 
 

@@ -130,6 +130,15 @@ class CrossEntropy(Objective):
                     f"and must have the logits' shape {tuple(logits.shape)}, got "
                     f"{tuple(labels.shape)}; pass integer class indices otherwise"
                 )
+            total = labels.sum(1)
+            if bool((labels < 0).any()) or not torch.allclose(
+                total, torch.ones_like(total), 0, 1e-2
+            ):
+                raise DataError(
+                    f"batch {batch.index}: floating-point labels are read as class probabilities, and "
+                    "these are negative or do not sum to 1; for regression or several labels per sample "
+                    "give objective=lambda outputs, batch: F.mse_loss(outputs, batch[1])"
+                )
             return
         dim = class_dim(outputs, labels)
         expected = logits.shape[:dim] + logits.shape[dim + 1 :]
@@ -189,7 +198,7 @@ class UserObjective(Objective):
     def per_sample(self, outputs: Any, batch: Batch, reference: Any) -> Tensor:
         try:
             loss = self.function(outputs, batch.raw)
-        except TypeError as error:
+        except (TypeError, AttributeError) as error:  # a torch loss as it is gets (outputs, (x, y))
             raise DataError(
                 f"objective {self.name!r} failed on batch {batch.index} ({first_line(error)}). It is "
                 "called with the model's outputs and the whole batch as the data gives it; for (x, y): "

@@ -20,7 +20,7 @@ from singe.errors import ScoresError, expect
 from singe.explain import explain_groups, table
 from singe.files import replacing
 from singe.gradients import gradients_on
-from singe.graph import ModelGraph, private_copy, unwrapped
+from singe.graph import ModelGraph, expect_model, private_copy, unwrapped
 from singe.latency import Stopwatch, Timing
 from singe.limits import MAX_PRUNING_RATIO, Limits, Share, absolute, limits_of, target_of
 from singe.removal import remove_units
@@ -180,7 +180,7 @@ def plan(
         BudgetError: the target cannot be met; names the smallest that can.
         OptionError: not exactly one target, or a value out of range.
     """
-    expect("model", model, nn.Module, "an nn.Module")
+    expect_model(model)
     expect("scores", scores, ScoreTable, "what singe.score returned")
     require_units(scores)
     scores.check(model)

@@ -12,7 +12,7 @@ from singe.cost import count
 from singe.data import device_of, example_batch
 from singe.errors import ModelError, OptionError, ScoresError, expect
 from singe.gradients import check_changeable, gradients_on
-from singe.graph import Group, private_copy, unwrapped
+from singe.graph import Group, expect_model, private_copy, unwrapped
 from singe.plan import Plan
 from singe.removal import remove_units
 from singe.scores import ScoreTable, fingerprint
@@ -72,7 +72,7 @@ def prune(
         ModelError: a layer of the plan is unknown or cannot be pruned, or the model was made in
             inference mode.
     """
-    expect("model", model, nn.Module, "an nn.Module")
+    expect_model(model)
     check_changeable(model)
     if isinstance(plan, ScoreTable):
         raise OptionError(

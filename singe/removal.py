@@ -4,7 +4,8 @@ Also what it does to tensors that mirror the model's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,8 @@ def remove_units(
     try:
         linears.put()
         by_graph = any(group.heads is None for group, _ in removals)
-        graph = build_dependency_graph(model, batch) if by_graph else None
+        with _buffers_kept(model):  # the trace runs the user's own forward
+            graph = build_dependency_graph(model, batch) if by_graph else None
         if once_traced is not None:
             linears.back()
             once_traced(model)
@@ -61,6 +63,27 @@ def remove_units(
     finally:
         linears.back()
         _restore_flags(model, training, trainable)
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """The very buffers of now, with their values, also where a forward pass counts or observes."""
+    before = [
+        (
+            module,
+            dict(module._buffers),
+            {k: b.clone() for k, b in module._buffers.items() if b is not None},
+        )
+        for module in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, buffers, values in before:
+                module._buffers.update(buffers)
+                for name, value in values.items():
+                    module._buffers[name].copy_(value)  # type: ignore[union-attr]
 
 
 def kept_elements(model: nn.Module, batch: Batch, removals: Removals) -> dict[str, Tensor]:

@@ -18,9 +18,8 @@ from singe.data import check_reiterable, device_of, first_batch, input_shapes, r
 from singe.data_free import of_units, of_weights
 from singe.decision import EarlyDecision
 from singe.engine import FusedEngine
-from singe.errors import expect
 from singe.gradients import gradients_on
-from singe.graph import ModelGraph
+from singe.graph import ModelGraph, expect_model
 from singe.naive import naive_scores
 from singe.objectives import Loss, Objective
 from singe.quadrature import Quadrature
@@ -176,7 +175,7 @@ def carry_out(
     request: Request, model: nn.Module, batches: Iterable[Any]
 ) -> tuple[Scores | WeightScores, ModelGraph]:
     """What :func:`score` does, with the groups that were found on the way."""
-    expect("model", model, nn.Module, "an nn.Module")
+    expect_model(model)
     request.check_model(model)
     check_reiterable(batches)
     start = time.perf_counter()

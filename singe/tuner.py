@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim import LBFGS, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from singe.data import Batch, as_batch, device_of
-from singe.errors import ModelError, NonFiniteError
+from singe.errors import ModelError, NonFiniteError, OptionError
 from singe.finetune import Training, in_mode
 from singe.graph import unwrapped
 from singe.objectives import class_dim, logits_of
@@ -70,11 +70,29 @@ class Tuner:
         named = self._trainable()
         if not named:
             raise ModelError("no parameter requires a gradient, so there is nothing to fine-tune")
-        self._optimizer = self.training.optimizer(list(named.values()))
+        self._optimizer = self._new_optimizer(list(named.values()))
         for name, parameter in named.items():
             if name in self._gathered:
                 self._optimizer.state[parameter] = self._gathered[name]
-        self._scheduler = self.training.scheduler(self._optimizer, steps)
+        self._scheduler = self._new_scheduler(self._optimizer, steps)
+
+    def _new_optimizer(self, parameters: list[nn.Parameter]) -> Optimizer:
+        made: Any = self.training.optimizer(parameters)
+        if not isinstance(made, Optimizer) or isinstance(made, LBFGS):
+            raise OptionError(
+                f"optimizer returned {type(made).__name__}; it must return a torch.optim.Optimizer whose "
+                "step() needs no closure"
+            )
+        return made
+
+    def _new_scheduler(self, optimizer: Optimizer, steps: int) -> LRScheduler:
+        made: Any = self.training.scheduler(optimizer, steps)
+        if not hasattr(made, "step") or isinstance(made, ReduceLROnPlateau):
+            raise OptionError(
+                f"scheduler returned {type(made).__name__}; it must return an LRScheduler that can be "
+                "stepped after every training step, without a metric"
+            )
+        return made
 
     def run(self, after_step: Callable[[], None] = lambda: None) -> float | None:
         """The rest of the stage; the modules' modes are put back afterwards.

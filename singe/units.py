@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from singe.coupling import read_graph
 from singe.data import Batch, first_samples
-from singe.errors import ModelError, NonFiniteError
-from singe.graph import Group, ModelGraph, private_copy, unwrapped
-from singe.memory import is_out_of_memory
-from singe.network import Network, site_key
-from singe.removal import remove_units
+from singe.errors import ModelError
+from singe.graph import ModelGraph, private_copy, unwrapped
+from singe.network import Network, set_gates
+from singe.verification import distance, float_outputs, tolerance_of, verified
 
 TRACE_SAMPLES = 2  # a batch of 1 would hide coupling along the batch dimension
 
@@ -73,7 +72,7 @@ def checked_groups(
     graph = _with_input_gates(model, batch, graph)
     if wanted is not None:
         graph = _select(graph, names, wanted)
-    graph = _verified(model, batch, graph)
+    graph = verified(model, batch, graph)
     if wanted is not None:
         _select(graph, names, wanted)  # name the reason if a wanted group failed its check
     return graph
@@ -147,10 +146,6 @@ def _folds_well(model: nn.Module, batch: Batch, graph: ModelGraph) -> bool:
     return distance(folded, original) <= tolerance_of(original)
 
 
-def float_outputs(outputs: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
-
-
 @torch.no_grad()
 def _with_input_gates(model: nn.Module, batch: Batch, graph: ModelGraph) -> ModelGraph:
     """Gate the inputs of consumers that do not read zeros when every gate is at zero."""
@@ -178,97 +173,3 @@ def _with_input_gates(model: nn.Module, batch: Batch, graph: ModelGraph) -> Mode
         }
         groups.append(group.with_input_gates(leaky) if leaky else group)
     return replace(graph, groups=tuple(groups))
-
-
-def set_gates(network: Network, units: Iterable[tuple[Group, Iterable[int]]], value: float) -> None:
-    """Set the gates of some units to ``value`` and of all others to 1."""
-    network.clear()
-    for group, indices in units:
-        chosen = list(indices)
-        for member in group.members:
-            site = network.sites[site_key(member)]
-            if site.gate is None:
-                site.gate = network.open_gate(site.key).repeat(site.channels)
-            site.gate[member.channels[chosen].flatten()] = value
-
-
-@torch.no_grad()
-def _verified(model: nn.Module, batch: Batch, graph: ModelGraph) -> ModelGraph:
-    """Keep the groups in which gating a unit off equals removing it physically.
-
-    One unit of every group at once; where that fails, of one half of the groups and of the other.
-    """
-    network = Network(model, graph.groups, graph.folds)
-    network.clear()
-    base = float_outputs(network(batch))
-    original = float_outputs(batch.call(private_copy(model)))
-    if not all(bool(torch.isfinite(t).all()) for t in original):
-        raise NonFiniteError(
-            f"{type(model).__name__} gives NaN or infinite outputs for the first batch in evaluation "
-            "mode; check its parameters and running statistics"
-        )
-    if not distance(base, original) <= tolerance_of(original):
-        raise ModelError(
-            f"the folded copy of {type(model).__name__} differs from the model by "
-            f"{distance(base, original):.2e} (relative); is its evaluation mode deterministic?"
-        )
-
-    def problem(groups: Sequence[Group]) -> str | None:
-        units = [(g, [g.n_units // 2]) for g in groups]
-        set_gates(network, units, 0.0)
-        gated = float_outputs(network(batch))
-        small_model = private_copy(model)
-        try:
-            with torch.enable_grad():
-                remove_units(small_model, batch, units)
-            removed = float_outputs(batch.call(small_model))
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            return f"removing one of its units fails ({type(error).__name__}: {error})"
-        if [t.shape for t in removed] != [t.shape for t in base]:
-            return "removing one of its units changes the shape of the model's output"
-        off = distance(gated, removed)
-        if not off <= tolerance_of(base):
-            return f"gating one of its units and removing it differ by {off:.1e} (relative)"
-        return None
-
-    # Heads on their own: without a trace they are cheap.
-    reasons = with_problems([g for g in graph.groups if g.heads], problem)
-    plain = [g for g in graph.groups if not g.suspicious and not g.heads]
-    reasons |= with_problems(plain, problem)
-    for group in graph.groups:
-        if group.suspicious:
-            reasons |= with_problems([group], problem)
-    failed = {layer: g.name for g in graph.groups if g.name in reasons for layer in g.layers}
-    return replace(
-        graph,
-        groups=tuple(g for g in graph.groups if g.name not in reasons),
-        rejected={**graph.rejected, **reasons},
-        rejected_layers={**graph.rejected_layers, **failed},
-    )
-
-
-def with_problems(
-    groups: Sequence[Group], problem: Callable[[Sequence[Group]], str | None]
-) -> dict[str, str]:
-    """Group -> its problem, in few runs where few have one: halves are tried where a whole has some."""
-    why = problem(groups) if groups else None
-    if why is None:
-        return {}
-    if len(groups) == 1:
-        return {groups[0].name: why}
-    middle = len(groups) // 2
-    return with_problems(groups[:middle], problem) | with_problems(groups[middle:], problem)
-
-
-def distance(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-    """Largest difference relative to the largest value of ``right``."""
-    scale = max((float(r.abs().max()) for r in right if r.numel()), default=0.0) or 1.0
-    worst = max((float((a - b).abs().max()) for a, b in zip(left, right, strict=True)), default=0.0)
-    return worst / scale
-
-
-def tolerance_of(outputs: Sequence[Tensor]) -> float:
-    """About 1e3 roundings: folding and removal change the order of sums, layer after layer."""
-    return max((1e3 * torch.finfo(t.dtype).eps for t in outputs), default=0.0)

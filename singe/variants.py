@@ -14,12 +14,18 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from singe.compiled import PassCompiler
 from singe.data import Batch
-from singe.errors import SingeError, first_line
+from singe.errors import ModelError, SingeError, first_line
 from singe.memory import is_out_of_memory
 from singe.network import Network
 
 Inputs = dict[str, list[Tensor]]
 Structure = tuple[list[Any], TreeSpec]
+
+# It would run a part of the model again in the backward pass, when its gates are open.
+CHECKPOINTING = (
+    "this model checkpoints its activations (torch.utils.checkpoint); switch that off for scoring, or use "
+    'engine="naive"'
+)
 
 
 def zero_probes(outputs: Sequence[Tensor], variants: int) -> list[Tensor]:
@@ -141,10 +147,15 @@ class VariantRunner:
                 network.sites[key].gate = gate
             for key, probe in probes.items():
                 network.sites[key].probes = probe
-            leaves, spec = tree_flatten(network(batch))
+            with torch.autograd.graph.disable_saved_tensors_hooks(CHECKPOINTING):
+                leaves, spec = tree_flatten(network(batch))
             structure.append((leaves, spec))
             outputs = [t for t in leaves if isinstance(t, Tensor)]
             return outputs, {key: list(network.sites[key].inputs) for key in probes}
+        except RuntimeError as error:
+            if CHECKPOINTING in str(error):
+                raise ModelError(CHECKPOINTING) from error
+            raise
         finally:
             network.clear()
 

@@ -18,20 +18,10 @@ from singe.coupling import is_plain, tied_layers
 from singe.data import Batch
 from singe.errors import ModelError
 from singe.graph import ROWS, Group, Member, ModelGraph, unwrapped
-from singe.network import Network
+from singe.network import Network, set_gates
 from singe.rows import TRANSPOSED, rows_of, weight_of
-from singe.units import (
-    checked_groups,
-    distance,
-    float_outputs,
-    full_precision,
-    inside,
-    names_of,
-    set_gates,
-    small,
-    tolerance_of,
-    with_problems,
-)
+from singe.units import checked_groups, full_precision, inside, names_of, small
+from singe.verification import distance, float_outputs, tolerance_of, with_problems
 
 SCORED = (*ROWS, *TRANSPOSED)
 
@@ -108,7 +98,7 @@ def _why_not(name: str, module: nn.Module, tied: set[str], ignored: frozenset[st
     if "weight" not in module._parameters:
         return "its weight is computed; remove its weight_norm, mask or parametrization first"
     if name in tied:
-        return "it shares its weight with another layer"
+        return "it shares a parameter with another layer"
     return None
 
 

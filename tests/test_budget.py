@@ -205,6 +205,17 @@ def test_shares_per_group(ranking):
     assert "ignore" in rows["4"]["why"]
 
 
+def test_a_layers_own_share_goes_before_its_containers():
+    model = nn.Sequential(
+        nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU()), nn.Linear(8, 3)
+    )
+    x = torch.randn(4, 6)
+    scores = random_scores(model, x)
+    for shares in ({"0.0": 0.9, "0": 0.25}, {"0": 0.25, "0.0": 0.9}):
+        plan = singe.plan(model, scores, x, params=0.55, min_keep=shares)
+        assert len(plan.get("0.0", [])) == 0
+
+
 def test_a_named_minimum_lifts_the_guard():
     model, x = network()
     scores = random_scores(model, x)

@@ -16,6 +16,7 @@ from helpers import (
     snapshot,
 )
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader, TensorDataset
 
 import singe
@@ -339,10 +340,20 @@ X = CASE.batches()[0][0][:2]
             "`plan` names '3.body.9'.*did you mean",
         ),
         (lambda m, s: compress(m, optimizer="adam"), "optimizer must be a callable.*got str"),
+        (lambda m, s: compress(m, optimizer=torch.optim.LBFGS), "returned LBFGS.*no closure"),
+        (lambda m, s: compress(m, scheduler=lambda o, n: None), "scheduler returned NoneType"),
+        (
+            lambda m, s: compress(m, scheduler=lambda o, n: ReduceLROnPlateau(o)),
+            "ReduceLROnPlateau.*without a metric",
+        ),
         (lambda m, s: compress(m, evaluate=lambda model: None), "evaluate must return a number"),
         (
             lambda m, s: compress(m, criterium="singe"),
             r"compress\(\) got an unexpected.*'criterium'",
+        ),
+        (
+            lambda m, s: score(m, CASE.batches(), objective=nn.MSELoss()),
+            r"MSELoss' failed on batch 0.*batch\[1\]",
         ),
         (
             lambda m, s: score(m, CASE.batches(), objective=nn.CrossEntropyLoss()),

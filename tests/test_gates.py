@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 import singe
 from singe.gates import dialect, unregister_layer
-from singe.network import Network, weighted_norm
+from singe.network import Network, set_gates, weighted_norm
 from singe.removal import remove_units
-from singe.units import find_groups, set_gates
+from singe.units import find_groups
 
 
 class LayerNorm2d(nn.LayerNorm):

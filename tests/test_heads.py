@@ -46,9 +46,9 @@ from torch import nn
 import singe
 from singe.attention import unregister_attention
 from singe.cost import CostModel, count
-from singe.network import Network
+from singe.network import Network, set_gates
 from singe.removal import kept_elements, remove_units, take
-from singe.units import find_groups, set_gates
+from singe.units import find_groups
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -29,11 +29,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import singe
 from singe.data import first_batch
-from singe.network import Network
+from singe.network import Network, set_gates
 from singe.removal import kept_elements, remove_units, take
 from singe.rounds import portions, target_after
 from singe.seeding import Stream
-from singe.units import find_groups, set_gates
+from singe.units import find_groups
 
 # ---------------------------------------------------------------------- removal
 

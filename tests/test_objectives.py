@@ -42,6 +42,14 @@ def test_cross_entropy_of_class_probabilities():
     assert total("cross_entropy", logits, (randn(5, 2), y)) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    "y", [torch.tensor([[0.5, -0.5, 1.0, 0.0]]), torch.tensor([[1.0, 1, 0, 0]])]
+)
+def test_floats_that_are_no_probabilities(y):
+    with pytest.raises(singe.DataError, match=r"do not sum to 1; for regression.*give objective="):
+        total("cross_entropy", randn(1, 4), (randn(1, 2), y.double()))
+
+
 def test_cross_entropy_of_pixels_is_their_mean():
     logits, y = randn(2, 4, 3, 3), torch.randint(4, (2, 3, 3), generator=RNG)
     expected = 2 * F.cross_entropy(logits, y).item()

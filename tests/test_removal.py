@@ -33,8 +33,9 @@ import singe
 from singe import network as gated
 from singe.data import first_batch
 from singe.graph import private_copy
+from singe.network import set_gates
 from singe.removal import remove_units
-from singe.units import find_groups, set_gates
+from singe.units import find_groups
 
 SMALL, PROMISED = 1e-9, 1e-5
 

@@ -143,7 +143,7 @@ def test_computed_and_shared_weights_are_left_out_with_the_reason() -> None:
     assert set(scores) <= {"0", "8"}
     reasons = " ".join(scores.meta["rejected"].values())
     assert "computes its weight" in reasons
-    assert "shares its weight" in reasons
+    assert "shares a parameter" in reasons
 
 
 def test_wrappers_are_seen_through() -> None:

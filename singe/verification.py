@@ -1,0 +1,155 @@
+"""Groups proven on the model: gating a unit off equals removing it physically."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from singe.data import Batch, device_of
+from singe.errors import ModelError, NonFiniteError, first_line
+from singe.graph import NORMS, ROWS, Group, ModelGraph, private_copy
+from singe.memory import is_out_of_memory
+from singe.network import Network, set_gates
+from singe.removal import remove_units
+from singe.seeding import random_state_kept
+
+
+@torch.no_grad()
+def verified(model: nn.Module, batch: Batch, graph: ModelGraph) -> ModelGraph:
+    """Keep the groups in which gating units off equals removing them physically.
+
+    Two units of every group at once; where that fails, of one half of the groups and of the other.
+    Layers that run in training mode only (auxiliary heads) must still run after the removal.
+    """
+    network = Network(model, graph.groups, graph.folds)
+    network.clear()
+    base = float_outputs(network(batch))
+    original = float_outputs(batch.call(private_copy(model)))
+    if not all(bool(torch.isfinite(t).all()) for t in original):
+        raise NonFiniteError(
+            f"{type(model).__name__} gives NaN or infinite outputs for the first batch in evaluation "
+            "mode; check its parameters and running statistics"
+        )
+    if not distance(base, original) <= tolerance_of(original):
+        raise ModelError(
+            f"the folded copy of {type(model).__name__} differs from the model by "
+            f"{distance(base, original):.2e} (relative); is its evaluation mode deterministic?"
+        )
+    idle = _idle(private_copy(model), batch)
+    trains = bool(idle) and _trouble_in_training(private_copy(model), batch) is None
+    if trains:
+        idle &= _idle(private_copy(model).train(), batch)
+    if idle:
+        warnings.warn(
+            f"{', '.join(sorted(idle)[:5])}{', ...' if len(idle) > 5 else ''}: these layers do not run for "
+            "the first samples, so it is not known whose channels they read. If other data or arguments run "
+            "them, put the layers before them in `ignore`",
+            stacklevel=2,
+        )
+
+    def problem(groups: Sequence[Group]) -> str | None:
+        units = [(g, _a_few(g)) for g in groups]
+        set_gates(network, units, 0.0)
+        gated = float_outputs(network(batch))
+        small_model = private_copy(model)
+        try:
+            with torch.enable_grad():
+                remove_units(small_model, batch, units)
+            removed = float_outputs(batch.call(small_model))
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            return f"removing some of its units fails ({type(error).__name__}: {error})"
+        if [t.shape for t in removed] != [t.shape for t in base]:
+            return "removing some of its units changes the shape of the model's output"
+        off = distance(gated, removed)
+        if not off <= tolerance_of(base):
+            return f"gating some of its units and removing them differ by {off:.1e} (relative)"
+        trouble = _trouble_in_training(small_model, batch) if trains else None
+        if trouble is not None:
+            return f"a layer that runs in training mode only reads it ({trouble})"
+        return None
+
+    # Heads on their own: without a trace they are cheap.
+    reasons = with_problems([g for g in graph.groups if g.heads], problem)
+    plain = [g for g in graph.groups if not g.suspicious and not g.heads]
+    reasons |= with_problems(plain, problem)
+    for suspicious in (g for g in graph.groups if g.suspicious):
+        reasons |= with_problems([suspicious], problem)
+    failed = {layer: g.name for g in graph.groups if g.name in reasons for layer in g.layers}
+    return replace(
+        graph,
+        groups=tuple(g for g in graph.groups if g.name not in reasons),
+        rejected={**graph.rejected, **reasons},
+        rejected_layers={**graph.rejected_layers, **failed},
+    )
+
+
+def with_problems(
+    groups: Sequence[Group], problem: Callable[[Sequence[Group]], str | None]
+) -> dict[str, str]:
+    """Group -> its problem, in few runs where few have one: halves are tried where a whole has some."""
+    why = problem(groups) if groups else None
+    if why is None:
+        return {}
+    if len(groups) == 1:
+        return {groups[0].name: why}
+    middle = len(groups) // 2
+    return with_problems(groups[:middle], problem) | with_problems(groups[middle:], problem)
+
+
+def _a_few(group: Group) -> list[int]:
+    """The first unit and the one in the middle: one alone may stand where a flip leaves it."""
+    middle = group.n_units // 2
+    return [0, middle] if group.n_units > 2 else [middle]
+
+
+def _idle(model: nn.Module, batch: Batch) -> set[str]:
+    """Layers of a private copy that this batch neither calls nor reaches, in the copy's mode."""
+    layers = {m: n for n, m in model.named_modules() if isinstance(m, (*ROWS, *NORMS))}
+    called: set[nn.Module] = set()
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda module, _: called.add(module))
+    with torch.enable_grad(), random_state_kept(device_of(model)):
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        outputs = [t.sum() for t in float_outputs(batch.call(model)) if t.requires_grad]
+        idle = [m for m in layers if m not in called and next(m.parameters(), None) is not None]
+        if idle and outputs:  # some are used without a call: F.linear(x, layer.weight)
+            firsts = [next(m.parameters()) for m in idle]
+            grads = torch.autograd.grad(outputs, firsts, allow_unused=True)
+            idle = [m for m, grad in zip(idle, grads, strict=True) if grad is None]
+    return {layers[m] for m in idle}
+
+
+def _trouble_in_training(model: nn.Module, batch: Batch) -> str | None:
+    """What a private copy raises in training mode, if it does."""
+    with random_state_kept(device_of(model)):
+        try:
+            batch.call(model.train())
+        except Exception as error:  # losses inside, targets it wants, a single value per channel
+            return first_line(error)
+    return None
+
+
+def float_outputs(outputs: Any) -> list[Tensor]:
+    """All floating-point tensors in a model's output, as far as torch looks into it."""
+    return [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def distance(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    """Largest difference relative to the largest value of ``right``."""
+    scale = max((float(r.abs().max()) for r in right if r.numel()), default=0.0) or 1.0
+    worst = max((float((a - b).abs().max()) for a, b in zip(left, right, strict=True)), default=0.0)
+    return worst / scale
+
+
+def tolerance_of(outputs: Sequence[Tensor]) -> float:
+    """About 1e3 roundings: folding and removal change the order of sums, layer after layer."""
+    return max((1e3 * torch.finfo(t.dtype).eps for t in outputs), default=0.0)
