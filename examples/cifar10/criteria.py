@@ -1,11 +1,11 @@
-"""Which criterion keeps the accuracy when channels are switched off, without any fine-tuning?
+"""Which criterion keeps the accuracy when channels go, without any fine-tuning?
 
     python examples/cifar10/criteria.py [--depth 20] [--draws 3] [--samples 256]
 
 Scores the channels between the two convolutions of every block (the groups ``layerX.Y.conv1``) of a
-trained CIFAR-10 ResNet, switches off the lowest 20, 35 and 50 % of them by global ranking, and
-measures top-1 accuracy on test images. Every draw takes other calibration images. The scores come
-from the package; the removal is physical.
+trained CIFAR-10 ResNet, removes the lowest 20, 35 and 50 % of them by global ranking, and measures
+top-1 accuracy on test images. Every draw takes other calibration images. Torch-Pruning's importances
+run with their own options, which divide the scores of a group by their mean.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import cifar10
+from importances import SCORERS, inner_layers
 
 import singe
 from singe.compress import accuracy
@@ -35,6 +36,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "singe, network path, outside": {"path": "network", "norm": "outside"},
     "singe, network path, kl": {"path": "network", "objective": "kl"},
 }
+PEERS = {
+    "Torch-Pruning's magnitude, L2": "L2",
+    "Torch-Pruning's LAMP": "LAMP",
+    "Torch-Pruning's Taylor": "Taylor",
+}  # label -> name in importances.py
+DATA_FREE = ("magnitude, L1", "Torch-Pruning's magnitude, L2", "Torch-Pruning's LAMP")
 SHARES = (0.20, 0.35, 0.50)
 
 
@@ -65,17 +72,20 @@ def main() -> None:
     x, y = cifar10.images("train")
     test_x, test_y = cifar10.images("test")
     test = cifar10.batches(test_x[: args.test_images], test_y[: args.test_images], 250)
-    layers = [n for n, _ in model.named_modules() if n.endswith("conv1") and "." in n]
+    layers = inner_layers(model)
     example = test[0][0][:1]
     base = accuracy(model, test)
     print(f"base accuracy {base:.1%}")
     rows: dict[str, Any] = {}
-    for name, options in SETTINGS.items():
+    for name, options in {**SETTINGS, **dict.fromkeys(PEERS)}.items():
         draws = []
-        for draw in range(1 if name.startswith("magnitude") else args.draws):
+        for draw in range(1 if name in DATA_FREE else args.draws):
             part = slice(draw * args.samples, (draw + 1) * args.samples)
             batches = cifar10.batches(x[part], y[part], 64)
-            scores = singe.score(model, batches, layers=layers, seed=draw, **options)
+            if options is None:
+                scores = SCORERS[PEERS[name]](model, batches, draw)
+            else:
+                scores = singe.score(model, batches, layers=layers, seed=draw, **options)
             accuracies = []
             for share in SHARES:
                 pruned = copy.deepcopy(model)
