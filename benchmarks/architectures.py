@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,13 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from singe.cli.models import import_torchvision
+
 CLASSES = 10
 
-# torchvision's Python side registers fakes for operators that beside a CPU-only torch may not load.
-_OPERATORS = torch.library.Library("torchvision", "DEF")
-for _name in ("nms", "qnms"):
-    with contextlib.suppress(RuntimeError):
-        _OPERATORS.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+import_torchvision()  # before timm and transformers import it themselves
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ ResNet-56 is the trained one beside the repository.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import itertools
 import statistics
@@ -29,6 +28,7 @@ from torch import nn
 import singe
 from benchmarks.record import ROOT, write
 from singe.budget import RANKINGS
+from singe.cli.models import import_torchvision
 from singe.cost import CostModel, CostState
 from singe.data import example_batch
 from singe.demo import DigitsNet
@@ -47,13 +47,7 @@ def network(name: str) -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     if name == "resnet56":
         return cifar10.trained(56), torch.randn(2, 3, 32, 32)
-    library = torch.library.Library("torchvision", "DEF")
-    for op in ("nms", "qnms"):  # torchvision's Python side registers fakes for these
-        with contextlib.suppress(RuntimeError):  # its compiled operators do load
-            library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    from torchvision import models
-
-    return getattr(models, name)(weights=None).eval(), torch.randn(2, 3, 224, 224)
+    return import_torchvision().models.get_model(name).eval(), torch.randn(2, 3, 224, 224)
 
 
 def smallest_step(cost: CostModel, plan: singe.Plan, kind: str) -> float:

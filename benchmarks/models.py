@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import sys
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.record import ROOT
+from singe.cli.models import import_torchvision
 from singe.data import first_batch
 from singe.graph import ModelGraph
 from singe.units import find_groups
@@ -106,7 +106,7 @@ def work(
         x, y = cifar10.normalise(x[:images]), y[:images]
     else:
         side, classes = (32, 10) if name == "mixer" else (224, 1000)
-        model = Mixer() if name == "mixer" else _torchvision(name)
+        model = Mixer() if name == "mixer" else import_torchvision().models.get_model(name)
         x, y = torch.randn(images, 3, side, side), torch.randint(classes, (images,))
         _settle(model, x[:2])
     layers = spread(inner_layers(name, model), groups)
@@ -137,22 +137,6 @@ def spread(items: list[str], count: int | None) -> list[str]:
     if count == 1:
         return items[len(items) // 2 :][:1]
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
-
-
-_libraries: list[torch.library.Library] = []  # a Library undoes itself when it is collected
-
-
-def _torchvision(name: str) -> nn.Module:
-    """A model of torchvision, also where its compiled operators do not load beside this torch."""
-    if not _libraries:
-        library = torch.library.Library("torchvision", "DEF")
-        for op in ("nms", "qnms"):
-            with contextlib.suppress(RuntimeError):  # they do load
-                library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _libraries.append(library)
-    import torchvision
-
-    return getattr(torchvision.models, name)(weights=None)
 
 
 @torch.no_grad()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from singe.cli.models import import_torchvision
 from singe.criteria import as_criterion
 from singe.data import Batch, as_batch, first_batch, read_batches
 from singe.definition import Definition
@@ -458,18 +459,11 @@ def trained_resnet20() -> nn.Module:
     return model.double().eval()
 
 
-_torchvision_ops: list[torch.library.Library] = []  # a Library undoes itself when it is collected
-
-
 def torchvision_models() -> Any:
     """``torchvision.models``, also where torchvision's compiled operators do not load."""
-    if not _torchvision_ops:
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):  # torchvision's Python side registers fakes for these
-            with contextlib.suppress(RuntimeError):  # its compiled operators do load
-                library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _torchvision_ops.append(library)
-    return pytest.importorskip("torchvision.models", reason="torchvision is not installed")
+    if importlib.util.find_spec("torchvision") is None:
+        pytest.skip("torchvision is not installed")
+    return import_torchvision().models
 
 
 @torch.no_grad()
