@@ -38,8 +38,9 @@ lint: $(INSTALLED)  ## ruff and mypy alone
 gpu:  ## everything that needs a CUDA device, with the torch that is there (see benchmarks/gpu.sh)
 	bash benchmarks/gpu.sh
 
-carry:  ## fill .carry/ with what a GPU machine without a network lacks: wheels, data, models
+carry:  ## fill .carry/ with what a GPU machine without a network lacks: wheels, data, models, the commit
 	mkdir -p .carry/wheels
+	echo "$$(git rev-parse --short=12 HEAD) $$(git diff --quiet HEAD -- . ':!benchmarks/results' ':!docs' && echo clean || echo dirty)" >.carry/commit
 	$(PYTHON) -m pip download -q --no-deps -d .carry/wheels $$(grep -E '^(torch-pruning|captum)==' constraints.txt)
 	cp -rn "$${SINGE_DATA:-../shared}"/data "$${SINGE_DATA:-../shared}"/models .carry/
 

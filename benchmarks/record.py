@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -20,6 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 NOT_CODE = (":!benchmarks/results", ":!docs")
+LIBRARIES = ("triton", "torch-pruning", "captum")  # that numbers depend on, where installed
 LOAD_BEFORE = os.getloadavg()[0]  # of the machine, before anything of ours ran
 
 
@@ -29,11 +31,11 @@ def environment() -> dict[str, Any]:
     from singe.kernels import native
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    commit, dirty = _commit()
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "--short=12", "HEAD"),
-        # Results and the pages made of them are what the run writes.
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", *NOT_CODE)),
+        "commit": commit,
+        "dirty": dirty,
         "command": shlex.join(["python", *_relative(sys.orig_argv[1:])]),
         "machine": {
             "cpu": _cpu(),
@@ -48,14 +50,41 @@ def environment() -> dict[str, Any]:
             "singe": singe.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
+            **{name: version for name in LIBRARIES if (version := _version(name))},
         },
         "native": native.status(),
     }
 
 
+def _commit() -> tuple[str | None, bool | None]:
+    """The commit, and whether files differ from it; None where neither git nor `make carry` says."""
+    # Asked for by its path: without a .git git would answer for a repository further up.
+    head = _git("rev-parse", "--short=12", "HEAD") if (ROOT / ".git").exists() else ""
+    if head:
+        # Results and the pages made of them are what the run writes.
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *NOT_CODE)
+        return head, bool(changed)
+    try:
+        head, state = (ROOT / ".carry" / "commit").read_text().split()
+    except (OSError, ValueError):
+        return None, None
+    return head, state == "dirty"
+
+
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    """What git prints; nothing where it fails or is not installed."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        return ""
     return done.stdout.strip()
+
+
+def _version(library: str) -> str | None:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _relative(arguments: list[str]) -> list[str]:
@@ -73,15 +102,18 @@ def _cpu() -> str:
 def write(name: str, results: Any, folder: Path | None = None) -> Path:
     """Write ``{"environment", "results"}`` and say where."""
     folder = folder or Path(os.environ.get("SINGE_RESULTS", RESULTS))
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(
-        json.dumps({"environment": environment(), "results": results}, indent=1) + "\n"
-    )
-    partial.replace(path)  # whole or not at all: others may be reading it
-    print(f"wrote {path.name}")
+    save(path, {"environment": environment(), "results": results})
+    print(f"wrote {path.name}", flush=True)
     return path
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all: others may be reading it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
 
 
 def synchronize() -> None:

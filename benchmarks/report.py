@@ -70,12 +70,13 @@ def provenance(document: dict[str, Any], file: str) -> str:
     where = f"{machine['cpu']}, {machine['cores']} cores, {found['threads']} threads"
     if machine.get("gpu"):
         where = f"{machine['gpu']}; {where}"
+    commit = f"commit `{found['commit']}`" if found["commit"] else "commit unknown"
     changed = " with uncommitted changes" if found["dirty"] else ""
     load_before = machine.get("load_before")
     load_text = "" if load_before is None else f", load {load_before:.1f} before"
     return (
-        f"*{where}{load_text}; torch {versions['torch']}, singe {versions['singe']}, commit "
-        f"`{found['commit']}`{changed}, {found['date'][:10]}; `{file}`, `{found['command']}`.*"
+        f"*{where}{load_text}; torch {versions['torch']}, singe {versions['singe']}, {commit}"
+        f"{changed}, {found['date'][:10]}; `{file}`, `{found['command']}`.*"
     )
 
 

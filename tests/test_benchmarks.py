@@ -15,7 +15,7 @@ from helpers import (
 from torch import nn
 
 import singe
-from benchmarks import early, floor, report, sampling, scoring
+from benchmarks import early, floor, record, report, sampling, scoring
 from benchmarks.floor import Pieces
 from benchmarks.models import Mixer, Work, folded, spread
 from benchmarks.targets import Entry
@@ -346,3 +346,28 @@ def test_the_committed_page_can_be_generated_into():
 def test_no_scores_no_contest(small):
     with pytest.raises(singe.ModelError, match="no_such_layer"):
         Work(small.name, small.model, small.batches, ("no_such_layer",)).graph()
+
+
+# ---------------------------------------------------------------------- the environment block
+
+
+def test_the_commit_is_none_where_nothing_says_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    assert record._commit() == (None, None), "no .git"
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert record._commit() == (None, None), "no git"
+    found = json.loads(record.write("name", [1], tmp_path).read_text())
+    assert found["results"] == [1]
+    assert found["environment"]["commit"] is None
+    assert "commit unknown" in report.provenance(found, "name.json")
+
+
+@pytest.mark.parametrize(("state", "dirty"), [("clean", False), ("dirty", True)])
+def test_a_carried_commit_stands_in(tmp_path, monkeypatch, state, dirty):
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    (tmp_path / ".carry").mkdir()
+    (tmp_path / ".carry" / "commit").write_text(f"0123456789ab {state}\n")
+    assert record._commit() == ("0123456789ab", dirty)
+    (tmp_path / ".carry" / "commit").write_text(f" {state}\n")  # carried without git
+    assert record._commit() == (None, None)

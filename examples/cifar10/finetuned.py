@@ -120,7 +120,7 @@ class Experiment:
         self.args = args
         self.model = cifar10.trained(56).to(DEVICE)
         self.data = Data(args.test_images, args.quick_images)
-        self.kept = ROOT / "out" / NAME / environment()["commit"]
+        self.kept = ROOT / "out" / NAME / (environment()["commit"] or "unknown")
         self.kept.mkdir(parents=True, exist_ok=True)
 
     def calibration(self, job: Row) -> list[tuple[Tensor, Tensor]]:

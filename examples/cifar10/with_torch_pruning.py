@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.metadata
 import json
 import statistics
 import sys
@@ -125,7 +126,8 @@ def main() -> None:
                  for column in zip(*draws, strict=True)]  # fmt: skip
         rows[name] = {"draws": draws, "mean": means}
         print(f"{name:30s}" + "".join(f"{100 * m:7.1f}" for m in means), flush=True)
-    settings = vars(args) | {"speedups": SPEEDUPS, "torch_pruning": tp.__version__}
+    version = importlib.metadata.version("torch-pruning")  # tp.__version__ of 1.6.1 says 1.6.0
+    settings = vars(args) | {"speedups": SPEEDUPS, "torch_pruning": version}
     write(
         "torch-pruning-resnet20", {"settings": settings, "base": base, "macs": full, "rows": rows}
     )
