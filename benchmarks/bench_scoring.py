@@ -50,8 +50,10 @@ def test_scoring(benchmark, model, path, nodes, rounds, device, reduced):
     groups = {"neuron": neuron_groups, "layer": layer_groups, "network": None}[path]
     todo = work(model, images, size, device, groups)
     per_group = {"neuron": 8, "layer": max(1, 12 // len(todo.layers)), "network": 4}[path]
-    # Compiling takes many passes' worth of time, so once is enough to see whether it pays.
-    compiled = [COMPILED] if (model, nodes) in COMPILED_CELLS and path != "neuron" else []
+    # Compiling takes many passes' worth of time, so once is enough to see whether it pays; on a GPU
+    # it would take most of the minutes there are.
+    compile = device == "cpu" and path != "neuron" and (model, nodes) in COMPILED_CELLS
+    compiled = [COMPILED] if compile else []
     contest = Contest(todo, path, nodes, per_group, variants=[BF16, *compiled])
     contest.warm_up()
     benchmark.group = f"{model}, {path} path"

@@ -91,7 +91,7 @@ def main() -> None:
         row = results[name]
         print(f"{name:32s} {row['plain_over_compiled']:.2f} x, compiling "
               f"{row['compiling_seconds']:.0f} s, pays after {row['pays_after']} batches")  # fmt: skip
-    write(f"compiled-{args.device}", results)
+        write(f"compiled-{args.device}", results)
 
 
 if __name__ == "__main__":

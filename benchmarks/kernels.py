@@ -9,8 +9,12 @@ yardstick's, so nothing is in a cache from the call before. Kernel, yardstick an
 in turn; shares are medians over the rounds. On the CPU run it with ``OMP_PROC_BIND=close
 OMP_PLACES=cores`` (``make bench`` does), so that threads stay where their data was first touched.
 
+On a GPU a call from Python takes the host longer (60 to 540 us) than most of these kernels run, so the
+calls are captured in a CUDA graph and its replays are timed; the row's ``eager`` has the same for calls
+from Python, and ``not captured`` what could only be timed that way, with the reason.
+
 Alternatives: the plain torch reference, and, on a GPU or with ``--compile``, torch.compile's own fusion
-of the same expression.
+of the same expression. That comes last, and the file is written after every kernel: compiling takes long.
 """
 
 from __future__ import annotations
@@ -37,7 +41,11 @@ SHAPES = {  # ResNet-50 at 224 pixels: (channels, side), and K of the layer's ro
     "layer4.conv2": (512, 7, 4608),
 }
 ALONE = "kernel alone"  # without the call from Python: checks, dispatcher, pointers
-KERNELS = ("integral", "masked forward", "masked backward")
+COMPILED = "torch.compile"
+CALLED = "calls from Python"
+Call = tuple[
+    Callable[..., Any], Sequence[tuple[Any, ...]], int
+]  # what, its arguments in turn, bytes
 REFERENCE_CALLS = 4  # the float64 reference is slow: a few buffers tell its rate
 MOST_SETS = 512
 
@@ -68,13 +76,41 @@ def cycle(run: Callable[..., Any], sets: Sequence[tuple[Any, ...]]) -> Callable[
     return once
 
 
-def yardstick(total: int, device: str) -> tuple[Callable[[], float], int]:
-    """Copy (GPU) or triad (CPU) over ``total`` bytes: how to time it, and the bytes moved."""
+def replay(run: Callable[..., Any], sets: Sequence[tuple[Any, ...]]) -> Callable[[], float]:
+    """As :func:`cycle`, but of the GPU alone: all calls are one CUDA graph.
+
+    Raises:
+        RuntimeError: a call does what cannot be captured.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiling and loading kernels cannot be captured
+        run(*sets[0])
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        # All are held until the end, so no call writes where the cache holds what one before it wrote.
+        _ = [run(*arguments) for arguments in sets]
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def once() -> float:
+        graph.replay()  # the GPU is busy with it until the one that counts has been sent
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / len(sets)
+
+    return once
+
+
+def yardstick(total: int, device: str) -> Call:
+    """Copy (GPU) or triad (CPU) over ``total`` bytes."""
     if device == "cuda":
         a, b = torch.ones(2, total // 8, device=device)
-        return cycle(a.copy_, [(b,)]), nbytes(a, b)
+        return a.copy_, [(b,)], nbytes(a, b)
     a, b, c = (torch.ones(total // 12) for _ in range(3))
-    return cycle(lambda: torch.add(b, c, alpha=3.0, out=a), [()]), nbytes(a, b, c)
+    return lambda: torch.add(b, c, alpha=3.0, out=a), [()], nbytes(a, b, c)
 
 
 def integral_sets(name: str, device: str, nodes: int, total: int) -> tuple[list[Any], int]:
@@ -183,63 +219,92 @@ def rows(
     }
 
 
-def integral(args: argparse.Namespace, total: int) -> dict[str, Any]:
-    """The gradient-variation integral [S, C, K] at the sizes of ResNet-50's layers."""
-    found = {}
-    for name in SHAPES:
-        sets, each = integral_sets(name, args.device, args.nodes, total)
-        stick = yardstick(total, args.device)
-        runs = {
-            "yardstick": stick,
-            "ours": (cycle(accumulate, sets), each),
-            "torch reference": (cycle(accumulate_reference, sets[:REFERENCE_CALLS]), each),
-        }
-        if args.device == "cpu" and (core := native.core()) is not None:
-            runs[ALONE] = (cycle(core.accumulate_cpu, pointers(sets)), each)
-        if args.compile:
-            compiled = torch.compile(integral_expression, dynamic=False)
-            runs["torch.compile"] = (cycle(compiled, sets), each)
-        shape = list(sets[0][1].shape)
-        found[name] = {"shape": shape, "bytes": each, "buffers": len(sets)}
-        found[name] |= rows(runs, "ours", args.rounds)
-        print_row("integral", name, found[name])
-    return found
+def timed(runs: dict[str, Call], ours: str, rounds: int, device: str) -> dict[str, Any]:
+    """:func:`rows`; on a GPU of replayed graphs, beside ``eager``, those of calls from Python."""
+    called = {name: (cycle(run, sets), each) for name, (run, sets, each) in runs.items()}
+    eager = rows(called, ours, rounds)
+    if device != "cuda":
+        return eager
+    graphs, refused = {}, {}
+    for name, (run, sets, each) in runs.items():
+        try:
+            graphs[name] = (replay(run, sets), each)
+        except Exception as error:
+            refused[name] = f"{type(error).__name__}: {error}"
+    if refused.keys() & {ours, "yardstick"}:
+        return {"clock": CALLED, **eager, "not captured": refused}
+    found = {"clock": "CUDA graphs", **rows(graphs, ours, rounds), "eager": eager}
+    return found | ({"not captured": refused} if refused else {})
 
 
-def masked(args: argparse.Namespace, total: int, backward: bool) -> dict[str, Any]:
-    """The masked forward, alone or with its backward, at the sizes of ResNet-50's layers."""
-    found = {}
-    batch = 64 if args.device == "cuda" else 8
-    op = torch.ops.singe.masked_forward_backward
-    for name in SHAPES:
-        sets, each = masked_sets(name, args.device, args.nodes, batch, total)
-        y_bytes = nbytes(sets[0][0])
-        if backward:
-            grads = [torch.randn_like(masked_forward(*sets[0])) for _ in sets[:8]]
-            calls = [
-                (g, *s[:6], [True, True, True])
-                for g, s in zip(itertools.cycle(grads), sets, strict=False)
-            ]
-            each = (
-                args.nodes * y_bytes + 4 * y_bytes
-            )  # gradient, y and residual in, two gradients out
-            runs = {"ours": (cycle(op, calls), each)}
-        else:
-            runs = {"ours": (cycle(masked_forward, sets), each)}
-        runs["yardstick"] = yardstick(total, args.device)
-        kind = "backward" if backward else "forward"
-        if args.compile and not backward:
-            compiled = torch.compile(masked_expression, dynamic=False)
-            runs["torch.compile"] = (cycle(compiled, sets), each)
-        elif args.compile:
-            fused = torch.compile(masked_expression, dynamic=False)
-            runs["ours, forward and backward"] = (cycle(both_ways(masked_forward), sets), each)
-            runs["torch.compile, forward and backward"] = (cycle(both_ways(fused), sets), each)
-        shape = [args.nodes, *sets[0][0].shape[1:]]
-        found[name] = {"shape": shape, "bytes": each, "buffers": len(sets)}
-        found[name] |= rows(runs, "ours", args.rounds)
-        print_row(f"masked {kind}", name, found[name])
-    return found
+def integral(
+    name: str, args: argparse.Namespace, total: int, compiled: bool
+) -> tuple[list[int], dict[str, Call]]:
+    """The gradient-variation integral [S, C, K]: shape and what runs in turn."""
+    sets, each = integral_sets(name, args.device, args.nodes, total)
+    runs: dict[str, Call] = {
+        "yardstick": yardstick(total, args.device),
+        "ours": (accumulate, sets, each),
+        "torch reference": (accumulate_reference, sets[:REFERENCE_CALLS], each),
+    }
+    if args.device == "cpu" and (core := native.core()) is not None:
+        runs[ALONE] = (core.accumulate_cpu, pointers(sets), each)
+    if compiled:
+        runs[COMPILED] = (torch.compile(integral_expression, dynamic=False), sets, each)
+    return list(sets[0][1].shape), runs
+
+
+def forward(
+    name: str, args: argparse.Namespace, total: int, compiled: bool
+) -> tuple[list[int], dict[str, Call]]:
+    """The masked forward alone."""
+    sets, each = masked_sets(name, args.device, args.nodes, batch_of(args.device), total)
+    runs: dict[str, Call] = {"ours": (masked_forward, sets, each)}
+    runs["yardstick"] = yardstick(total, args.device)
+    if compiled:
+        runs[COMPILED] = (torch.compile(masked_expression, dynamic=False), sets, each)
+    return [args.nodes, *sets[0][0].shape[1:]], runs
+
+
+def backward(
+    name: str, args: argparse.Namespace, total: int, compiled: bool
+) -> tuple[list[int], dict[str, Call]]:
+    """Its backward; against torch.compile both together, as that has no backward to call alone."""
+    sets, _ = masked_sets(name, args.device, args.nodes, batch_of(args.device), total)
+    y_bytes = nbytes(sets[0][0])
+    each = args.nodes * y_bytes + 4 * y_bytes  # gradient, y and residual in, two gradients out
+    with torch.no_grad():
+        grads = [torch.randn_like(masked_forward(*sets[0])) for _ in sets[:8]]
+    calls = [
+        (g, *s[:6], [True, True, True]) for g, s in zip(itertools.cycle(grads), sets, strict=False)
+    ]
+    runs: dict[str, Call] = {"ours": (torch.ops.singe.masked_forward_backward, calls, each)}
+    runs["yardstick"] = yardstick(total, args.device)
+    if compiled:
+        fused = torch.compile(masked_expression, dynamic=False)
+        runs["ours, forward and backward"] = (both_ways(masked_forward), sets, each)
+        runs[f"{COMPILED}, forward and backward"] = (both_ways(fused), sets, each)
+    return [args.nodes, *sets[0][0].shape[1:]], runs
+
+
+KERNELS = {"integral": integral, "masked forward": forward, "masked backward": backward}
+
+
+def batch_of(device: str) -> int:
+    return 64 if device == "cuda" else 8
+
+
+def measure(
+    kernel: str, name: str, args: argparse.Namespace, total: int, compiled: bool
+) -> dict[str, Any]:
+    """One kernel at the size of one of ResNet-50's layers."""
+    with torch.set_grad_enabled(kernel == "masked backward"):
+        shape, runs = KERNELS[kernel](name, args, total, compiled)
+        buffers = len(runs["ours"][1])
+        row = {"shape": shape, "bytes": runs["ours"][2], "buffers": buffers}
+        row |= timed(runs, "ours", args.rounds, args.device)
+    print_row(kernel, name, row)
+    return row
 
 
 def print_row(kernel: str, name: str, row: dict[str, Any]) -> None:
@@ -259,11 +324,19 @@ def main() -> None:
     args.compile |= args.device == "cuda"
     cache = last_level_cache(args.device)
     total = max(384 << 20, 8 * cache)
-    with torch.no_grad():
-        found = {"integral": integral(args, total), "masked forward": masked(args, total, False)}
-    found["masked backward"] = masked(args, total, True)
     settings = vars(args) | {"last level cache": cache, "working set": total}
-    write(f"kernels-{args.device}", {"settings": settings, "kernels": found})
+    found: dict[str, dict[str, Any]] = {}
+    for compiled in (False, True) if args.compile else (False,):
+        for kernel in KERNELS:
+            of_kernel = found.setdefault(kernel, {})
+            for name in SHAPES:
+                try:
+                    of_kernel[name] = measure(kernel, name, args, total, compiled)
+                except Exception as error:
+                    if not compiled:
+                        raise
+                    of_kernel[name][f"{COMPILED} failed"] = f"{type(error).__name__}: {error}"
+            write(f"kernels-{args.device}", {"settings": settings, "kernels": found})
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from helpers import (
 from torch import nn
 
 import singe
-from benchmarks import early, floor, record, report, sampling, scoring
+from benchmarks import early, floor, kernels, record, report, sampling, scoring
 from benchmarks.floor import Pieces
 from benchmarks.models import Mixer, Work, folded, spread
 from benchmarks.targets import Entry
@@ -371,3 +371,61 @@ def test_a_carried_commit_stands_in(tmp_path, monkeypatch, state, dirty):
     assert record._commit() == ("0123456789ab", dirty)
     (tmp_path / ".carry" / "commit").write_text(f" {state}\n")  # carried without git
     assert record._commit() == (None, None)
+
+
+# ---------------------------------------------------------------------- kernels
+
+
+def test_what_cannot_be_captured_is_timed_as_calls(monkeypatch):
+    """On a GPU; here its graphs are replaced by plain calls."""
+
+    def replay(run, sets):
+        if run in refused:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return kernels.cycle(run, sets)
+
+    monkeypatch.setattr(kernels, "replay", replay)
+    runs = {
+        "yardstick": (lambda: sum(range(1000)), [()], 8),
+        "ours": (lambda x: sum(range(x)), [(1000,), (1001,)], 8),
+        "torch reference": (lambda x: sum(range(9 * x)), [(1000,)], 8),
+    }
+    refused = []
+    row = kernels.timed(runs, "ours", 2, "cuda")
+    assert row["clock"] == "CUDA graphs"
+    assert row["eager"].keys() == {"GB/s", "share", "seconds", "over ours"}
+    assert "not captured" not in row
+    refused = [runs["torch reference"][0]]
+    row = kernels.timed(runs, "ours", 2, "cuda")
+    assert "torch reference" not in row["seconds"]
+    assert "torch reference" in row["eager"]["seconds"]
+    assert "not permitted" in row["not captured"]["torch reference"]
+    refused = [runs["ours"][0]]
+    row = kernels.timed(runs, "ours", 2, "cuda")
+    assert row["clock"] == kernels.CALLED
+    assert "ours" in row["seconds"]
+    assert row["not captured"].keys() == {"ours"}
+    assert "clock" not in kernels.timed(runs, "ours", 2, "cpu")
+
+
+def test_kernels_are_written_one_by_one_and_ours_first(monkeypatch):
+    written = []
+
+    def broken(*_, **__):
+        raise RuntimeError("no compiler")
+
+    stick = kernels.yardstick
+    monkeypatch.setattr(kernels, "yardstick", lambda total, device: stick(1 << 12, device))
+    monkeypatch.setattr(kernels, "SHAPES", {"tiny": (2, 3, 4)})
+    monkeypatch.setattr(kernels, "MOST_SETS", 2)
+    monkeypatch.setattr(kernels, "write", lambda name, found: written.append(json.dumps(found)))
+    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(sys, "argv", ["kernels", "--device", "cpu", "--compile", "--rounds", "1"])
+    kernels.main()
+    found = [json.loads(text)["kernels"] for text in written]
+    names = ["integral", "masked forward", "masked backward"]
+    assert [list(kinds) for kinds in found] == [names[:1], names[:2], names, names, names, names]
+    for name in names:
+        row = found[-1][name]["tiny"]
+        assert row["share"] > 0
+        assert row["torch.compile failed"] == "RuntimeError: no compiler"
