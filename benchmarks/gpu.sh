@@ -1,72 +1,141 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go and within 10 minutes: build with CUDA, GPU tests, a
-# compute-sanitizer pass, benchmarks. Leaves JSON and logs in $OUT (default: out/gpu).
+# Everything that needs a GPU, in one go and within BUDGET seconds (default: 420): build with CUDA, GPU
+# tests, a compute-sanitizer pass, benchmarks. Leaves at most eight files in $OUT (default: out/gpu): six
+# JSON results, logs.tar.gz, and logs.txt with the summary and the end of every log.
 #
 #   make gpu                      on a machine with a GPU and the network
 #   make carry && make gpu        where nothing can be fetched: `make carry` first, elsewhere
 #
-# `make carry` fills .carry/ (ignored by git) with the wheels that a CUDA image lacks and with the
-# data and models of the examples; it is used when it is there.
+# `make carry` fills .carry/ (ignored by git) with the wheels that a CUDA image lacks, with the data and
+# models of the examples, and with the commit; it is used when it is there. Built for sm_90 (H100, H200);
+# SINGE_CUDA_ARCHS=80 and the like for other GPUs.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-out/gpu}
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
-SITE=$(mktemp -d)
+WORK=$(mktemp -d)
+SITE=$WORK/site LOGS=$WORK/logs RESULTS=$WORK/results
+mkdir "$SITE" "$LOGS" "$RESULTS"
 PYTHON=${PYTHON:-python3}
-export PYTHONUNBUFFERED=1 SINGE_RESULTS="$OUT" CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-8}
+export PYTHONUNBUFFERED=1 SINGE_RESULTS="$RESULTS" SINGE_CUDA=ON XDG_CACHE_HOME="$WORK/cache"
+export SINGE_CUDA_ARCHS=${SINGE_CUDA_ARCHS:-90} CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-8}
+for tool in nvcc compute-sanitizer; do
+  command -v "$tool" >/dev/null || PATH=$PATH:/usr/local/cuda/bin
+done
+kinds=(kernels targets suite peers growth compiled)
+for kind in "${kinds[@]}"; do
+  rm -f "$OUT/$kind-cuda.json"  # of an earlier run
+done
 failed=()
-END=$((SECONDS + ${BUDGET:-570}))
+END=$((SECONDS + ${BUDGET:-420}))
 
-step() {  # step NAME SECONDS COMMAND...: run with a limit, keep the log, go on after a failure
-  local name=$1 limit=$2 start=$SECONDS
-  shift 2
-  if [ $((END - SECONDS)) -lt 5 ]; then
-    echo "== $name: NOT RUN, the time is used up"
-    failed+=("$name")
-    return
-  fi
-  limit=$((END - SECONDS < limit ? END - SECONDS : limit))
-  echo "== $name: $*"
-  if timeout "$limit" "$@" >"$OUT/$name.log" 2>&1; then
-    echo "   ok, $((SECONDS - start)) s"
-  else
-    echo "   FAILED ($?), $((SECONDS - start)) s; the end of $name.log:"
-    tail -n 25 "$OUT/$name.log"
-    failed+=("$name")
-  fi
+say() {
+  echo "$@" | tee -a "$LOGS/summary.txt"
 }
 
-if ! nvidia-smi >"$OUT/nvidia-smi.log" 2>&1; then
-  echo "no usable NVIDIA GPU: $(head -n 1 "$OUT/nvidia-smi.log")" >&2
+collect() {  # after every step, and at the end whatever ended the run
+  local log kind
+  for kind in "${kinds[@]}"; do
+    [ ! -s "$RESULTS/$kind-cuda.json" ] || cp "$RESULTS/$kind-cuda.json" "$OUT"
+  done
+  {
+    cat "$LOGS/summary.txt"
+    for log in "$LOGS"/*.log; do
+      printf '\n== %s\n' "${log##*/}"
+      tail -n 40 "$log"
+    done
+  } >"$OUT/logs.txt" 2>/dev/null
+  tar -czf "$OUT/logs.tar.gz" -C "$WORK" logs 2>/dev/null
+}
+
+finish() {
+  kill $(jobs -p) 2>/dev/null
+  collect
+  rm -rf "$WORK"
+}
+trap finish EXIT
+
+step() {  # step NAME SECONDS COMMAND...: run with a limit, keep the log, go on after a failure
+  local name=$1 limit=$2 start=$SECONDS status=0
+  shift 2
+  if [ $((END - SECONDS)) -lt 5 ]; then
+    say "== $name: NOT RUN, the time is used up"
+    failed+=("$name")
+    return 1
+  fi
+  limit=$((END - SECONDS < limit ? END - SECONDS : limit))
+  say "== $name: ${*%%$'\n'*}"
+  timeout -k 5 "$limit" "$@" >"$LOGS/$name.log" 2>&1 || status=$?
+  if [ "$status" = 0 ]; then
+    say "   ok, $((SECONDS - start)) s"
+  else
+    say "   FAILED ($status), $((SECONDS - start)) s; the end of $name.log:"
+    tail -n 25 "$LOGS/$name.log"
+    failed+=("$name")
+  fi
+  collect
+  return "$status"
+}
+
+give_up() {
+  say "$*; everything else would fail or mean nothing"
   exit 1
-fi
+}
+
+timeout 20 nvidia-smi >"$LOGS/nvidia-smi.log" 2>&1 || give_up "no usable NVIDIA GPU: $(head -n 1 "$LOGS/nvidia-smi.log")"
 if [ -d .carry/wheels ]; then
-  step wheels 120 "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --target "$SITE" .carry/wheels/*.whl
+  step wheels 20 "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --target "$SITE" .carry/wheels/*.whl
   export PYTHONPATH="$SITE${PYTHONPATH:+:$PYTHONPATH}" PATH="$SITE/bin:$PATH"
   export SINGE_DATA="$PWD/.carry"
 fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-export SINGE_CUDA=ON XDG_CACHE_HOME="$SITE/cache"
 
-step build 180 "$PYTHON" setup.py build_ext --inplace
-step info 60 "$PYTHON" -m singe info --json
-step tests 200 "$PYTHON" -m pytest -m gpu -v -p no:cacheprovider tests
-step kernels 90 "$PYTHON" -m benchmarks.kernels --device cuda --rounds 10
-step targets 150 "$PYTHON" -m benchmarks.targets --device cuda --patience 15 --draws 3
-# ResNet-50 at 224 pixels, batch 64, fp32 and bf16, first; then what else there is time for.
-matrix=("$PYTHON" -m pytest -p no:cacheprovider benchmarks/bench_scoring.py --device cuda --rounds 3)
-step suite 120 "${matrix[@]}" --benchmark-json="$OUT/suite-cuda.json" \
-  -k "(resnet50 or mobilenet_v2 or resnet20) and (layer-4 or network-4 or network-16)"
-step sanitizer 120 compute-sanitizer --tool memcheck --error-exitcode 9 \
-  "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_integral.py -m gpu -k "not large and not 64"
-step compiled 60 "$PYTHON" -m benchmarks.compiled --device cuda --batches 8
-step peers 60 "$PYTHON" -m pytest -p no:cacheprovider benchmarks/bench_peers.py --device cuda \
-  --benchmark-json="$OUT/peers-cuda.json"
+# CIFAR-10 takes 17 s to unpack: while the compiler runs.
+timeout -k 5 90 "$PYTHON" -c 'import benchmarks.models as m; m.cifar10.images("train")' >"$LOGS/data.log" 2>&1 &
+# egg_info: without it a checkout that was never installed has no version.
+step build 80 "$PYTHON" setup.py -q egg_info build_ext --inplace || give_up "the build failed"
+step check 30 "$PYTHON" -c '
+import json, sys, torch
+from singe.info import collect
+from singe.kernels import native
+print(json.dumps(collect(), indent=1))
+print(torch.ones(2, device="cuda").sum())
+sys.exit(native.cuda_problem(0) or None)' || give_up "the compiled kernels are not usable"
+
+# From here on no falling back to torch's implementation, and no skipping for want of a GPU.
+export SINGE_INTEGRAL=native SINGE_REQUIRE_GPU=1
+test=("$PYTHON" -m pytest -vv -rs -p no:cacheprovider)
+mapfile -t marked < <(grep -l 'mark\.gpu' tests/test_*.py)
+step tests 50 "${test[@]}" -n 4 -m gpu "${marked[@]}"
+# Not marked: without a GPU these run in Triton's interpreter.
+step triton 70 "${test[@]}" -n 8 -m "not gpu" tests/test_masked_forward.py
+# torch's caching allocator would hide what lies beyond a tensor; 2^30 elements would take too long.
+triton=tests/test_masked_forward.py::test_triton_equals_torch
+step sanitizer 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+  compute-sanitizer --tool memcheck --error-exitcode 9 --target-processes application-only \
+  "${test[@]}" -k "not beyond" tests/test_integral.py::TestCuda \
+  "${triton}[relu-torch.float32]" "${triton}[gelu-torch.bfloat16]" "${triton}[silu-torch.float64]"
+
+step kernels 50 "$PYTHON" -m benchmarks.kernels --device cuda --rounds 10
+step targets 60 "$PYTHON" -m benchmarks.targets --device cuda --rounds 1 --patience 15 --draws 3
+# ResNet-50 first: the rest is what the time allows.
+cell=benchmarks/bench_scoring.py::test_scoring
+matrix=("${test[@]}" --device cuda --rounds 1)
+step suite 90 "${matrix[@]}" --flush "$RESULTS/suite-cuda.json" \
+  "${cell}[resnet50-layer-4]" "${cell}[resnet50-network-4]" "${cell}[resnet50-network-16]" \
+  "${cell}[mobilenet_v2-layer-4]" "${cell}[mobilenet_v2-network-4]" \
+  "${cell}[resnet20-layer-4]" "${cell}[resnet20-network-4]" "${cell}[resnet20-network-16]"
+step peers 60 "${matrix[@]}" --flush "$RESULTS/peers-cuda.json" benchmarks/bench_peers.py
 step growth 60 "$PYTHON" -m benchmarks.growth --device cuda --axes nodes samples depth
-cp -f "$OUT"/*.json benchmarks/results/ 2>/dev/null || true
+step compiled 60 "$PYTHON" -m benchmarks.compiled --device cuda --batches 8
+
+cp -f "$RESULTS"/*-cuda.json benchmarks/results/ 2>/dev/null || true
+for kind in "${kinds[@]}"; do
+  [ -s "$RESULTS/$kind-cuda.json" ] || say "no result of $kind"
+done
 if [ ${#failed[@]} -gt 0 ]; then
-  echo "failed: ${failed[*]}"
+  say "failed: ${failed[*]}"
   exit 1
 fi
-echo "all steps passed; results in $OUT"
+say "all steps passed; results in $OUT"

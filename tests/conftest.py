@@ -12,6 +12,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_configure() -> None:
+    if os.environ.get("SINGE_REQUIRE_GPU") == "1" and (problem := gpu_problem()):
+        raise pytest.UsageError(f"SINGE_REQUIRE_GPU=1, but {problem}")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
@@ -19,3 +24,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def gpu_problem() -> str:
+    """Why tests on a GPU would be skipped or test something else, or an empty string."""
+    from singe.kernels import native
+
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    try:
+        torch.ones(1, device="cuda")  # a tool around the process can refuse the device just here
+    except RuntimeError as error:
+        return f"torch cannot use the CUDA device: {error}"
+    return native.cuda_problem(0)
