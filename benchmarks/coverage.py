@@ -197,7 +197,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         reasons = {w: n for w, n in row.get("rejected", {}).items() if "model's output" not in w}
         if row["passes"] and reasons:
             shown = "; ".join(f"{n} x {why}" for why, n in list(reasons.items())[:3])
-            more = f"; and {len(reasons) - 3} more reasons" if len(reasons) > 3 else ""
+            left = len(reasons) - 3
+            more = f"; and {left} more reason{'s' if left > 1 else ''}" if left > 0 else ""
             lines.append(f"- {row['name']}: {shown}{more}")
     return "\n".join(lines)
 

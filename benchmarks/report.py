@@ -99,7 +99,7 @@ def find_entry(document: dict[str, Any], name: str) -> dict[str, Any] | None:
 
 def targets(document: dict[str, Any]) -> str:
     """Every target with its value; failures beside successes."""
-    entries = document["results"]["targets"]
+    entries = sorted(document["results"]["targets"], key=lambda e: not e["demanded"])
     demanded = [e for e in entries if e["demanded"]]
     met = sum(e["pass"] for e in demanded)
     rows = []
@@ -108,7 +108,10 @@ def targets(document: dict[str, Any]) -> str:
         rows.append(
             (entry["claim"], f"{entry['relation']} {entry['target']:g}", value, verdict(entry))
         )
-    text = f"{met} of {len(demanded)} targets are met.\n\n"
+    text = f"{met} of {len(demanded)} targets are met."
+    if len(demanded) < len(entries):
+        text += " What stands last is measured beside them and not demanded."
+    text += "\n\n"
     text += table(("what", "target", "measured", "verdict"), rows)
     reasons = [f"- {e['id']}: {e['status']}" for e in entries if e["status"] != "measured"]
     return text + ("\n\nNot measured:\n\n" + "\n".join(reasons) if reasons else "")
@@ -235,7 +238,7 @@ def peers(document: dict[str, Any]) -> str:
         parts.append(
             f"{cell['model']}, {len(cell['groups'])} groups, {cell['images']} images, "
             f"{cell['nodes']} nodes or steps; whole calls, from model and data to scores:\n\n"
-            + table(("method", "time", "over singe's layer path", "of it the sweep"), rows)
+            + table(("method", "time", "over singe's layer path", "sweep of its last call"), rows)
             + "\n\nThe rest of a call of singe finds the groups and checks each by removing a unit."
         )
     return "\n\n".join(parts)

@@ -48,6 +48,16 @@ def test_the_page_on_pruning(tmp_path):
     assert (tmp_path / "run" / "report.json").exists()
 
 
+@pytest.mark.slow
+def test_the_readme(tmp_path):
+    pytest.importorskip("sklearn", reason="the data is scikit-learn's digits")
+    program, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (tmp_path / "readme.py").write_text(program)
+    before, after = map(float, run(tmp_path, "readme.py").splitlines()[-1].split(" -> "))
+    assert min(before, after) > 0.95
+    assert (tmp_path / "pruned" / "plan.json").exists()
+
+
 def test_the_example_with_a_plain_loop(tmp_path):
     pytest.importorskip("sklearn", reason="the data is scikit-learn's digits")
     script = ROOT / "examples" / "training" / "plain_torch.py"

@@ -85,7 +85,8 @@ class RMSNorm(nn.Module):
 
 def gated_rms_norm(module, forward, x, gate):
     """The mean square is one over the channels that are left."""
-    mean_square = x.square().sum(-1, keepdim=True) / gate.sum()
+    squares = x.square() / gate.clamp(min=1e-12)
+    mean_square = squares.sum(-1, keepdim=True) / gate.sum()
     return x * (mean_square + module.eps).rsqrt() * module.weight
 
 
