@@ -25,8 +25,9 @@ demo: $(INSTALLED)  ## prune a small network with every criterion: table and pic
 test: $(INSTALLED)  ## the whole suite, ruff and mypy included; ARGS="-k name" chooses, JOBS=1 for one process
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
-test-adapters: $(ADAPTERS_INSTALLED)  ## adapters and attention of the libraries that no test dependency brings
-	$(VENV)-adapters/bin/python -m pytest tests/test_adapters_libraries.py tests/test_heads_libraries.py $(ARGS)
+test-adapters: $(ADAPTERS_INSTALLED)  ## adapters, attention and Lightning: what needs libraries that no test dependency brings
+	$(VENV)-adapters/bin/python -m pytest tests/test_adapters_libraries.py tests/test_heads_libraries.py \
+		tests/test_docs.py::test_the_example_with_lightning $(ARGS)
 
 models: $(ADAPTERS_INSTALLED)  ## check the invariants on every architecture of docs/models.md (an hour)
 	$(VENV)-adapters/bin/python -m benchmarks.coverage $(ARGS)

@@ -100,7 +100,8 @@ def compress(
     was, the same parameter objects included.
 
     Args:
-        model: in and out as an ordinary module, in the mode it came in.
+        model: in and out as an ordinary module, in the mode it came in. Where it comes in training mode,
+            parts of it that are in evaluation mode (frozen norms) are trained in that.
         train: re-iterable of ``(x, y)`` batches, cycled through during fine-tuning. Every epoch and
             batch is seeded; see :class:`singe.seeding.Stream`.
         calibrate: re-iterable of batches to score on; default the first batches of ``train`` that hold
@@ -142,7 +143,8 @@ def compress(
             has the rest. At 1 no labels are needed.
         temperature: of the distillation.
         ema: decay of a moving average of the weights; it is what is evaluated, and what comes back.
-        recalibrate: set the BatchNorms' statistics on the calibration data after each removal.
+        recalibrate: set the BatchNorms' statistics on the calibration data after each removal, those of
+            frozen norms included.
         objective: what is scored; see :func:`singe.score`.
         finetune_objective: what is trained.
         accuracy_floor: once the metric after a round is below this, the last good round comes back.

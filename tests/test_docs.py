@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -67,8 +68,14 @@ def test_the_example_with_a_plain_loop(tmp_path):
     assert run(tmp_path, script, "--steps", "25", "--folder", "run") == first
 
 
+@pytest.mark.skipif(find_spec("lightning") is None, reason="Lightning is not installed")
 def test_the_example_with_lightning(tmp_path):
     pytest.importorskip("sklearn", reason="the data is scikit-learn's digits")
-    pytest.importorskip("lightning", reason="Lightning is not installed")
     script = ROOT / "examples" / "training" / "lightning_trainer.py"
-    assert "accuracy" in run(tmp_path, script, "--steps", "10")
+    # Lightning imports torchvision, which needs help beside a torch without CUDA.
+    program = (
+        "import runpy, sys; from singe.cli.models import import_torchvision; import_torchvision(); "
+        f"sys.path.insert(0, {str(script.parent)!r}); sys.argv = ['', '--steps', '10']; "
+        f"runpy.run_path({str(script)!r}, run_name='__main__')"
+    )
+    assert "accuracy" in run(tmp_path, "-c", program)
