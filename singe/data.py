@@ -143,9 +143,8 @@ def check_reiterable(batches: Any, argument: str = "batches") -> None:
         raise DataError(
             f"{argument} must be re-iterable (a list or a DataLoader), got {type(batches).__name__}"
         )
-    with random_state_kept(
-        torch.device("cpu")
-    ):  # a wrapper of a shuffling loader draws when it starts
+    # A wrapper of a shuffling loader draws when it starts.
+    with random_state_kept(torch.device("cpu")):
         once = not isinstance(batches, DataLoader) and iter(batches) is iter(batches)
     if isinstance(batches, Iterator) or once:
         raise DataError(

@@ -153,9 +153,8 @@ def _shares(given: Share | None, graph: ModelGraph, argument: str) -> dict[str, 
         return {}
     shares = given if isinstance(given, Mapping) else {g.name: given for g in graph.groups}
     result: dict[str, float] = {}
-    for name, share in sorted(
-        shares.items(), key=_depth
-    ):  # a layer's own goes before its container's
+    # Containers first: a layer's own share goes before that of what it is in.
+    for name, share in sorted(shares.items(), key=_depth):
         if not 0.0 <= float(share) <= 1.0:
             raise OptionError(f"{argument} of {name!r} must lie in [0, 1], got {share!r}")
         for group in _groups_of([name], graph, argument):

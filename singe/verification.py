@@ -30,7 +30,7 @@ def verified(model: nn.Module, batch: Batch, graph: ModelGraph) -> ModelGraph:
     network = Network(model, graph.groups, graph.folds)
     network.clear()
     base = float_outputs(network(batch))
-    original = float_outputs(batch.call(private_copy(model)))
+    original, idle = _watched(private_copy(model), batch)
     if not all(bool(torch.isfinite(t).all()) for t in original):
         raise NonFiniteError(
             f"{type(model).__name__} gives NaN or infinite outputs for the first batch in evaluation "
@@ -41,10 +41,10 @@ def verified(model: nn.Module, batch: Batch, graph: ModelGraph) -> ModelGraph:
             f"the folded copy of {type(model).__name__} differs from the model by "
             f"{distance(base, original):.2e} (relative); is its evaluation mode deterministic?"
         )
-    idle = _idle(private_copy(model), batch)
+    idle = _without_a_part(private_copy(model), batch, idle) if idle else idle
     trains = bool(idle) and _trouble_in_training(private_copy(model), batch) is None
     if trains:
-        idle &= _idle(private_copy(model).train(), batch)
+        idle &= _watched(private_copy(model).train(), batch)[1]
     if idle:
         warnings.warn(
             f"{', '.join(sorted(idle)[:5])}{', ...' if len(idle) > 5 else ''}: these layers do not run for "
@@ -110,22 +110,28 @@ def _a_few(group: Group) -> list[int]:
     return [0, middle] if group.n_units > 2 else [middle]
 
 
-def _idle(model: nn.Module, batch: Batch) -> set[str]:
-    """Layers of a private copy that this batch neither calls nor reaches, in the copy's mode."""
-    layers = {m: n for n, m in model.named_modules() if isinstance(m, (*ROWS, *NORMS))}
-    called: set[nn.Module] = set()
-    for layer in layers:
-        layer.register_forward_pre_hook(lambda module, _: called.add(module))
-    with torch.enable_grad(), random_state_kept(device_of(model)):
-        for parameter in model.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
+def _watched(model: nn.Module, batch: Batch) -> tuple[list[Tensor], set[str]]:
+    """Outputs of a private copy in its mode, and the layers that were not called for them."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (*ROWS, *NORMS))}
+    idle = set(layers)
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(lambda *_, name=name: idle.discard(name))
+    with random_state_kept(device_of(model)):
+        return float_outputs(batch.call(model)), idle
+
+
+def _without_a_part(model: nn.Module, batch: Batch, layers: set[str]) -> set[str]:
+    """Those of the layers that the outputs do not depend on; F.linear(x, layer.weight) calls no layer."""
+    firsts = {n: next(model.get_submodule(n).parameters(), None) for n in layers}
+    named = {name: parameter for name, parameter in firsts.items() if parameter is not None}
+    with torch.enable_grad():
+        for parameter in named.values():
+            parameter.requires_grad_()
         outputs = [t.sum() for t in float_outputs(batch.call(model)) if t.requires_grad]
-        idle = [m for m in layers if m not in called and next(m.parameters(), None) is not None]
-        if idle and outputs:  # some are used without a call: F.linear(x, layer.weight)
-            firsts = [next(m.parameters()) for m in idle]
-            grads = torch.autograd.grad(outputs, firsts, allow_unused=True)
-            idle = [m for m, grad in zip(idle, grads, strict=True) if grad is None]
-    return {layers[m] for m in idle}
+        if not outputs:
+            return set(named)
+        grads = torch.autograd.grad(outputs, list(named.values()), allow_unused=True)
+    return {name for name, grad in zip(named, grads, strict=True) if grad is None}
 
 
 def _trouble_in_training(model: nn.Module, batch: Batch) -> str | None:

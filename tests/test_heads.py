@@ -228,7 +228,7 @@ def test_heads_that_read_the_width_of_the_input_are_left_out_until_they_are_taug
     try:
         singe.register_attention(Unusual, **described, per_head={"scale": 1})
         assert (
-            "removing one of its units fails"
+            "removing some of its units fails"
             in (find_groups(model, batch).rejected["blocks.0.attn.everything"])
         )
         singe.register_attention(Unusual, **described, per_head={"scale": 1}, slim=UnusualSlim)
