@@ -44,13 +44,14 @@ class Setting(NamedTuple):
 
     @property
     def usual(self) -> bool:
-        """Whether only budget, steps and rounds are its own."""
-        return self.lr == LR and all(getattr(self, name) == value for name, value in ALSO.items())
+        """Whether only budget, steps, rounds and learning rate are its own."""
+        return all(getattr(self, name) == value for name, value in ALSO.items())
 
     @property
     def title(self) -> str:
         how = "one-shot" if self.rounds == 1 else f"entwined in {self.rounds} rounds"
-        return f"{self.speedup:g} x fewer MACs, {how}, {self.steps:,} steps"
+        rate = "" if self.lr == LR else f", learning rate {self.lr:g}"
+        return f"{self.speedup:g} x fewer MACs, {how}, {self.steps:,} steps{rate}"
 
 
 def by_setting(runs: Runs) -> dict[Setting, Cells]:
@@ -166,9 +167,10 @@ def generated(document: dict[str, Any]) -> str:
     settings = by_setting(runs)
     commits = ", ".join(f"`{commit}`" for commit in sorted({run["commit"] for run in runs}))
     note = (
-        f"{ALSO['samples']} calibration images, batches of {used['batch']}, learning rate {LR} "
-        f'with a cosine to zero; {used["test_images"]:,} test images ("best seen" and "right after": '
-        f"the first {used['quick_images']:,}); the whole network has {100 * used['base']:.1f} %. "
+        f"{ALSO['samples']} calibration images, batches of {used['batch']}, learning rate {LR} where "
+        f"nothing else is said, with a cosine to zero; {used['test_images']:,} test images "
+        f'("best seen" and "right after": the first {used["quick_images"]:,}); the whole network has '
+        f"{100 * used['base']:.1f} %. "
         '"parameters": the share that is left; a plan for MACs is free to keep more of them. Mean ± '
         "sample deviation over three seeds, in percent; in brackets the number of seeds where it is "
         "another. MACs are equal to within one unit's step."
