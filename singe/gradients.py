@@ -28,7 +28,9 @@ def gradients_on() -> Iterator[None]:
 
 
 def _no_autocast(kind: str) -> torch.autocast:
-    return torch.autocast(kind, enabled=False)
+    # The cache of cast weights is emptied where the outermost context ends: training in an inner one
+    # would go on with the weights of its first step.
+    return torch.autocast(kind, enabled=False, cache_enabled=False)
 
 
 def check_changeable(model: nn.Module) -> None:

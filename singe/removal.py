@@ -68,22 +68,17 @@ def remove_units(
 @contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
     """The very buffers of now, with their values, also where a forward pass counts or observes."""
-    before = [
-        (
-            module,
-            dict(module._buffers),
-            {k: b.clone() for k, b in module._buffers.items() if b is not None},
-        )
-        for module in model.modules()
-    ]
+    registered = [(module, dict(module._buffers)) for module in model.modules()]
+    values = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
+        for module, buffers in registered:
+            module._buffers.update(buffers)
         with torch.no_grad():
-            for module, buffers, values in before:
-                module._buffers.update(buffers)
-                for name, value in values.items():
-                    module._buffers[name].copy_(value)  # type: ignore[union-attr]
+            for buffer, version, value in values:
+                if buffer._version != version:
+                    buffer.copy_(value)
 
 
 def kept_elements(model: nn.Module, batch: Batch, removals: Removals) -> dict[str, Tensor]:

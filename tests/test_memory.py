@@ -18,7 +18,7 @@ from helpers import (
     run_engine,
 )
 
-from singe import memory, units
+from singe import memory, units, verification
 from singe.data import cut
 from singe.sweep import Sweep
 
@@ -65,7 +65,7 @@ def test_running_out_of_memory_is_no_property_of_a_group(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     case = CASES["residual"]
-    monkeypatch.setattr(units, "remove_units", full)
+    monkeypatch.setattr(verification, "remove_units", full)
     with pytest.raises(torch.OutOfMemoryError):
         units.find_groups(case.model(), batch_of(case.batches()[0]))
 

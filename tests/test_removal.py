@@ -249,7 +249,7 @@ def test_a_group_that_fails_the_check_is_left_out():
 
     torch.manual_seed(0)
     batch = batch_of(make_batches((6,), (4,))[0])
-    with pytest.raises(singe.ModelError, match="gating some of its units and removing it differ"):
+    with pytest.raises(singe.ModelError, match="gating some of its units and removing them differ"):
         find_groups(Peeks().double(), batch)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -126,6 +127,22 @@ def test_autocast_trains_float32_weights(dtype):
     assert a.rounds[-1].finetune_loss != b.rounds[-1].finetune_loss
     rel = 4 * torch.finfo(dtype).eps
     assert a.rounds[-1].finetune_loss == pytest.approx(b.rounds[-1].finetune_loss, rel=rel)
+
+
+@pytest.mark.parametrize("ambient", [False, True])
+def test_autocast_sees_the_weights_of_every_step(ambient):
+    """torch keeps cast weights until the outermost autocast ends, and the caller's may be that."""
+    model, seen = network(), []
+    model[0].register_forward_hook(lambda module, args, out: seen.append(out.detach().clone()))
+    options = {
+        **OPTIONS, "rounds": 1, "finetune_steps": 6, "lr": 0.5, "train": BATCHES[:1], "channels": 1.0,
+        "criterion": "random",
+    }  # fmt: skip
+    with torch.autocast("cpu", torch.bfloat16, enabled=ambient):
+        singe.compress(model, autocast=torch.bfloat16, **options)
+    steps = [out for out in seen if out.dtype == torch.bfloat16]
+    assert len(steps) == 6
+    assert all(not torch.equal(a, b) for a, b in pairwise(steps))
 
 
 def test_parameters_beside_the_model_gather_no_gradients():
