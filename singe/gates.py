@@ -2,7 +2,8 @@
 
 Norms come in dialects: ``LayerNorm2d`` normalises dimension 1, timm's norm-act layers append an
 activation. :func:`dialect` finds out which one a module speaks by running it on a few random numbers;
-one that speaks none is refused by name. Layers of the user's own are taught by :func:`register_layer`.
+one that speaks none is refused by name; :func:`weighted_norm` is one whose channels count as much as
+their gates are open. Layers of the user's own are taught by :func:`register_layer`.
 """
 
 from __future__ import annotations
@@ -83,6 +84,55 @@ def _torch_norm(norm: Any, x: Tensor, dim: int) -> Tensor:
     moved = x.movedim(dim, -1)
     out = F.layer_norm(moved, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
     return out.movedim(-1, dim)
+
+
+# ------------------------------------------------------------------ half-open gates
+
+
+def per_channel(vector: Tensor, like: Tensor, dim: int) -> Tensor:
+    """[C] -> broadcastable against ``like`` along its channel dimension."""
+    shape = [1] * like.dim()
+    shape[dim] = -1
+    return vector.view(shape)
+
+
+def weighted_norm(norm: Any, x: Tensor, gate: Tensor) -> Tensor:
+    """LayerNorm or GroupNorm over channels that count as much as their gates are open.
+
+    ``n = sum_c g_c``, ``mean = sum_c g_c v_c / n``, ``var = sum_c g_c (v_c - mean)^2 / n`` (sums also
+    over positions), ``out_c = g_c (scale_c (v_c - mean) / sqrt(var + eps) + shift_c)``. What arrives is
+    gated already, ``x_c = g_c v_c``. At gates of 0 and 1 this is the norm over the channels that remain.
+
+    Args:
+        norm: LayerNorm over the last dimension or GroupNorm.
+        x: [B, *, C] for LayerNorm, [B, C, *] for GroupNorm.
+        gate: [C].
+    """
+    gate = gate.to(x.dtype)
+    eps = float(norm.eps)
+    if isinstance(norm, nn.LayerNorm):
+        dim, out = -1, _standardise(x, gate, (-1,), 1, eps)
+    else:
+        blocks = int(norm.num_groups)
+        cut = x.reshape(x.shape[0], blocks, x.shape[1] // blocks, -1)
+        g = gate.reshape(1, blocks, -1, 1)
+        dim, out = 1, _standardise(cut, g, (2, 3), cut.shape[3], eps).reshape(x.shape)
+    if norm.weight is not None:
+        out = out * per_channel(norm.weight, x, dim)
+    if norm.bias is not None:
+        out = out + per_channel(norm.bias * gate, x, dim)
+    return out
+
+
+def _standardise(
+    x: Tensor, gate: Tensor, dims: tuple[int, ...], positions: int, eps: float
+) -> Tensor:
+    # The clamps only matter where gates are 0: 0 / tiny stays 0, not NaN.
+    n = gate.sum(dims[0], keepdim=True).clamp(min=1e-6) * positions
+    mean = x.sum(dims, keepdim=True) / n
+    centred = x - gate * mean
+    squares = centred.square() / gate.clamp(min=torch.finfo(x.dtype).tiny)
+    return centred * (squares.sum(dims, keepdim=True) / n + eps).rsqrt()
 
 
 # ------------------------------------------------------------------ layers of the user's own

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from singe.conv1d import with_linears
 from singe.data import Batch, in_channels_last
-from singe.gates import BATCH_NORMS, REGISTRY, Dialect, dialect
+from singe.gates import BATCH_NORMS, REGISTRY, Dialect, dialect, per_channel, weighted_norm
 from singe.graph import Group, Member, private_copy
 from singe.kernels.masked_forward import masked_forward
 from singe.prefix import PrefixCache
@@ -78,13 +78,6 @@ class Site:
     def clear(self) -> None:
         """Open the gate and forget the pass."""
         self.gate, self.probes, self.inputs, self.calls = None, [], [], 0
-
-
-def per_channel(vector: Tensor, like: Tensor, dim: int) -> Tensor:
-    """[C] -> broadcastable against ``like`` along its channel dimension."""
-    shape = [1] * like.dim()
-    shape[dim] = -1
-    return vector.view(shape)
 
 
 def gate_rows(y: Tensor, gate: Tensor, probe: Tensor | None, dim: int) -> Tensor:
@@ -359,45 +352,6 @@ def _gated_custom(network: Network, site: Site, forward: Forward) -> Forward:
         return entry.gate(site.module, forward, input, gate)
 
     return gated
-
-
-def weighted_norm(norm: Any, x: Tensor, gate: Tensor) -> Tensor:
-    """LayerNorm or GroupNorm over channels that count as much as their gates are open.
-
-    ``n = sum_c g_c``, ``mean = sum_c g_c v_c / n``, ``var = sum_c g_c (v_c - mean)^2 / n`` (sums also
-    over positions), ``out_c = g_c (scale_c (v_c - mean) / sqrt(var + eps) + shift_c)``. What arrives is
-    gated already, ``x_c = g_c v_c``. At gates of 0 and 1 this is the norm over the channels that remain.
-
-    Args:
-        norm: LayerNorm over the last dimension or GroupNorm.
-        x: [B, *, C] for LayerNorm, [B, C, *] for GroupNorm.
-        gate: [C].
-    """
-    gate = gate.to(x.dtype)
-    eps = float(norm.eps)
-    if isinstance(norm, nn.LayerNorm):
-        dim, out = -1, _standardise(x, gate, (-1,), 1, eps)
-    else:
-        blocks = int(norm.num_groups)
-        cut = x.reshape(x.shape[0], blocks, x.shape[1] // blocks, -1)
-        g = gate.reshape(1, blocks, -1, 1)
-        dim, out = 1, _standardise(cut, g, (2, 3), cut.shape[3], eps).reshape(x.shape)
-    if norm.weight is not None:
-        out = out * per_channel(norm.weight, x, dim)
-    if norm.bias is not None:
-        out = out + per_channel(norm.bias * gate, x, dim)
-    return out
-
-
-def _standardise(
-    x: Tensor, gate: Tensor, dims: tuple[int, ...], positions: int, eps: float
-) -> Tensor:
-    # The clamps only matter where gates are 0: 0 / tiny stays 0, not NaN.
-    n = gate.sum(dims[0], keepdim=True).clamp(min=1e-6) * positions
-    mean = x.sum(dims, keepdim=True) / n
-    centred = x - gate * mean
-    squares = centred.square() / gate.clamp(min=torch.finfo(x.dtype).tiny)
-    return centred * (squares.sum(dims, keepdim=True) / n + eps).rsqrt()
 
 
 _GATED: dict[str, Callable[[Network, Site, Forward], Forward]] = {

@@ -23,8 +23,8 @@ from helpers import (
 from torch import Tensor, nn
 
 import singe
-from singe.gates import dialect, unregister_layer
-from singe.network import Network, set_gates, weighted_norm
+from singe.gates import dialect, unregister_layer, weighted_norm
+from singe.network import Network, set_gates
 from singe.removal import remove_units
 from singe.units import find_groups
 
