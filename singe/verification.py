@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -42,9 +43,11 @@ def verified(model: nn.Module, batch: Batch, graph: ModelGraph) -> ModelGraph:
             f"{distance(base, original):.2e} (relative); is its evaluation mode deterministic?"
         )
     idle = _without_a_part(private_copy(model), batch, idle) if idle else idle
-    trains = bool(idle) and _trouble_in_training(private_copy(model), batch) is None
-    if trains:
-        idle &= _watched(private_copy(model).train(), batch)[1]
+    trains = False
+    if idle:
+        with suppress(Exception):  # losses inside, targets it wants, a single value per channel
+            idle &= _watched(private_copy(model).train(), batch)[1]
+            trains = True
     if idle:
         warnings.warn(
             f"{', '.join(sorted(idle)[:5])}{', ...' if len(idle) > 5 else ''}: these layers do not run for "
@@ -139,7 +142,7 @@ def _trouble_in_training(model: nn.Module, batch: Batch) -> str | None:
     with random_state_kept(device_of(model)):
         try:
             batch.call(model.train())
-        except Exception as error:  # losses inside, targets it wants, a single value per channel
+        except Exception as error:
             return first_line(error)
     return None
 
