@@ -23,6 +23,10 @@ def run(folder: Path, *arguments: str | Path) -> str:
     return done.stdout
 
 
+def python_blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
+
+
 @pytest.mark.parametrize(
     ("page", "program"),
     [
@@ -41,7 +45,7 @@ def test_generated_pages_are_as_new_as_their_results(page, program, tmp_path):
 @pytest.mark.slow
 def test_the_page_on_pruning(tmp_path):
     pytest.importorskip("sklearn", reason="the data is scikit-learn's digits")
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "pruning.md").read_text(), re.S)
+    blocks = python_blocks("docs/pruning.md")
     assert len(blocks) == 5
     (tmp_path / "page.py").write_text("\n".join(blocks))
     text = run(tmp_path, "page.py")
@@ -52,7 +56,7 @@ def test_the_page_on_pruning(tmp_path):
 @pytest.mark.slow
 def test_the_readme(tmp_path):
     pytest.importorskip("sklearn", reason="the data is scikit-learn's digits")
-    program, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    program, *_ = python_blocks("README.md")
     (tmp_path / "readme.py").write_text(program)
     before, after = map(float, run(tmp_path, "readme.py").splitlines()[-1].split(" -> "))
     assert min(before, after) > 0.95

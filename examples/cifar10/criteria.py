@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import cifar10
-from importances import SCORERS, inner_layers
+from importances import SCORERS, by_singe
 
 import singe
 from singe.compress import accuracy
@@ -72,20 +72,18 @@ def main() -> None:
     x, y = cifar10.images("train")
     test_x, test_y = cifar10.images("test")
     test = cifar10.batches(test_x[: args.test_images], test_y[: args.test_images], 250)
-    layers = inner_layers(model)
     example = test[0][0][:1]
     base = accuracy(model, test)
     print(f"base accuracy {base:.1%}")
     rows: dict[str, Any] = {}
-    for name, options in {**SETTINGS, **dict.fromkeys(PEERS)}.items():
+    scorers = {name: by_singe(**options) for name, options in SETTINGS.items()}
+    scorers |= {label: SCORERS[name] for label, name in PEERS.items()}
+    for name, scorer in scorers.items():
         draws = []
         for draw in range(1 if name in DATA_FREE else args.draws):
             part = slice(draw * args.samples, (draw + 1) * args.samples)
             batches = cifar10.batches(x[part], y[part], 64)
-            if options is None:
-                scores = SCORERS[PEERS[name]](model, batches, draw)
-            else:
-                scores = singe.score(model, batches, layers=layers, seed=draw, **options)
+            scores = scorer(model, batches, draw)
             accuracies = []
             for share in SHARES:
                 pruned = copy.deepcopy(model)
@@ -93,7 +91,7 @@ def main() -> None:
                 accuracies.append(accuracy(pruned, test))
             draws.append(accuracies)
         means = [statistics.mean(column) for column in zip(*draws, strict=True)]
-        rows[name] = {"options": options, "draws": draws, "mean": means}
+        rows[name] = {"options": SETTINGS.get(name), "draws": draws, "mean": means}
         print(f"{name:30s}" + "".join(f"{100 * m:7.1f}" for m in means), flush=True)
     write(
         f"criteria-resnet{args.depth}",
