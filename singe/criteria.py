@@ -46,7 +46,7 @@ CRITERIA = {
 }
 PATHS = ("layer", "neuron", "network")
 NORMS = ("inside", "outside")
-POWERS = (1, 2, "sum")
+POWERS = (1, 2, "sum", "fisher")
 GRANULARITIES = ("unit", "weight")
 OF_WEIGHTS = ("singe", "ig", "taylor", "gradient", "magnitude", "random")  # offered for weights
 

@@ -18,7 +18,7 @@ class Definition:
         criterion: what is integrated.
         path: ``"layer"``, ``"neuron"`` or ``"network"``.
         quadrature: nodes on the path.
-        p: 1, 2 or ``"sum"``.
+        p: 1, 2, ``"sum"`` or ``"fisher"``.
         norm: ``"inside"`` or ``"outside"``.
         granularity: ``"unit"``, or ``"weight"``: a score for every weight of the units' rows.
     """
@@ -35,7 +35,14 @@ class Definition:
     def gates_only(self) -> bool:
         """Whether derivatives along the gates will do: a sum over a unit's entries is one."""
         integrand = self.criterion.integrand
-        return integrand == "derivative" or (integrand == "variation" and self.p == "sum")
+        return integrand == "derivative" or (
+            integrand == "variation" and self.p in ("sum", "fisher")
+        )
+
+    @property
+    def by_sample(self) -> bool:
+        """Whether the derivative of every single sample counts, not that of their mean."""
+        return self.criterion.integrand == "variation" and self.p == "fisher"
 
     @property
     def nodes_in_one(self) -> bool:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from singe.errors import OptionError
+from singe.errors import ModelError, OptionError
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -90,10 +90,20 @@ def _torch_norm(norm: Any, x: Tensor, dim: int) -> Tensor:
 
 
 def per_channel(vector: Tensor, like: Tensor, dim: int) -> Tensor:
-    """[C] -> broadcastable against ``like`` along its channel dimension."""
+    """[C], or [B, C] with a row for every sample -> broadcastable against ``like``.
+
+    Raises:
+        ModelError: the first dimension of ``like`` is not that of the samples.
+    """
     shape = [1] * like.dim()
-    shape[dim] = -1
-    return vector.view(shape)
+    shape[dim] = vector.shape[-1]
+    if vector.dim() == 2:
+        if len(vector) not in (1, len(like)):
+            raise ModelError(
+                f"a gate for each of {len(vector)} samples meets a tensor of shape {list(like.shape)}"
+            )
+        shape[0] = len(vector)
+    return vector.reshape(shape)
 
 
 def weighted_norm(norm: Any, x: Tensor, gate: Tensor) -> Tensor:
@@ -106,16 +116,16 @@ def weighted_norm(norm: Any, x: Tensor, gate: Tensor) -> Tensor:
     Args:
         norm: LayerNorm over the last dimension or GroupNorm.
         x: [B, *, C] for LayerNorm, [B, C, *] for GroupNorm.
-        gate: [C].
+        gate: [C], or [B, C].
     """
     gate = gate.to(x.dtype)
     eps = float(norm.eps)
     if isinstance(norm, nn.LayerNorm):
-        dim, out = -1, _standardise(x, gate, (-1,), 1, eps)
+        dim, out = -1, _standardise(x, per_channel(gate, x, -1), (-1,), 1, eps)
     else:
         blocks = int(norm.num_groups)
         cut = x.reshape(x.shape[0], blocks, x.shape[1] // blocks, -1)
-        g = gate.reshape(1, blocks, -1, 1)
+        g = per_channel(gate, x, 1).reshape(-1, blocks, cut.shape[2], 1)
         dim, out = 1, _standardise(cut, g, (2, 3), cut.shape[3], eps).reshape(x.shape)
     if norm.weight is not None:
         out = out * per_channel(norm.weight, x, dim)

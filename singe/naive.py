@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from singe.data import Batch
 from singe.definition import Definition
+from singe.divisible import single_samples
 from singe.graph import Group, Member, ModelGraph, unwrapped
 from singe.network import Network, site_key
 from singe.result import Result, UnitSet, unit_sets
@@ -112,6 +113,8 @@ def naive_scores(
         a tensor per parameter.
     """
     batches = list(batches)
+    if definition.by_sample:
+        batches = [one for batch in batches for one in single_samples(batch)]
     objective, integrand = definition.objective, definition.criterion.integrand
     textbook = TextbookNetwork(model, graph)
     network = textbook.network
@@ -150,6 +153,22 @@ def naive_scores(
         with_gates = integrand != "gradient"
         return {group.name: textbook.entries(group, with_gates) for group, _ in units}
 
+    def root_mean_squares_at(units: UnitSet, mu: float) -> dict[str, Tensor]:
+        """[U, 1]: over the samples, of the derivative along every gate of each."""
+        squares = {group.name: torch.zeros(group.n_units, 1).double() for group, _ in units}
+        textbook.set_scale(units, mu)
+        for batch, reference in zip(batches, references, strict=True):
+            textbook.zero_grad()
+            loss = objective.total(network(batch), batch, reference)
+            objective.require_finite(loss, batch)
+            loss.backward()
+            for group, _ in units:
+                weight, grad = textbook.entries(group, with_gates=True)
+                derivative = (weight * grad).double().sum(1, keepdim=True)
+                squares[group.name] += derivative.square().cpu()
+        textbook.set_scale(units, 1.0)
+        return {name: (total / n_samples).sqrt() for name, total in squares.items()}
+
     result = Result.empty(graph.groups, n_samples)
     full_loss = loss_at([], 1.0)
     if definition.granularity == "weight":
@@ -161,6 +180,10 @@ def naive_scores(
             continue
         integrands: dict[str, list[Tensor]] = {group.name: [] for group, _ in units}
         for mu in definition.quadrature.nodes:
+            if definition.by_sample:
+                for name, root in root_mean_squares_at(units, mu).items():
+                    integrands[name].append(root)
+                continue
             for name, (weight, grad) in gradients_at(units, mu).items():
                 integrands[name].append(
                     (grad if integrand == "gradient" else weight * grad).double()
@@ -223,7 +246,10 @@ def _weight_scores(
 
 
 def _norm(values: Tensor, p: int | str) -> Tensor:
-    """The p-norm over the last dimension; ``"sum"`` is the absolute value of the plain sum."""
-    if p == "sum":
+    """The p-norm over the last dimension; ``"sum"`` is the absolute value of the plain sum.
+
+    For ``"fisher"`` one number is left there already.
+    """
+    if p in ("sum", "fisher"):
         return values.sum(-1).abs()
     return torch.linalg.vector_norm(values, ord=float(p), dim=-1)

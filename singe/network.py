@@ -42,7 +42,7 @@ class Site:
     Attributes:
         key: ``name`` for rows and norms, ``name + ":input"`` for input gates.
         full: the module's rows and bias before any change of precision (rows only).
-        gate: [C], one factor per channel, or None for the plain network.
+        gate: [C], one factor per channel, or [B, C], for every sample its own; None for the plain network.
         probes: one zero tensor per call of the module, in the shape of its output, or empty.
         inputs: what the module was called with in this pass (rows only, when it has probes).
         outputs: shape and dtype of what it returned, call by call, in the last recording pass, as
@@ -298,7 +298,7 @@ def _gated_rows(network: Network, site: Site, forward: Forward) -> Forward:
         if site.gate is None:
             return y
         probe = site.probes[call] if site.probes else None
-        if network.is_traced:
+        if network.is_traced or site.gate.dim() == 2:
             out = per_channel(site.gate.to(y.dtype), y, site.channel_dim) * y
             return out if probe is None else out + probe
         return gate_rows(y, site.gate, probe, site.channel_dim)

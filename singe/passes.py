@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -63,6 +63,11 @@ def merged(jobs: Sequence[list[Variant]], limit: int) -> list[list[Variant]]:
         else:
             result.append(job)
     return result
+
+
+def for_each_sample(gates: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
+    """[V, C] -> [V, B, C]: gates that every sample of a batch has for itself."""
+    return {key: gate.unsqueeze(1).repeat(1, size, 1) for key, gate in gates.items()}
 
 
 def runs_of_groups(variants: Sequence[Variant]) -> Iterator[tuple[UnitSet, slice]]:

@@ -89,6 +89,8 @@ class Request:
         if self.granularity == "weight":
             self._check_weights(definition.criterion)
         self._check_decision(definition.path, definition.criterion)
+        if self.p == "fisher":
+            self._check_fisher(definition.criterion)
 
     @cached_property
     def definition(self) -> Definition:
@@ -101,7 +103,7 @@ class Request:
             criterion=criterion,
             path="neuron" if criterion.name == "ablation" else path,
             quadrature=ENDPOINT if criterion.endpoint else as_quadrature(self.quadrature),
-            p="sum" if self.p == "sum" else int(self.p),  # 2.0 is as good as 2
+            p=self.p if isinstance(self.p, str) else int(self.p),  # 2.0 is as good as 2
             norm=self.norm,
             granularity=self.granularity,
         )
@@ -128,6 +130,22 @@ class Request:
         if self.tolerance is not None:
             raise OptionError(
                 "tolerance settles which units are lowest; with granularity='weight' leave it at None"
+            )
+
+    def _check_fisher(self, criterion: Criterion) -> None:
+        if criterion.integrand in ("gradient", "none") and criterion.name != "random":
+            raise OptionError(
+                f"p='fisher' is about derivatives along gates, which criterion={criterion.name!r} does "
+                "not take; use 'singe' or 'taylor'"
+            )
+        if self.norm == "outside":
+            raise OptionError(
+                "p='fisher' squares the derivative of every sample at every node: norm='inside'"
+            )
+        if self.tolerance is not None:
+            raise OptionError(
+                "tolerance bounds what samples still to come can add to a sum, and p='fisher' is the "
+                "root of one; leave it at None"
             )
 
     def _check_decision(self, path: str, criterion: Criterion) -> None:

@@ -122,7 +122,9 @@ def score(
         path: which gates move together: ``"layer"`` (one group), ``"neuron"`` (one unit),
             ``"network"`` (everything: cheapest).
         quadrature: nodes on the path: an int (Gauss-Legendre), a :class:`Quadrature`, or a name.
-        p: 1, 2 or ``"sum"`` (absolute derivative along the gate; needs no weight gradient).
+        p: 1, 2, ``"sum"`` (absolute derivative along the gate; needs no weight gradient), or ``"fisher"``
+            (root mean square over the samples of the derivative along the gate: what other samples want
+            does not cancel it; with ``criterion="taylor"`` Fisher pruning, arXiv 1801.05787).
         norm: ``"inside"`` (integral of norms) or ``"outside"`` (norm of the integral).
         layers: only the groups of these layers (names or modules); default all prunable groups.
         ignore: layers that keep all their channels (names or modules, containers included).

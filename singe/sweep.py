@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,7 +18,7 @@ from singe.graph import Group, Member
 from singe.layout import GradientsChannelsLast
 from singe.memory import is_out_of_memory
 from singe.network import Network, site_key
-from singe.passes import Variant, gates_of, runs_of_groups
+from singe.passes import Variant, for_each_sample, gates_of, runs_of_groups
 from singe.sums import Sums
 from singe.variants import VariantRunner, variant, zero_probes
 
@@ -47,6 +47,7 @@ class Sweep:
         self.one_by_one = definition.path == "neuron"
         self.quadrature = definition.quadrature
         self.gates_only = definition.gates_only
+        self.by_sample = definition.by_sample
         self.nodes_in_one = definition.nodes_in_one
         self.sums = sums
         self.device = device
@@ -88,7 +89,7 @@ class Sweep:
         needed = reference if self.objective.needs_reference else None
         return self.objective.total(outputs, batch, needed)
 
-    def _totals(self, outputs: Any, count: int, batch: Batch, reference: Any) -> Tensor:
+    def totals(self, outputs: Any, count: int, batch: Batch, reference: Any) -> Tensor:
         """Summed loss of every variant, [V]."""
         if self.objective.stacks and isinstance(outputs, Tensor):
             totals = torch.vmap(lambda one: self.total(one, batch, reference))(outputs)
@@ -106,7 +107,7 @@ class Sweep:
                 outputs, _ = self.runner(batch, gates_of(self.network, variants), {})
             else:
                 outputs = self._run_update(variants, batch, self._mus(variants), None)
-            totals = self._totals(outputs, len(variants), batch, reference)
+            totals = self.totals(outputs, len(variants), batch, reference)
         indices = torch.tensor([one.index for one in variants])
         self.sums.end_loss[fold].index_add_(0, indices, totals.double().cpu())
 
@@ -114,6 +115,8 @@ class Sweep:
         self, variants: Sequence[Variant], batch: Batch, reference: Any, fold: int
     ) -> None:
         gates = gates_of(self.network, variants)
+        if self.by_sample:
+            gates = for_each_sample(gates, batch.size)
         sites = self.network.sites
         probes = {
             key: zero_probes(sites[key].outputs, len(variants))
@@ -127,7 +130,7 @@ class Sweep:
             outputs, inputs = self.runner(batch, gates, probes)
             if reference is None:
                 self.objective.check(variant(outputs, 0), batch)
-            loss = self._totals(outputs, len(variants), batch, reference).sum()
+            loss = self.totals(outputs, len(variants), batch, reference).sum()
         derivable = [key for key, gate in gates.items() if gate.requires_grad]
         leaves = [gates[key] for key in derivable] + [t for ts in probes.values() for t in ts]
         with GradientsChannelsLast() if self.network.channels_last else nullcontext():
@@ -139,6 +142,11 @@ class Sweep:
         for units, where in runs_of_groups(variants):
             run = variants[where]
             for group, _ in units:
+                if self.by_sample:
+                    own = {site_key(m): gate_grads[site_key(m)][where] for m in group.members}
+                    part = self._squares(group, run, own)
+                    computed.append((group, site_key(group.members[0]), run, part))
+                    continue
                 for member in group.members:
                     key = site_key(member)
                     for x, adjoint in zip(inputs.get(key, ()), adjoints.get(key, ()), strict=True):
@@ -183,7 +191,7 @@ class Sweep:
         with torch.enable_grad():
             leaf = mu.requires_grad_() if probe is None else probe
             outputs = self._run_update(variants, batch, mu, probe)
-            loss = self._totals(outputs, len(variants), batch, reference).sum()
+            loss = self.totals(outputs, len(variants), batch, reference).sum()
         with GradientsChannelsLast() if self.network.channels_last else nullcontext():
             (grad,) = torch.autograd.grad(loss, leaf, materialize_grads=True, allow_unused=True)
         if probe is None:
@@ -207,6 +215,24 @@ class Sweep:
             own = channels_of(module, adjoint, channels)
             return unit_row_gradients(module, x, own, channels).flatten(1)
         return self._of_units(group, member, variants, row_gradients(module, x, adjoint))
+
+    def _squares(
+        self, group: Group, variants: Sequence[Variant], grads: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Squared derivatives along the gates of single samples, summed over these.
+
+        Args:
+            grads: [V, B, C] per site of the group.
+
+        Returns:
+            [V, U, 1], or [V, 1] of one unit per variant.
+        """
+        of_samples = []  # [V, U, B] or [V, B]
+        for member in group.members:
+            grad = grads[site_key(member)]
+            by_unit = self._of_units(group, member, variants, grad.transpose(1, 2))
+            of_samples.append(by_unit.unflatten(-1, (-1, grad.shape[1])).sum(-2))
+        return torch.stack(of_samples).sum(0).square().sum(-1, keepdim=True)
 
     def _of_units(
         self, group: Group, member: Member, variants: Sequence[Variant], grad: Tensor

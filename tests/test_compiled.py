@@ -71,6 +71,7 @@ def test_inductor_is_the_definition(name):
         {"path": "layer"},
         {"path": "neuron"},
         {"path": "layer", "p": "sum"},
+        {"path": "layer", "p": "fisher"},
         {"path": "network", "criterion": "ig", "norm": "outside"},
         {"path": "neuron", "criterion": "signed"},
         {"path": "network", "objective": "kl"},

@@ -48,6 +48,8 @@ OPTIONS = [
     ),
     *(("signed", path, "inside", 1) for path in ("layer", "neuron", "network")),
     *((criterion, "layer", "inside", p) for criterion in ("taylor", "gradient") for p in (1, 2, "sum")),
+    *(("singe", path, "inside", "fisher") for path in ("layer", "neuron", "network")),
+    ("taylor", "layer", "inside", "fisher"),
     ("ablation", "neuron", "inside", 1),
 ]  # fmt: skip
 
@@ -64,15 +66,15 @@ def assert_engines_agree(model, batches, tolerance, graph=None, stacked=True, **
     return fused
 
 
-@pytest.mark.parametrize("path", ["layer", "neuron"])
+@pytest.mark.parametrize(("path", "p"), [("layer", 1), ("neuron", 1), ("layer", "fisher")])
 @pytest.mark.parametrize("name", CASES)
-def test_every_layer_type(name, path):
+def test_every_layer_type(name, path, p):
     case = CASES[name]
     model, batches = case.model(), case.batches()
     graph = find_groups(model, first_batch(batches, CPU))
     # A group that was left out would not be compared: only the output may be.
     assert all("output" in why for why in graph.rejected.values()), graph.rejected
-    result = assert_engines_agree(model, batches, FLOAT64, graph, path=path)
+    result = assert_engines_agree(model, batches, FLOAT64, graph, path=path, p=p)
     assert all(scores.norm() > 0 for scores in result.scores.values())
 
 

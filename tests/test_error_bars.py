@@ -18,6 +18,7 @@ OPTIONS = [
     {"criterion": "singe", "path": "layer"},
     {"criterion": "singe", "path": "network", "norm": "outside", "p": 2},
     {"criterion": "singe", "path": "neuron", "p": "sum"},
+    {"criterion": "singe", "path": "layer", "p": "fisher"},
     {"criterion": "ig", "path": "layer"},
     {"criterion": "signed", "path": "neuron"},
     {"criterion": "ablation"},

@@ -18,6 +18,8 @@ OPTIONS = [
     {"path": "neuron"},
     {"path": "layer", "p": 2, "norm": "outside"},
     {"path": "layer", "p": "sum"},
+    {"path": "layer", "p": "fisher"},
+    {"criterion": "taylor", "p": "fisher"},
     {"criterion": "signed", "path": "neuron"},
     {"criterion": "taylor"},
     {"criterion": "ablation"},

@@ -101,7 +101,7 @@ def test_shuffling_the_data_changes_nothing(criterion):
 @given(
     factors=st.lists(st.floats(0.1, 10.0), min_size=8, max_size=8),
     path=st.sampled_from(["layer", "neuron", "network"]),
-    p=st.sampled_from([1, 2, "sum"]),
+    p=st.sampled_from([1, 2, "sum", "fisher"]),
 )
 def test_rescaling_a_relu_network_changes_nothing(factors, path, p):
     """Rows times c, the consumer's columns over c: the same function, so the same scores."""

@@ -53,7 +53,9 @@ def test_bfloat16_is_close(name, path):
     assert spearman(exact, low) >= 0.95
 
 
-@pytest.mark.parametrize("options", [{"p": "sum"}, {"criterion": "signed"}, {"norm": "outside"}])
+@pytest.mark.parametrize(
+    "options", [{"p": "sum"}, {"p": "fisher"}, {"criterion": "signed"}, {"norm": "outside"}]
+)
 def test_float16_is_close(options):
     exact, low = pair("residual", torch.float16, **options)
     assert 0 < relative_error(low["0"], exact["0"]) <= 0.02  # 11 bits of mantissa

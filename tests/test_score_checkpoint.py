@@ -24,6 +24,7 @@ OPTIONS = [
     {"path": "layer"},
     {"path": "network", "norm": "outside"},
     {"path": "neuron", "p": "sum"},
+    {"path": "layer", "p": "fisher"},
     {"criterion": "signed", "path": "neuron"},
     {"criterion": "ablation"},
     {"path": "neuron", "tolerance": 0.2, "pruning_ratio": 0.4},

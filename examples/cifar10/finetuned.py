@@ -3,6 +3,7 @@
     python examples/cifar10/finetuned.py [--steps 200] [--speedup 2.11] [--seeds 3] [--criteria L1 ...]
     python examples/cifar10/finetuned.py --rounds 5 --steps 1000 --ranking cost [--between 0]
     python examples/cifar10/finetuned.py --train-images 1024 --ranking cost
+    python examples/cifar10/finetuned.py --steps 0 --ranking cost
     python examples/cifar10/finetuned.py --max-pruning-ratio 0.9 --criteria "SInGE, layer" L2
 
 A trained ResNet-56 loses the channels between the two convolutions of its blocks until 2.11 or 2.57
@@ -10,6 +11,7 @@ times fewer MACs are left. Pruner, guard, budget and fine-tuning are the same fo
 differs, and the ranking that turns its scores into a plan. Every seed takes other calibration images
 and another order of the training images. With more than one round (:func:`singe.compress`) half of
 the steps (``--between``) are shared out between the rounds, the others follow the last one.
+With no steps only the BatchNorms' statistics are set again, on the calibration images.
 ``--train-images`` fine-tunes on so few images in place of all 50,000, ``--samples`` scores on more or fewer
 than 256. A run that the results already hold is not repeated, so that the table can grow over days
 and machines; ``--part 0/2`` does every other run, for two processes.
@@ -34,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from importances import OWN, SCORERS, VARIANTS, inner_layers
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 import singe
 
@@ -178,6 +181,9 @@ class Experiment:
             if step % max(1, steps // 4) == 0:
                 history[step] = accuracy(model, self.data.quick)
 
+        if steps == 0:
+            update_bn(self.calibration(job), model)
+            return {"pruned": pruned} | self._row(model, report, history)
         train(model, batches, steps, job["lr"], look)
         best = max(history.values())  # entwined, earlier rounds have more MACs left
         return {"pruned": pruned, "best": best} | self._row(model, report, history)

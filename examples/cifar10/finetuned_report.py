@@ -49,6 +49,8 @@ class Setting(NamedTuple):
 
     @property
     def title(self) -> str:
+        if self.steps == 0:
+            return f"{self.speedup:g} x fewer MACs, no fine-tuning, BatchNorm recalibrated"
         how = "one-shot" if self.rounds == 1 else f"entwined in {self.rounds} rounds"
         rate = "" if self.lr == LR else f", learning rate {self.lr:g}"
         return f"{self.speedup:g} x fewer MACs, {how}, {self.steps:,} steps{rate}"
@@ -93,9 +95,11 @@ def cell(runs: Runs, what: str) -> str:
 
 def section(setting: Setting, cells: Cells) -> str:
     """Accuracies after fine-tuning; then what there was before, and how many parameters are left."""
-    pairs = (
-        [["last", "best"], ["pruned", "params"]] if setting.rounds == 1 else [["last", "params"]]
-    )
+    pairs = [["last", "best"], ["pruned", "params"]]
+    if setting.rounds > 1:
+        pairs = [["last", "params"]]
+    elif setting.steps == 0:
+        pairs = [["last", "pruned", "params"]]
     return "\n\n".join([f"### {setting.title}", *(columns(cells, shown) for shown in pairs)])
 
 

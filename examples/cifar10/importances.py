@@ -130,7 +130,9 @@ def _score(model: nn.Module, batches: Batches, **options: Any) -> singe.Scores:
 OWN: dict[str, dict[str, Any]] = {
     "random": {"criterion": "random"},
     "gradient at 1 (singe, taylor)": {"criterion": "taylor"},
+    "Fisher at 1 (singe, taylor)": {"criterion": "taylor", "p": "fisher"},
     "SInGE, layer": {"path": "layer"},
+    "SInGE, layer, Fisher": {"path": "layer", "p": "fisher"},
     "SInGE, network": {"path": "network"},
     "SInGE, network, outside": {"path": "network", "norm": "outside"},
     "SInGE, network, label-free": {"path": "network", "objective": "kl"},
