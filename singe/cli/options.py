@@ -105,7 +105,9 @@ class SharedScoreOptions:
     quadrature: Annotated[
         str | None, _option(_SCORING, "Number of nodes, or a rule." + _default(score, "quadrature"))
     ] = None
-    p: Annotated[str | None, _option(_SCORING, "1, 2, sum or fisher." + _default(score, "p"))] = None
+    p: Annotated[str | None, _option(_SCORING, "1, 2, sum or fisher." + _default(score, "p"))] = (
+        None
+    )
     norm: Annotated[
         str | None, _option(_SCORING, ", ".join(NORMS) + "." + _default(score, "norm"))
     ] = None
