@@ -18,8 +18,9 @@ from torch_pruning.dependency.shape_infer import (
 )
 
 from singe.data import Batch
-from singe.errors import ModelError
+from singe.errors import ModelError, SingeError
 from singe.gates import pruners
+from singe.memory import is_out_of_memory
 
 ROOTS = (nn.modules.conv._ConvNd, nn.Linear)
 
@@ -122,6 +123,8 @@ def build_dependency_graph(model: nn.Module, batch: Batch) -> tp.DependencyGraph
                 verbose=False,
             )
     except Exception as error:
+        if isinstance(error, SingeError) or is_out_of_memory(error):
+            raise
         raise ModelError(
             f"tracing {type(model).__name__} with the first batch failed: {error}; check that "
             "model(inputs) runs in evaluation mode and returns tensors"

@@ -143,6 +143,8 @@ def _trouble_in_training(model: nn.Module, batch: Batch) -> str | None:
         try:
             batch.call(model.train())
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             return first_line(error)
     return None
 

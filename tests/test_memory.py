@@ -17,6 +17,7 @@ from helpers import (
     one_thread,  # noqa: F401 - autouse
     run_engine,
 )
+from torch import nn
 
 from singe import memory, units, verification
 from singe.data import cut
@@ -60,14 +61,45 @@ def test_page_cache_in_a_container_is_free(version, names, tmp_path, monkeypatch
     assert memory.free_memory(CPU) == memory._system_free()
 
 
-def test_running_out_of_memory_is_no_property_of_a_group(monkeypatch):
-    def full(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+def full(*args):
+    raise torch.OutOfMemoryError("CUDA out of memory")
 
+
+@pytest.mark.parametrize(("module", "name"), [(verification, "remove_units"), (units, "Network")])
+def test_running_out_of_memory_is_no_property_of_a_group(module, name, monkeypatch):
     case = CASES["residual"]
-    monkeypatch.setattr(verification, "remove_units", full)
+    monkeypatch.setattr(module, name, full)
     with pytest.raises(torch.OutOfMemoryError):
         units.find_groups(case.model(), batch_of(case.batches()[0]))
+
+
+class Auxiliary(nn.Module):
+    """A layer that runs in training mode only, and memory for the whole network only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.extra = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x):
+        hidden = self.up(x).relu()
+        if self.training:
+            if hidden.shape[1] < 6:
+                full()
+            return self.down(hidden), self.extra(hidden)
+        return self.down(hidden)
+
+
+def test_nor_of_a_model_that_cannot_be_traced(monkeypatch):
+    case = CASES["residual"]
+    model = case.model()
+    monkeypatch.setattr(type(model[-1]), "forward", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        units.find_groups(model, batch_of(case.batches()[0]))
+
+
+def test_nor_where_it_happens_in_training_mode():
+    with pytest.raises(torch.OutOfMemoryError):
+        units.find_groups(Auxiliary().double().eval(), batch_of(make_batches((4,), (3,))[0]))
 
 
 def test_parts_are_the_batch():
