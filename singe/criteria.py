@@ -51,6 +51,11 @@ GRANULARITIES = ("unit", "weight")
 OF_WEIGHTS = ("singe", "ig", "taylor", "gradient", "magnitude", "random")  # offered for weights
 
 
+def takes(criterion: Criterion, p: object) -> bool:
+    """Whether ``p`` has a meaning for a criterion, or none that would matter (``signed`` has no norm)."""
+    return p != "fisher" or not (criterion.integrand == "gradient" or criterion.name == "magnitude")
+
+
 def choose(argument: str, value: object, offered: tuple) -> None:
     """Raise OptionError unless ``value`` is among ``offered``."""
     if isinstance(value, bool) or value not in offered:

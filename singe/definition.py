@@ -40,7 +40,7 @@ class Definition:
         )
 
     @property
-    def by_sample(self) -> bool:
+    def each_sample(self) -> bool:
         """Whether the derivative of every single sample counts, not that of their mean."""
         return self.criterion.integrand == "variation" and self.p == "fisher"
 

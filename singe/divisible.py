@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from singe.data import Batch, cut
-from singe.errors import DataError
 from singe.objectives import Objective
 
 TRIAL_SAMPLES = 4  # of a batch, to find out about the network and the data
@@ -22,21 +21,6 @@ def first_few(batch: Batch) -> Batch | None:
         return batch if batch.size > 1 else None
     parts = cut(batch, TRIAL_SAMPLES, batch.size - TRIAL_SAMPLES)
     return None if parts is None else parts[0]
-
-
-def single_samples(batch: Batch) -> list[Batch]:
-    """The samples of a batch as batches of one.
-
-    Raises:
-        DataError: they cannot be told apart.
-    """
-    parts = [batch] if batch.size == 1 else cut(batch, *[1] * batch.size)
-    if parts is None:
-        raise DataError(
-            f"p='fisher' needs the derivative of every sample, but those of batch {batch.index} cannot "
-            "be taken apart: its tensors must have one entry per sample"
-        )
-    return parts
 
 
 class Divisible:

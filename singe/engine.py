@@ -14,7 +14,7 @@ from singe.channel_update import ChannelUpdates
 from singe.data import Batch, cut, device_of, first_samples, shapes_of
 from singe.decision import EarlyDecision, hardest_first
 from singe.definition import Definition
-from singe.divisible import TRIAL_SAMPLES, Divisible, first_few, single_samples
+from singe.divisible import TRIAL_SAMPLES, Divisible, first_few
 from singe.errors import DataError, OptionError
 from singe.graph import ModelGraph, unwrapped
 from singe.memory import PeakMemory, free_memory, is_out_of_memory
@@ -23,7 +23,6 @@ from singe.passes import Variant, all_variants, gates_of, merged
 from singe.precision import lower
 from singe.reduction import Reduction
 from singe.result import Result, unit_sets
-from singe.sample_gates import SampleGates
 from singe.score_checkpoint import ScoreCheckpoint
 from singe.sums import Sums, set_of_units
 from singe.sweep import Sweep
@@ -88,7 +87,7 @@ class FusedEngine:
             # ResNet-20, 64 images: the stacked pass takes 0.88 of the time in this layout.
             self.network.set_channels_last(True)
         one_by_one = definition.path == "neuron"
-        has_updates = one_by_one and not definition.by_sample
+        has_updates = one_by_one and not definition.each_sample
         self.updates = ChannelUpdates(self.network, graph.groups) if has_updates else None
         self.sets = set_of_units(self.groups, definition.path)
         self.jobs = all_variants(self.groups, definition)
@@ -100,7 +99,6 @@ class FusedEngine:
         self.active = torch.ones(self.n_sets, dtype=torch.bool)
         self.budget = max_memory or free_memory(self.device) // 4
         self.divisible = Divisible(self.objective, self.sweep.record)
-        self.own_gates = SampleGates(self.network, self.groups, self.sweep, self.divisible)
         self.sample_bytes = 0.0  # activations of one sample, once they are known
         self.chunk = MAX_VARIANTS
         self.evaluated = 0  # samples times variants
@@ -153,6 +151,7 @@ class FusedEngine:
             "budget": self.budget,
             "chunk": self.chunk,
             "evaluated": self.evaluated,
+            "sample_gates": self.sweep.sample_gates.known,
         }
         return {**self.sums.state(), **decided, "active": self.active}, header
 
@@ -164,6 +163,7 @@ class FusedEngine:
             self.decision.load(tensors)
         self.budget, self.chunk = header["budget"], header["chunk"]
         self.evaluated = header["evaluated"]
+        self.sweep.sample_gates.known = dict(header["sample_gates"])
 
     def variants_per_batch(self) -> int:
         """How many variants one batch takes: the unit of progress."""
@@ -173,10 +173,6 @@ class FusedEngine:
 
     def _run_batch(self, batch: Batch, fold: int, share: float = 1.0) -> None:
         """All jobs of a batch; ``share`` of the user's batch, for the progress."""
-        if self.definition.by_sample and batch.size > 1 and not self.own_gates(batch):
-            for one in single_samples(batch):
-                self._run_batch(one, fold, share / batch.size)
-            return
         if self._needs_no_record(batch):
             self.sums.count(fold, self.active, batch.size, 0.0)
             self.network.cache.clear()
@@ -295,13 +291,8 @@ class FusedEngine:
         losses = []
         for batch in batches:
             reference = self.sweep.record(batch)
-            loss = self.objective.per_sample(self._moved(batch, reference), batch, reference)
-            if loss.shape != (batch.size,):
-                raise OptionError(
-                    f"tolerance needs to know the loss of every sample, but objective "
-                    f"{self.objective.name!r} gives a mean; return one loss per sample"
-                )
-            losses.append(loss)
+            moved = self._moved(batch, reference)
+            losses.append(self.objective.of_each_sample(moved, batch, reference, "tolerance"))
             few = first_few(batch)
             if batch.size > 1 and (few is None or not self.divisible(few)):
                 raise DataError(
@@ -343,6 +334,8 @@ class FusedEngine:
             "stacked": self.sweep.runner.stacked,
             "evaluations": self.evaluated,
         }
+        if self.definition.each_sample:
+            result.meta["sample_gates"] = all(self.sweep.sample_gates.known.values())
         if (compiler := self.sweep.runner.compiler) is not None:
             result.meta |= {"compiled": compiler.compiled, "uncompiled": compiler.refused}
         if self.definition.granularity == "weight":

@@ -100,7 +100,8 @@ def per_channel(vector: Tensor, like: Tensor, dim: int) -> Tensor:
     if vector.dim() == 2:
         if len(vector) not in (1, len(like)):
             raise ModelError(
-                f"a gate for each of {len(vector)} samples meets a tensor of shape {list(like.shape)}"
+                f"p='fisher': a gate for each of {len(vector)} samples meets a tensor of shape "
+                f"{list(like.shape)}, though other batches of the same shape had one row per sample there"
             )
         shape[0] = len(vector)
     return vector.reshape(shape)
@@ -192,7 +193,8 @@ def register_layer(
             of the channels.
         sizes: names of attributes that hold the number of channels; kept up to date.
         gate: ``gate(module, forward, x, gate) -> output``, where ``forward(x)`` is what the layer
-            returns and ``gate`` is broadcastable against ``x``. At gates of 0 and 1 it must compute
+            returns and ``gate`` is broadcastable against ``x`` (with ``p="fisher"`` it has a row for every
+            sample). At gates of 0 and 1 it must compute
             what the layer computes without the channels at 0, and leave zeros in their place.
         channel_dim: the dimension of the channels in input and output, 1 or -1.
 

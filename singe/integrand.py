@@ -26,7 +26,7 @@ def along_the_path(
     nodes: Sequence[float] = NODES,
     **options: Any,
 ) -> dict[str, Any]:
-    """``|| D_u(mu) ||_p`` of a few units at every node, from one scoring per node.
+    """``|| D_u(mu) ||_p``, or what ``p`` says, of a few units at every node, from one scoring per node.
 
     Args:
         model: the network before pruning; not changed.
@@ -71,6 +71,8 @@ def along_the_path(
         for unit in chosen
     ]
     what = "gradient" if kind["criterion"] == "ig" else "gradient variation"
+    if kind["p"] == "fisher":
+        what = "derivative along the gate, root mean square"
     return {
         "path": kind["path"],
         "criterion": kind["criterion"],

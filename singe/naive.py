@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from singe.data import Batch
 from singe.definition import Definition
-from singe.divisible import single_samples
 from singe.graph import Group, Member, ModelGraph, unwrapped
 from singe.network import Network, site_key
 from singe.result import Result, UnitSet, unit_sets
@@ -113,8 +112,6 @@ def naive_scores(
         a tensor per parameter.
     """
     batches = list(batches)
-    if definition.by_sample:
-        batches = [one for batch in batches for one in single_samples(batch)]
     objective, integrand = definition.objective, definition.criterion.integrand
     textbook = TextbookNetwork(model, graph)
     network = textbook.network
@@ -154,18 +151,19 @@ def naive_scores(
         return {group.name: textbook.entries(group, with_gates) for group, _ in units}
 
     def root_mean_squares_at(units: UnitSet, mu: float) -> dict[str, Tensor]:
-        """[U, 1]: over the samples, of the derivative along every gate of each."""
+        """[U, 1]: over the samples, of the derivative of each one's loss along every gate."""
         squares = {group.name: torch.zeros(group.n_units, 1).double() for group, _ in units}
         textbook.set_scale(units, mu)
         for batch, reference in zip(batches, references, strict=True):
-            textbook.zero_grad()
-            loss = objective.total(network(batch), batch, reference)
-            objective.require_finite(loss, batch)
-            loss.backward()
-            for group, _ in units:
-                weight, grad = textbook.entries(group, with_gates=True)
-                derivative = (weight * grad).double().sum(1, keepdim=True)
-                squares[group.name] += derivative.square().cpu()
+            losses = objective.of_each_sample(network(batch), batch, reference, "p='fisher'")
+            objective.require_finite(losses, batch)
+            for loss in losses:
+                textbook.zero_grad()
+                loss.backward(retain_graph=True)
+                for group, _ in units:
+                    weight, grad = textbook.entries(group, with_gates=True)
+                    derivative = (weight * grad).double().sum(1, keepdim=True)
+                    squares[group.name] += derivative.square().cpu()
         textbook.set_scale(units, 1.0)
         return {name: (total / n_samples).sqrt() for name, total in squares.items()}
 
@@ -180,7 +178,7 @@ def naive_scores(
             continue
         integrands: dict[str, list[Tensor]] = {group.name: [] for group, _ in units}
         for mu in definition.quadrature.nodes:
-            if definition.by_sample:
+            if definition.each_sample:
                 for name, root in root_mean_squares_at(units, mu).items():
                     integrands[name].append(root)
                 continue

@@ -81,6 +81,20 @@ class Objective:
         """Loss per sample [B], or a scalar mean over the batch."""
         raise NotImplementedError
 
+    def of_each_sample(self, outputs: Any, batch: Batch, reference: Any, wanted_by: str) -> Tensor:
+        """Loss per sample [B].
+
+        Raises:
+            OptionError: the objective gives a mean; ``wanted_by`` is the option that cannot do with one.
+        """
+        losses = _widened(self.per_sample(outputs, batch, reference))
+        if losses.shape != (batch.size,):
+            raise OptionError(
+                f"{wanted_by} needs to know the loss of every sample, but objective {self.name!r} gives a "
+                "mean; return one loss per sample"
+            )
+        return losses
+
     def total(self, outputs: Any, batch: Batch, reference: Any = None) -> Tensor:
         """Sum of the loss over the batch's samples (0-dim), so that totals add up over batches.
 

@@ -37,7 +37,7 @@ class Reduction:
         self.p = definition.p
         self.sets = sets
         self.gates_only = definition.gates_only  # the sums hold derivatives along gates
-        self.by_sample = definition.by_sample  # their squares, rather
+        self.each_sample = definition.each_sample  # their squares, rather
         self.row_scales = row_scales
 
     def scores(self, sums: Sums, group: Group) -> Tensor:
@@ -124,10 +124,12 @@ class Reduction:
         weight = None
         if self.integrand == "variation" and not self.gates_only:
             weight = torch.cat([self._weight(group, key) for key in keys], 1).to(grad)
-        if self.by_sample:  # one number per unit and node is left; no more than rounding is below 0
+        if (
+            self.each_sample
+        ):  # one number per unit and node is left; no more than rounding is below 0
             grad = grad.clamp(min=0).sqrt()
         score = grad.new_zeros(group.n_units)
-        accumulate(score, grad, weight, omega, cast(Norm, "sum" if self.by_sample else self.p))
+        accumulate(score, grad, weight, omega, cast(Norm, "sum" if self.each_sample else self.p))
         return score.double().cpu()
 
     def _weights(self, sums: Sums, group: Group, member: Member) -> Callable[[int | None], Tensor]:

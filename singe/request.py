@@ -21,6 +21,7 @@ from singe.criteria import (
     Criterion,
     as_criterion,
     choose,
+    takes,
 )
 from singe.definition import Definition
 from singe.errors import OptionError, expect
@@ -89,8 +90,7 @@ class Request:
         if self.granularity == "weight":
             self._check_weights(definition.criterion)
         self._check_decision(definition.path, definition.criterion)
-        if self.p == "fisher":
-            self._check_fisher(definition.criterion)
+        self._check_fisher(definition)
 
     @cached_property
     def definition(self) -> Definition:
@@ -132,12 +132,14 @@ class Request:
                 "tolerance settles which units are lowest; with granularity='weight' leave it at None"
             )
 
-    def _check_fisher(self, criterion: Criterion) -> None:
-        if criterion.integrand in ("gradient", "none") and criterion.name != "random":
+    def _check_fisher(self, definition: Definition) -> None:
+        if not takes(definition.criterion, self.p):
             raise OptionError(
-                f"p='fisher' is about derivatives along gates, which criterion={criterion.name!r} does "
+                f"p='fisher' is about derivatives along gates, which criterion={self.criterion!r} does "
                 "not take; use 'singe' or 'taylor'"
             )
+        if not definition.each_sample:
+            return
         if self.norm == "outside":
             raise OptionError(
                 "p='fisher' squares the derivative of every sample at every node: norm='inside'"

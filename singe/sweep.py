@@ -19,6 +19,7 @@ from singe.layout import GradientsChannelsLast
 from singe.memory import is_out_of_memory
 from singe.network import Network, site_key
 from singe.passes import Variant, for_each_sample, gates_of, runs_of_groups
+from singe.sample_gates import SampleGates
 from singe.sums import Sums
 from singe.variants import VariantRunner, variant, zero_probes
 
@@ -47,11 +48,12 @@ class Sweep:
         self.one_by_one = definition.path == "neuron"
         self.quadrature = definition.quadrature
         self.gates_only = definition.gates_only
-        self.by_sample = definition.by_sample
+        self.each_sample = definition.each_sample
         self.nodes_in_one = definition.nodes_in_one
         self.sums = sums
         self.device = device
         self.runner = VariantRunner(network, self.record, compile, definition.path == "network")
+        self.sample_gates = SampleGates(network, self.record, self.losses)
         self.recorded_shapes: list[Any] = []  # of the inputs of the last recorded batch
 
     def add(self, variants: Sequence[Variant], batch: Batch, reference: Any, fold: int) -> None:
@@ -89,7 +91,21 @@ class Sweep:
         needed = reference if self.objective.needs_reference else None
         return self.objective.total(outputs, batch, needed)
 
-    def totals(self, outputs: Any, count: int, batch: Batch, reference: Any) -> Tensor:
+    def losses(self, outputs: Any, count: int, batch: Batch, reference: Any) -> Tensor:
+        """Loss of every sample of every variant, [V, B]."""
+        needed = reference if self.objective.needs_reference else None
+
+        def each(one: Any) -> Tensor:
+            return self.objective.of_each_sample(one, batch, needed, "p='fisher'")
+
+        if self.objective.stacks and isinstance(outputs, Tensor):
+            losses = torch.vmap(each)(outputs)
+        else:
+            losses = torch.stack([each(variant(outputs, v)) for v in range(count)])
+        self.objective.require_finite(losses, batch)
+        return losses
+
+    def _totals(self, outputs: Any, count: int, batch: Batch, reference: Any) -> Tensor:
         """Summed loss of every variant, [V]."""
         if self.objective.stacks and isinstance(outputs, Tensor):
             totals = torch.vmap(lambda one: self.total(one, batch, reference))(outputs)
@@ -107,16 +123,17 @@ class Sweep:
                 outputs, _ = self.runner(batch, gates_of(self.network, variants), {})
             else:
                 outputs = self._run_update(variants, batch, self._mus(variants), None)
-            totals = self.totals(outputs, len(variants), batch, reference)
+            totals = self._totals(outputs, len(variants), batch, reference)
         indices = torch.tensor([one.index for one in variants])
         self.sums.end_loss[fold].index_add_(0, indices, totals.double().cpu())
 
     def _add_gradients(
         self, variants: Sequence[Variant], batch: Batch, reference: Any, fold: int
     ) -> None:
+        if self.each_sample:
+            self._add_squares(variants, batch, reference, fold)
+            return
         gates = gates_of(self.network, variants)
-        if self.by_sample:
-            gates = for_each_sample(gates, batch.size)
         sites = self.network.sites
         probes = {
             key: zero_probes(sites[key].outputs, len(variants))
@@ -130,7 +147,7 @@ class Sweep:
             outputs, inputs = self.runner(batch, gates, probes)
             if reference is None:
                 self.objective.check(variant(outputs, 0), batch)
-            loss = self.totals(outputs, len(variants), batch, reference).sum()
+            loss = self._totals(outputs, len(variants), batch, reference).sum()
         derivable = [key for key, gate in gates.items() if gate.requires_grad]
         leaves = [gates[key] for key in derivable] + [t for ts in probes.values() for t in ts]
         with GradientsChannelsLast() if self.network.channels_last else nullcontext():
@@ -142,11 +159,6 @@ class Sweep:
         for units, where in runs_of_groups(variants):
             run = variants[where]
             for group, _ in units:
-                if self.by_sample:
-                    own = {site_key(m): gate_grads[site_key(m)][where] for m in group.members}
-                    part = self._squares(group, run, own)
-                    computed.append((group, site_key(group.members[0]), run, part))
-                    continue
                 for member in group.members:
                     key = site_key(member)
                     for x, adjoint in zip(inputs.get(key, ()), adjoints.get(key, ()), strict=True):
@@ -158,6 +170,37 @@ class Sweep:
         # Added only now: running out of memory above must not leave half a pass in the sums.
         for group, key, run, part in computed:
             self._add_to_slots(group, key, run, part, fold)
+
+    def _add_squares(
+        self, variants: Sequence[Variant], batch: Batch, reference: Any, fold: int
+    ) -> None:
+        """:meth:`_add_gradients` where the derivatives of single samples are squared."""
+        own = self.sample_gates(batch, reference)
+        gates = gates_of(self.network, variants)
+        if own:
+            gates = for_each_sample(gates, batch.size)
+        leaves = [gate.requires_grad_() for gate in gates.values()]
+        with torch.enable_grad():
+            outputs, _ = self.runner(batch, gates, {})
+            if reference is None:
+                self.objective.check(variant(outputs, 0), batch)
+            losses = self.losses(outputs, len(variants), batch, reference)  # [V, B]
+        with GradientsChannelsLast() if self.network.channels_last else nullcontext():
+            found = [
+                torch.autograd.grad(
+                    loss, leaves, retain_graph=not own, allow_unused=True, materialize_grads=True
+                )
+                for loss in ([losses.sum()] if own else losses.sum(0))
+            ]
+        of_sites = found[0] if own else [torch.stack(each, 1) for each in zip(*found, strict=True)]
+        grads = dict(zip(gates, of_sites, strict=True))  # [V, B, C]
+        computed = [
+            (group, variants[where], self._squares(group, variants[where], where, grads))
+            for units, where in runs_of_groups(variants)
+            for group, _ in units
+        ]
+        for group, run, part in computed:
+            self._add_to_slots(group, site_key(group.members[0]), run, part, fold)
 
     def _updates_of(self, variants: Sequence[Variant]) -> ChannelUpdates | None:
         """One-channel updates, if these variants can do with them."""
@@ -191,7 +234,7 @@ class Sweep:
         with torch.enable_grad():
             leaf = mu.requires_grad_() if probe is None else probe
             outputs = self._run_update(variants, batch, mu, probe)
-            loss = self.totals(outputs, len(variants), batch, reference).sum()
+            loss = self._totals(outputs, len(variants), batch, reference).sum()
         with GradientsChannelsLast() if self.network.channels_last else nullcontext():
             (grad,) = torch.autograd.grad(loss, leaf, materialize_grads=True, allow_unused=True)
         if probe is None:
@@ -217,19 +260,24 @@ class Sweep:
         return self._of_units(group, member, variants, row_gradients(module, x, adjoint))
 
     def _squares(
-        self, group: Group, variants: Sequence[Variant], grads: Mapping[str, Tensor]
+        self,
+        group: Group,
+        variants: Sequence[Variant],
+        where: slice,
+        grads: Mapping[str, Tensor],
     ) -> Tensor:
         """Squared derivatives along the gates of single samples, summed over these.
 
         Args:
-            grads: [V, B, C] per site of the group.
+            where: these variants among those of ``grads``.
+            grads: [V, B, C] per site.
 
         Returns:
             [V, U, 1], or [V, 1] of one unit per variant.
         """
         of_samples = []  # [V, U, B] or [V, B]
         for member in group.members:
-            grad = grads[site_key(member)]
+            grad = grads[site_key(member)][where]
             by_unit = self._of_units(group, member, variants, grad.transpose(1, 2))
             of_samples.append(by_unit.unflatten(-1, (-1, grad.shape[1])).sum(-2))
         return torch.stack(of_samples).sum(0).square().sum(-1, keepdim=True)

@@ -223,6 +223,7 @@ def test_a_finished_run_is_not_overwritten_and_resumes_to_the_same(compressed):
         ("--quadrature", 3, "--p", 2, "--norm", "outside", "--path", "network"),
         ("--order", "layerwise", "--rounds", 2, "--criterion", "taylor"),
         ("--objective", "kl", "--layer", "0"),
+        ("--p", "fisher"),
     ],
 )
 def test_reports_of_every_way_to_score(tmp_path, options):
@@ -297,6 +298,9 @@ def test_compare_files_and_criteria(tmp_path):
     full = told["cost"]["taylor"]["macs"]
     assert all(0.5 * full < cost["macs"] < 2 * full for cost in told["cost"].values())
     assert "after 2 steps" in (tmp_path / "out" / "report.json").read_text()
+    told = json.loads(run("compare", "--model", *MODEL, *DATA, "--p", "fisher", "--json"))
+    assert "magnitude (p=1)" in told["names"]
+    assert "singe:layer" in told["names"]
     shown = run(*more)
     assert "Rank correlation" in shown
     assert "Overlap of the lowest 30%" in shown

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import singe
-from singe.data import first_batch
+from singe.data import first_batch, read_batches
 from singe.engine import FusedEngine
+from singe.gates import unregister_layer
 from singe.quadrature import as_quadrature
 from singe.request import Request
 from singe.units import find_groups
@@ -91,46 +92,187 @@ class Windows(nn.Module):
         super().__init__()
         self.up, self.norm, self.down = nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 4)
 
+    def hidden(self, x: Tensor) -> Tensor:
+        return self.norm(self.up(x))
+
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, 1)
-        return self.down(F.gelu(self.norm(self.up(rows)))).unflatten(0, x.shape[:2]).mean(1)
+        rows = self.down(F.gelu(self.hidden(x.flatten(0, 1))))
+        return rows.unflatten(0, x.shape[:2]).mean(1)
 
 
 class SequenceFirst(Windows):
     """The first dimension inside is the sequence, which may be as long as the batch."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.norm(self.up(x.transpose(0, 1))))).mean(0)
+        return self.down(F.gelu(self.hidden(x.transpose(0, 1)))).mean(0)
 
 
-class AcrossTheBatch(Windows):
-    """What one sample gives depends on the others."""
+class OneBranchSequenceFirst(Windows):
+    """At one of two gates of every unit only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.other = None, nn.Linear(5, 8)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return self.up(x.transpose(0, 1)).transpose(0, 1) + self.other(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x - 0.5 * x.mean(0, keepdim=True))
+        return self.down(F.gelu(self.hidden(x))).mean(1)
+
+
+class Crosstalk(Windows):
+    """A little of one sample's signal reaches another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.gelu(self.hidden(x))
+        return self.down(hidden + 0.03 * hidden.flip(0)).mean(1)
+
+
+def build(kind: type[nn.Module], dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(0)
+    return kind().to(dtype).eval()
 
 
 @pytest.mark.parametrize("size", [3, 4, 6])  # the sequence has 4 positions
-@pytest.mark.parametrize("kind", [Windows, SequenceFirst, AcrossTheBatch])
-def test_where_the_first_dimension_is_not_the_batch_samples_run_one_by_one(kind, size):
-    torch.manual_seed(0)
-    model = kind().double().eval()
-    batches = make_batches((4, 5), (size, size), classes=4)
+@pytest.mark.parametrize("kind", [Windows, SequenceFirst, OneBranchSequenceFirst, Crosstalk])
+def test_where_the_samples_gates_reach_others_every_sample_is_differentiated(kind, size):
+    model, batches = build(kind), make_batches((4, 5), (size, size), classes=4)
+    with pytest.warns(UserWarning, match="a backward pass for every sample"):
+        fused = run_engine(model, batches, p="fisher")
+    assert fused.meta["sample_gates"] is False
+    assert_close(fused.scores, run_engine(model, batches, engine="naive", p="fisher").scores, 1e-9)
+
+
+def test_a_little_crosstalk_is_seen_in_float32():
+    model = build(Crosstalk, torch.float32)
+    batches = make_batches((4, 5), (6,), classes=4, dtype=torch.float32)
+    with pytest.warns(UserWarning, match="a backward pass for every sample"):
+        run_engine(model, batches, p="fisher")
+
+
+@pytest.mark.filterwarnings("ignore:p='fisher' takes")
+def test_a_batch_without_gradients_proves_nothing():
+    def objective(outputs: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(outputs, batch[1], reduction="none", ignore_index=3)
+
+    model, batches = build(OneBranchSequenceFirst), make_batches((4, 5), (4, 4, 4), classes=3)
+    batches[0] = (batches[0][0], torch.full((4,), 3))
+    options = {"p": "fisher", "objective": objective}
+    fused = run_engine(model, batches, **options)
+    assert fused.meta["sample_gates"] is False
+    assert_close(fused.scores, run_engine(model, batches, engine="naive", **options).scores, 1e-9)
+
+
+class Padded(Windows):
+    """As many windows of 4 as the length of the batch asks for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        padded = F.pad(x, (0, 0, 0, -x.shape[1] % 4))
+        rows = self.down(F.gelu(self.hidden(padded.reshape(-1, 4, 5)))).mean(1)
+        return rows.unflatten(0, (len(x), -1)).mean(1)
+
+
+@pytest.mark.filterwarnings("ignore:p='fisher' takes")
+@pytest.mark.parametrize("lengths", [(4, 10, 3, 10), (10, 4, 4, 10)])
+def test_every_shape_of_batch_is_looked_at(lengths):
+    batches = [make_batches((n, 5), (6,), classes=4, seed=n)[0] for n in lengths]
+    model = build(Padded)
+    fused = run_engine(model, batches, p="fisher")
+    assert_close(fused.scores, run_engine(model, batches, engine="naive", p="fisher").scores, 1e-9)
+
+
+def test_what_was_found_is_part_of_the_state():
+    """Else a resumed run, which asks another batch, might sum in another order."""
+    model = build(Windows)
+    batches = make_batches((4, 5), (6,), classes=4)
     graph = find_groups(model, first_batch(batches, CPU))
-    request = Request(p="fisher")
-    engine = FusedEngine(model, graph, request.definition)
-    assert not engine.own_gates(first_batch(batches, CPU))
-    fused = run_engine(model, batches, graph=graph, p="fisher").scores
-    naive = run_engine(model, batches, graph=graph, engine="naive", p="fisher").scores
-    assert_close(fused, naive, 1e-9)
+    engines = [FusedEngine(model, graph, Request(p="fisher").definition) for _ in range(2)]
+    with pytest.warns(UserWarning, match="a backward pass for every sample"):
+        engines[0].run(read_batches(batches, CPU))
+    engines[1].load_state(*engines[0].state())
+    assert list(engines[1].sweep.sample_gates.known.values()) == [False]
 
 
-def test_elsewhere_a_pass_serves_the_whole_batch():
+@pytest.mark.parametrize("path", ["layer", "neuron", "network"])
+def test_a_loss_that_depends_on_other_samples(path):
+    """Of sample n's own loss the derivative, whatever else moves it."""
+
+    def contrastive(outputs: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        similar = outputs @ outputs.T
+        return F.cross_entropy(similar, batch[1].argsort(), reduction="none")
+
+    case = CASES["mlp"]
+    model, batches = case.model(), case.batches((4, 4))
+    options = {"p": "fisher", "objective": contrastive, "path": path}
+    with pytest.warns(UserWarning, match="a backward pass for every sample"):
+        fused = run_engine(model, batches, **options).scores
+    assert all(scores.norm() > 0 for scores in fused.values())
+    assert_close(fused, run_engine(model, batches, engine="naive", **options).scores, 1e-9)
+
+
+@pytest.mark.parametrize("engine", ["fused", "naive"])
+def test_a_mean_does_not_tell_the_samples_apart(engine):
+    case = CASES["mlp"]
+    options = {"objective": lambda outputs, batch: F.cross_entropy(outputs, batch[1])}
+    with pytest.raises(singe.OptionError, match=r"p='fisher' needs.*return one loss per sample"):
+        singe.score(
+            case.model(), case.batches(), p="fisher", engine=engine, progress=False, **options
+        )
+
+
+class Squeezed(nn.Module):
+    """Cannot take a batch of one; and takes a flag beside its tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, flag: bool = False) -> Tensor:
+        return self.down(self.up(x).relu()).squeeze() * (2 if flag else 1)
+
+
+def test_batches_are_never_cut():
+    model = build(Squeezed)
+    ((x, y),) = make_batches((5,), (6,), classes=4)
+    batches = [{"x": x, "flag": True, "labels": y}]
+    fused = singe.score(model, batches, p="fisher", progress=False)
+    assert fused.meta["sample_gates"] is True
+    naive = singe.score(model, batches, p="fisher", engine="naive", progress=False)
+    assert_close(dict(fused), dict(naive), 1e-6)  # as scores are: float32
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(8, dtype=torch.float64) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+@pytest.mark.filterwarnings("ignore:p='fisher' takes")
+def test_a_registered_gate_that_does_not_expect_a_row_per_sample():
+    def gate(module, forward, x, gate):
+        assert gate.numel() == x.shape[-1]
+        return forward(x) * gate
+
+    singe.register_layer(Scaled, parameters={"scale": 0}, gate=gate, channel_dim=-1)
+    try:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 8), Scaled(), nn.ReLU(), nn.Linear(8, 4)).double()
+        batches = make_batches((5,), (6, 6), classes=4)
+        fused = run_engine(model, batches, p="fisher")
+        naive = run_engine(model, batches, engine="naive", p="fisher")
+    finally:
+        unregister_layer(Scaled)
+    assert fused.meta["sample_gates"] is False
+    assert_close(fused.scores, naive.scores, 1e-9)
+
+
+def test_elsewhere_one_backward_pass_serves_the_whole_batch():
     case = CASES["residual"]
-    model, batches = case.model(), case.batches((6, 6))
-    first = first_batch(batches, CPU)
-    engine = FusedEngine(model, find_groups(model, first), Request(p="fisher").definition)
-    assert engine.own_gates(first)
+    assert run_engine(case.model(), case.batches((6, 6)), p="fisher").meta["sample_gates"] is True
 
 
 def test_a_small_memory_gives_the_same():
@@ -138,22 +280,6 @@ def test_a_small_memory_gives_the_same():
     model, batches = case.model(), case.batches((6, 6))
     whole = run_engine(model, batches, p="fisher").scores
     assert_close(run_engine(model, batches, p="fisher", max_memory=30_000).scores, whole, 1e-9)
-
-
-def test_samples_that_cannot_be_told_apart():
-    class Shared(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = CASES["mlp"].model()
-
-        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
-            return self.body(x) * scale
-
-    ((x, y),) = CASES["mlp"].batches((3,))
-    batch = {"x": x, "scale": torch.ones(1, dtype=x.dtype), "labels": y}
-    for engine in ("fused", "naive"):
-        with pytest.raises(singe.DataError, match="batch 0 cannot be taken apart"):
-            singe.score(Shared(), [batch], p="fisher", engine=engine, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -170,3 +296,12 @@ def test_what_it_does_not_go_with(options, message):
     case = CASES["mlp"]
     with pytest.raises(singe.OptionError, match=message):
         singe.score(case.model(), case.batches(), p="fisher", progress=False, **options)
+
+
+@pytest.mark.parametrize("criterion", ["signed", "ablation", "random"])
+def test_criteria_without_a_norm_do_not_mind(criterion):
+    case = CASES["mlp"]
+    model, batches = case.model(), case.batches()
+    options = {"criterion": criterion, "norm": "outside", "path": "neuron", "progress": False}
+    found = singe.score(model, batches, p="fisher", **options)
+    assert torch.equal(found["0"], singe.score(model, batches, p=1, **options)["0"])

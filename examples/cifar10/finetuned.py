@@ -245,6 +245,8 @@ def main() -> None:
     parser.add_argument("--quick-images", type=int, default=2000, help="while it trains")
     parser.add_argument("--part", default="0/1")
     args = parser.parse_args()
+    if args.rounds > 1 and not args.steps:
+        parser.error("--steps 0 goes with one round")
     part, parts = map(int, args.part.split("/"))
     usual, offered = (SCORERS, SCORERS | VARIANTS) if args.rounds == 1 else (OWN, OWN)
     args.criteria = args.criteria or list(usual)

@@ -109,9 +109,12 @@ def _score_all(
     batches: Any = [inputs.example] if inputs.data is None else inputs.data.calibrate
     for text in filter(None, (part.strip() for part in wanted.split(","))):
         criterion, _, path = text.partition(":")
-        options = scoring.arguments() | {"criterion": criterion} | ({"path": path} if path else {})
+        options = scoring.arguments()
+        own = finish.with_criterion(criterion, options.get("p"))
+        options |= own | ({"path": path} if path else {})
         voice.step(f"scoring by {text}")
-        found[text] = singe.score(
+        name = f"{text} (p={own['p']})" if "p" in own else text
+        found[name] = singe.score(
             inputs.model, batches, progress=voice.progress, seed=common.seed, **options
         )
     return found

@@ -15,7 +15,7 @@ from singe.cli.data import first_batches
 from singe.cli.inputs import Inputs
 from singe.cli.output import Voice
 from singe.comparison import compare
-from singe.criteria import CRITERIA, as_criterion
+from singe.criteria import CRITERIA, as_criterion, takes
 from singe.data import device_of, example_batch
 from singe.errors import ExportError, first_line
 from singe.export import export_onnx, export_pt2, save_pruned
@@ -105,8 +105,8 @@ def explain(
     for criterion in BASELINES:
         if criterion != made["criterion"] and _suits(criterion, made["objective"]):
             named[criterion] = singe.score(
-                original, inputs.data.calibrate, criterion=criterion, progress=voice.progress,
-                seed=seed, **shared,
+                original, inputs.data.calibrate, progress=voice.progress, seed=seed,
+                **shared | with_criterion(criterion, made["p"]),
             )  # fmt: skip
     found: dict[str, Any] = {}
     if len(named) > 1:
@@ -118,6 +118,11 @@ def explain(
         path=made["path"], **shared,
     )  # fmt: skip
     return found
+
+
+def with_criterion(criterion: str, p: object) -> dict[str, Any]:
+    """Options for a criterion in a row of others; where ``p`` is not for it, the default is."""
+    return {"criterion": criterion} | ({} if takes(as_criterion(criterion), p) else {"p": 1})
 
 
 def _suits(criterion: str, objective: str) -> bool:
