@@ -87,6 +87,7 @@ class FusedEngine:
             # ResNet-20, 64 images: the stacked pass takes 0.88 of the time in this layout.
             self.network.set_channels_last(True)
         one_by_one = definition.path == "neuron"
+        # An update knows one gate for all samples.
         has_updates = one_by_one and not definition.each_sample
         self.updates = ChannelUpdates(self.network, graph.groups) if has_updates else None
         self.sets = set_of_units(self.groups, definition.path)
@@ -163,7 +164,8 @@ class FusedEngine:
             self.decision.load(tensors)
         self.budget, self.chunk = header["budget"], header["chunk"]
         self.evaluated = header["evaluated"]
-        self.sweep.sample_gates.known = dict(header["sample_gates"])
+        # Not in a state that was saved before there was p="fisher".
+        self.sweep.sample_gates.known = dict(header.get("sample_gates", {}))
 
     def variants_per_batch(self) -> int:
         """How many variants one batch takes: the unit of progress."""

@@ -194,8 +194,8 @@ def register_layer(
         sizes: names of attributes that hold the number of channels; kept up to date.
         gate: ``gate(module, forward, x, gate) -> output``, where ``forward(x)`` is what the layer
             returns and ``gate`` is broadcastable against ``x`` (with ``p="fisher"`` it has a row for every
-            sample). At gates of 0 and 1 it must compute
-            what the layer computes without the channels at 0, and leave zeros in their place.
+            sample). At gates of 0 and 1 it must compute what the layer computes without the channels at
+            0, and leave zeros in their place.
         channel_dim: the dimension of the channels in input and output, 1 or -1.
 
     Raises:

@@ -7,6 +7,8 @@ An element-wise kernel that meets both layouts walks memory in strides: the grad
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -38,6 +40,16 @@ class GradientsChannelsLast(TorchDispatchMode):
         elif func is _aten.slice_backward.default and len(args[1]) in (4, 5):
             return _slice_backward(*args)
         return func(*args, **(kwargs or {}))
+
+
+def differentiate(
+    loss: Tensor, leaves: Sequence[Tensor], channels_last: bool, keep_graph: bool = False
+) -> tuple[Tensor, ...]:
+    """Gradients of ``loss``, zeros where a leaf was not used; of a network in that layout."""
+    with GradientsChannelsLast() if channels_last else nullcontext():
+        return torch.autograd.grad(
+            loss, leaves, retain_graph=keep_graph, allow_unused=True, materialize_grads=True
+        )
 
 
 def _laid_out(gradient: Tensor, like: Tensor) -> Tensor:

@@ -145,10 +145,14 @@ def naive_scores(
         mean_loss(backward=True)
         textbook.set_scale(units, 1.0)
 
-    def gradients_at(units: UnitSet, mu: float) -> dict[str, tuple[Tensor, Tensor]]:
+    def variations_at(units: UnitSet, mu: float) -> dict[str, Tensor]:
+        """[U, K]: weight times gradient, or the gradient alone."""
         backward_at(units, mu)
-        with_gates = integrand != "gradient"
-        return {group.name: textbook.entries(group, with_gates) for group, _ in units}
+        found = {}
+        for group, _ in units:
+            weight, grad = textbook.entries(group, with_gates=integrand != "gradient")
+            found[group.name] = (grad if integrand == "gradient" else weight * grad).double()
+        return found
 
     def root_mean_squares_at(units: UnitSet, mu: float) -> dict[str, Tensor]:
         """[U, 1]: over the samples, of the derivative of each one's loss along every gate."""
@@ -177,15 +181,10 @@ def naive_scores(
             result.scores[group.name][chosen] = loss_at(units, 0.0) - full_loss
             continue
         integrands: dict[str, list[Tensor]] = {group.name: [] for group, _ in units}
+        integrand_at = root_mean_squares_at if definition.each_sample else variations_at
         for mu in definition.quadrature.nodes:
-            if definition.each_sample:
-                for name, root in root_mean_squares_at(units, mu).items():
-                    integrands[name].append(root)
-                continue
-            for name, (weight, grad) in gradients_at(units, mu).items():
-                integrands[name].append(
-                    (grad if integrand == "gradient" else weight * grad).double()
-                )
+            for name, values in integrand_at(units, mu).items():
+                integrands[name].append(values)
         omega = torch.tensor(definition.quadrature.weights, dtype=torch.float64)
         signed_sum = 0.0
         for group, chosen in units:

@@ -124,9 +124,7 @@ class Reduction:
         weight = None
         if self.integrand == "variation" and not self.gates_only:
             weight = torch.cat([self._weight(group, key) for key in keys], 1).to(grad)
-        if (
-            self.each_sample
-        ):  # one number per unit and node is left; no more than rounding is below 0
+        if self.each_sample:  # K is 1; what lies below 0 is rounding, from leaving folds out
             grad = grad.clamp(min=0).sqrt()
         score = grad.new_zeros(group.n_units)
         accumulate(score, grad, weight, omega, cast(Norm, "sum" if self.each_sample else self.p))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from singe.data import Batch, shapes_of
 from singe.errors import ModelError, SingeError
+from singe.layout import differentiate
 from singe.network import Network
 from singe.variants import VariantRunner
 
@@ -79,26 +80,18 @@ class SampleGates:
             return False
         except SingeError:
             raise
-        except (
-            Exception
-        ):  # a user's layer that does not expect a gate per sample, too little memory
+        except Exception:  # a user's gate that expects one row, or too little memory
             return False
         weights = 2.0 ** (3 * torch.arange(batch.size, device=losses.device) % 7)
-        plain = _gradients(losses.sum(), leaves)
-        weighted = _gradients((weights * losses).sum(), leaves)
+        layout = self._network.channels_last
+        plain = differentiate(losses.sum(), leaves, layout, keep_graph=True)
+        weighted = differentiate((weights * losses).sum(), leaves, layout)
         expected = [grad * weights[:, None].to(grad) for grad in plain]
         size = _norm(expected)
         if not 0 < size < torch.inf:
             return None
         off = _norm([a - b for a, b in zip(weighted, expected, strict=True)])
         return off <= max(TOLERANCE[leaf.dtype] for leaf in leaves) * size
-
-
-def _gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-    found = torch.autograd.grad(
-        loss, leaves, retain_graph=True, allow_unused=True, materialize_grads=True
-    )
-    return list(found)
 
 
 def _norm(parts: list[Tensor]) -> float:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from singe.data import Batch, shapes_of
 from singe.definition import Definition
 from singe.errors import SingeError
 from singe.graph import Group, Member
-from singe.layout import GradientsChannelsLast
+from singe.layout import differentiate
 from singe.memory import is_out_of_memory
 from singe.network import Network, site_key
 from singe.passes import Variant, for_each_sample, gates_of, runs_of_groups
@@ -62,6 +61,8 @@ class Sweep:
             self._add_end_losses(variants, batch, reference, fold)
         elif self._updates_of(variants) is not None:
             self._add_channel_gradients(variants, batch, reference, fold)
+        elif self.each_sample:
+            self._add_squares(variants, batch, reference, fold)
         else:
             self._add_gradients(variants, batch, reference, fold)
 
@@ -94,26 +95,27 @@ class Sweep:
     def losses(self, outputs: Any, count: int, batch: Batch, reference: Any) -> Tensor:
         """Loss of every sample of every variant, [V, B]."""
         needed = reference if self.objective.needs_reference else None
-
-        def each(one: Any) -> Tensor:
-            return self.objective.of_each_sample(one, batch, needed, "p='fisher'")
-
-        if self.objective.stacks and isinstance(outputs, Tensor):
-            losses = torch.vmap(each)(outputs)
-        else:
-            losses = torch.stack([each(variant(outputs, v)) for v in range(count)])
-        self.objective.require_finite(losses, batch)
-        return losses
+        return self._of_variants(
+            lambda one: self.objective.of_each_sample(one, batch, needed, "p='fisher'"),
+            outputs, count, batch,
+        )  # fmt: skip
 
     def _totals(self, outputs: Any, count: int, batch: Batch, reference: Any) -> Tensor:
         """Summed loss of every variant, [V]."""
+        return self._of_variants(
+            lambda one: self.total(one, batch, reference), outputs, count, batch
+        )
+
+    def _of_variants(
+        self, loss: Callable[[Any], Tensor], outputs: Any, count: int, batch: Batch
+    ) -> Tensor:
+        """``loss`` of the outputs of every variant, [V, ...]."""
         if self.objective.stacks and isinstance(outputs, Tensor):
-            totals = torch.vmap(lambda one: self.total(one, batch, reference))(outputs)
+            losses = torch.vmap(loss)(outputs)
         else:
-            slices = [variant(outputs, v) for v in range(count)]
-            totals = torch.stack([self.total(one, batch, reference) for one in slices])
-        self.objective.require_finite(totals, batch)
-        return totals
+            losses = torch.stack([loss(variant(outputs, v)) for v in range(count)])
+        self.objective.require_finite(losses, batch)
+        return losses
 
     def _add_end_losses(
         self, variants: Sequence[Variant], batch: Batch, reference: Any, fold: int
@@ -130,9 +132,6 @@ class Sweep:
     def _add_gradients(
         self, variants: Sequence[Variant], batch: Batch, reference: Any, fold: int
     ) -> None:
-        if self.each_sample:
-            self._add_squares(variants, batch, reference, fold)
-            return
         gates = gates_of(self.network, variants)
         sites = self.network.sites
         probes = {
@@ -150,8 +149,7 @@ class Sweep:
             loss = self._totals(outputs, len(variants), batch, reference).sum()
         derivable = [key for key, gate in gates.items() if gate.requires_grad]
         leaves = [gates[key] for key in derivable] + [t for ts in probes.values() for t in ts]
-        with GradientsChannelsLast() if self.network.channels_last else nullcontext():
-            found = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        found = differentiate(loss, leaves, self.network.channels_last)
         gate_grads = dict(zip(derivable, found, strict=False))
         rest = iter(found[len(derivable) :])
         adjoints = {key: [next(rest) for _ in ts] for key, ts in probes.items()}
@@ -185,13 +183,10 @@ class Sweep:
             if reference is None:
                 self.objective.check(variant(outputs, 0), batch)
             losses = self.losses(outputs, len(variants), batch, reference)  # [V, B]
-        with GradientsChannelsLast() if self.network.channels_last else nullcontext():
-            found = [
-                torch.autograd.grad(
-                    loss, leaves, retain_graph=not own, allow_unused=True, materialize_grads=True
-                )
-                for loss in ([losses.sum()] if own else losses.sum(0))
-            ]
+        found = [
+            differentiate(loss, leaves, self.network.channels_last, keep_graph=not own)
+            for loss in ([losses.sum()] if own else losses.sum(0))
+        ]
         of_sites = found[0] if own else [torch.stack(each, 1) for each in zip(*found, strict=True)]
         grads = dict(zip(gates, of_sites, strict=True))  # [V, B, C]
         computed = [
@@ -235,8 +230,7 @@ class Sweep:
             leaf = mu.requires_grad_() if probe is None else probe
             outputs = self._run_update(variants, batch, mu, probe)
             loss = self._totals(outputs, len(variants), batch, reference).sum()
-        with GradientsChannelsLast() if self.network.channels_last else nullcontext():
-            (grad,) = torch.autograd.grad(loss, leaf, materialize_grads=True, allow_unused=True)
+        (grad,) = differentiate(loss, [leaf], self.network.channels_last)
         if probe is None:
             part = grad[:, None]
         else:

@@ -17,7 +17,7 @@ import typer
 from singe.cli.config import read_config
 from singe.cli.data import IMAGENET_MEAN, IMAGENET_STD, Reading
 from singe.cli.models import PRETRAINED, SOURCES
-from singe.criteria import CRITERIA, NORMS, PATHS, choose
+from singe.criteria import CRITERIA, NORMS, PATHS, POWERS, choose
 from singe.errors import OptionError
 from singe.export import check_onnx
 from singe.scoring import score
@@ -105,9 +105,9 @@ class SharedScoreOptions:
     quadrature: Annotated[
         str | None, _option(_SCORING, "Number of nodes, or a rule." + _default(score, "quadrature"))
     ] = None
-    p: Annotated[str | None, _option(_SCORING, "1, 2, sum or fisher." + _default(score, "p"))] = (
-        None
-    )
+    p: Annotated[
+        str | None, _option(_SCORING, ", ".join(map(str, POWERS)) + "." + _default(score, "p"))
+    ] = None
     norm: Annotated[
         str | None, _option(_SCORING, ", ".join(NORMS) + "." + _default(score, "norm"))
     ] = None
