@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -45,9 +44,12 @@ def verified(model: nn.Module, batch: Batch, graph: ModelGraph) -> ModelGraph:
     idle = _without_a_part(private_copy(model), batch, idle) if idle else idle
     trains = False
     if idle:
-        with suppress(Exception):  # losses inside, targets it wants, a single value per channel
+        try:
             idle &= _watched(private_copy(model).train(), batch)[1]
             trains = True
+        except Exception as error:  # losses inside, targets it wants, a single value per channel
+            if is_out_of_memory(error):
+                raise
     if idle:
         warnings.warn(
             f"{', '.join(sorted(idle)[:5])}{', ...' if len(idle) > 5 else ''}: these layers do not run for "

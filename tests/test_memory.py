@@ -74,16 +74,17 @@ def test_running_out_of_memory_is_no_property_of_a_group(module, name, monkeypat
 
 
 class Auxiliary(nn.Module):
-    """A layer that runs in training mode only, and memory for the whole network only."""
+    """A layer that runs in training mode only, where memory lacks below ``enough`` units."""
 
-    def __init__(self) -> None:
+    def __init__(self, enough: int) -> None:
         super().__init__()
+        self.enough = enough
         self.up, self.down, self.extra = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(6, 3)
 
     def forward(self, x):
         hidden = self.up(x).relu()
         if self.training:
-            if hidden.shape[1] < 6:
+            if hidden.shape[1] < self.enough:
                 full()
             return self.down(hidden), self.extra(hidden)
         return self.down(hidden)
@@ -97,9 +98,10 @@ def test_nor_of_a_model_that_cannot_be_traced(monkeypatch):
         units.find_groups(model, batch_of(case.batches()[0]))
 
 
-def test_nor_where_it_happens_in_training_mode():
+@pytest.mark.parametrize("enough", [6, 7], ids=["pruned", "whole"])
+def test_nor_where_it_happens_in_training_mode(enough):
     with pytest.raises(torch.OutOfMemoryError):
-        units.find_groups(Auxiliary().double().eval(), batch_of(make_batches((4,), (3,))[0]))
+        units.find_groups(Auxiliary(enough).double().eval(), batch_of(make_batches((4,), (3,))[0]))
 
 
 def test_parts_are_the_batch():
