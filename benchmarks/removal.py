@@ -29,7 +29,8 @@ from singe.graph import Group, private_copy
 from singe.units import find_groups
 
 sys.path.insert(0, str(ROOT / "tests"))
-from helpers import randomise, torchvision_models
+from helpers import randomise
+from helpers_trained import torchvision_models
 
 MODELS = ("resnet18", "mobilenet_v2", "densenet121", "resnet50")
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from helpers import CLASSES, torchvision_models
+from helpers import CLASSES
 from helpers_heads import Family
+from helpers_trained import torchvision_models
 from torch import Tensor, nn
 
 WIDTH = 12

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from helpers import make_batches, randomise, vgg
+from helpers import make_batches, randomise
+from helpers_networks import vgg
 from torch import nn
 
 SHAPE = (3, 8, 8)

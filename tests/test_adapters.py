@@ -7,14 +7,13 @@ import sys
 import pytest
 import torch
 from helpers import (
-    CASES,
     clone,
     make_batches,
     one_thread,  # noqa: F401 - autouse
     relative_error,
-    torchvision_models,
-    trained_resnet20,
 )
+from helpers_networks import CASES
+from helpers_trained import torchvision_models, trained_resnet20
 from torch import nn
 from torch.nn.utils import prune
 from torch.nn.utils.fusion import fuse_conv_bn_eval

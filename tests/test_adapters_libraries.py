@@ -14,10 +14,9 @@ from helpers import (
     make_batches,
     one_thread,  # noqa: F401 - autouse
     randomise,
-    torchvision_models,
-    trained_resnet20,
-    vgg,
 )
+from helpers_networks import vgg
+from helpers_trained import torchvision_models, trained_resnet20
 from torch import nn
 
 import singe

@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import (
-    CASES,
     clone,
     make_batches,
     one_thread,  # noqa: F401 - autouse
     relative_error,
-    torchvision_models,
-    trained_resnet20,
 )
+from helpers_networks import CASES
+from helpers_trained import torchvision_models, trained_resnet20
 from torch import nn
 from torch.nn.utils import prune
 from torch.sparse._semi_structured_conversions import (

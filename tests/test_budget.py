@@ -11,13 +11,11 @@ import pytest
 import torch
 from helpers import (
     CPU,
-    Residual,
     clone,
     one_thread,  # noqa: F401 - autouse
     randomise,
-    residual,
-    vgg,
 )
+from helpers_networks import Residual, residual, vgg
 from torch import nn
 
 import singe

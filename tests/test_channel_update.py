@@ -9,13 +9,13 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import (
-    CASES,
     assert_close,
     make_batches,
     one_thread,  # noqa: F401 - autouse
     randomise,
     run_engine,
 )
+from helpers_networks import CASES
 from torch import nn
 
 from singe import engine

@@ -20,11 +20,10 @@ from helpers import (
     make_batches,
     one_thread,  # noqa: F401 - autouse
     randomise,
-    residual,
     snapshot,
-    vgg,
 )
 from helpers_loop import same_weights
+from helpers_networks import residual, vgg
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset

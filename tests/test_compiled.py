@@ -12,15 +12,15 @@ import warnings
 import pytest
 import torch
 from helpers import (
-    CASES,
     assert_unchanged,
     make_batches,
     one_thread,  # noqa: F401 - autouse
     relative_error,
     run_engine,
     snapshot,
-    trained_resnet20,
 )
+from helpers_networks import CASES
+from helpers_trained import trained_resnet20
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 

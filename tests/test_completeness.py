@@ -13,20 +13,17 @@ from itertools import pairwise
 import pytest
 import torch
 from helpers import (
-    CASES,
     CPU,
-    SMOOTH,
-    Network,
     assert_close,
     clone,
     make_batches,
     mean_loss,
-    mlp,
-    networks,
     one_thread,  # noqa: F401 - autouse
     relative_error,
     run_engine,
 )
+from helpers_networks import CASES, SMOOTH, mlp
+from helpers_random import Network, networks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn

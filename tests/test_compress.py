@@ -10,16 +10,15 @@ import torch
 import torch.nn.functional as F
 import torch_pruning as tp
 from helpers import (
-    CASES,
     assert_unchanged,
     clone,
     make_batches,
     one_thread,  # noqa: F401 - autouse
     randomise,
-    residual,
     snapshot,
 )
 from helpers_loop import BATCHES, OPTIONS, SHAPE, network
+from helpers_networks import CASES, residual
 from torch import nn
 
 import singe

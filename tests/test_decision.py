@@ -5,16 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import (
-    CASES,
     CPU,
-    Case,
     assert_unchanged,
     make_batches,
-    mlp,
     one_thread,  # noqa: F401 - autouse
     snapshot,
-    vgg,
 )
+from helpers_networks import CASES, Case, mlp, vgg
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn

@@ -14,19 +14,15 @@ from collections import Counter
 import pytest
 import torch
 from helpers import (
-    CASES,
     CPU,
-    Branching,
-    Case,
-    Network,
     assert_close,
     make_batches,
-    networks,
     one_thread,  # noqa: F401 - autouse
     relative_error,
-    residual,
     run_engine,
 )
+from helpers_networks import CASES, Branching, Case, residual
+from helpers_random import Network, networks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn

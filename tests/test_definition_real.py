@@ -19,9 +19,8 @@ from helpers import (
     one_thread,  # noqa: F401 - autouse
     randomise,
     run_engine,
-    torchvision_models,
-    trained_resnet20,
 )
+from helpers_trained import torchvision_models, trained_resnet20
 from torch import nn
 from torch.nn import functional as F
 

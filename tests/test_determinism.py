@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import (
-    CASES,
     one_thread,  # noqa: F401 - autouse
     run_engine,
     same_bits,
 )
+from helpers_networks import CASES
 
 
 @pytest.mark.parametrize("threads", [1, 2])

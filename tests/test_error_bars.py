@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import (
-    CASES,
     assert_close,
     one_thread,  # noqa: F401 - autouse
     run_engine,
 )
+from helpers_networks import CASES
 
 import singe
 from singe import engine

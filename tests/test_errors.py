@@ -7,14 +7,13 @@ import re
 import pytest
 import torch
 from helpers import (
-    CASES,
-    Head,
     assert_unchanged,
     clone,
     make_batches,
     one_thread,  # noqa: F401 - autouse
     snapshot,
 )
+from helpers_networks import CASES, Head
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader, TensorDataset

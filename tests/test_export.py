@@ -10,8 +10,8 @@ import pytest
 import torch
 from helpers import (
     one_thread,  # noqa: F401 - autouse
-    torchvision_models,
 )
+from helpers_trained import torchvision_models
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn

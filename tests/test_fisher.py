@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
-    CASES,
     CPU,
     assert_close,
     make_batches,
     one_thread,  # noqa: F401 - autouse
     run_engine,
 )
+from helpers_networks import CASES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn

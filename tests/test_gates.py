@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from helpers import (
     CLASSES,
-    Head,
     assert_close,
     batch_of,
     make_batches,
@@ -18,8 +17,9 @@ from helpers import (
     relative_error,
     run_engine,
     snapshot,
-    torchvision_models,
 )
+from helpers_networks import Head
+from helpers_trained import torchvision_models
 from torch import Tensor, nn
 
 import singe

@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from helpers import make_batches, randomise, residual
+from helpers import make_batches, randomise
+from helpers_networks import residual
 
 import singe
 

@@ -13,7 +13,6 @@ from helpers import (
     clone,
     make_batches,
     one_thread,  # noqa: F401 - autouse
-    torchvision_models,
 )
 from helpers_heads import (
     EXACT,
@@ -23,6 +22,7 @@ from helpers_heads import (
     assert_gates_are_removals,
     outputs_of,
 )
+from helpers_trained import torchvision_models
 from torch import nn
 
 import singe

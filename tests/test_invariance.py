@@ -9,15 +9,12 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import (
-    CASES,
-    Case,
-    Head,
     assert_close,
     clone,
     one_thread,  # noqa: F401 - autouse
-    residual,
     run_engine,
 )
+from helpers_networks import CASES, Case, Head, residual
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn

@@ -12,8 +12,8 @@ import pytest
 import torch
 from helpers import (
     one_thread,  # noqa: F401 - autouse
-    torchvision_models,
 )
+from helpers_trained import torchvision_models
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn

@@ -10,20 +10,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
-    CASES,
     CPU,
     assert_unchanged,
     batch_of,
     clone,
     one_thread,  # noqa: F401 - autouse
     randomise,
-    residual,
     snapshot,
-    torchvision_models,
-    trained_resnet20,
-    vgg,
 )
 from helpers_loop import BATCHES, OPTIONS, network, same_weights
+from helpers_networks import CASES, residual, vgg
+from helpers_trained import torchvision_models, trained_resnet20
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
-    CASES,
     CPU,
     assert_close,
     batch_of,
@@ -17,6 +16,7 @@ from helpers import (
     one_thread,  # noqa: F401 - autouse
     run_engine,
 )
+from helpers_networks import CASES
 from torch import nn
 
 from singe import memory, units, verification

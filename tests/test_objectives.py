@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
-    CASES,
     batch_of,
     one_thread,  # noqa: F401 - autouse
     run_engine,
 )
+from helpers_networks import CASES
 
 import singe
 from singe.objectives import as_objective, class_dim, logits_of

@@ -11,11 +11,11 @@ import torch
 import torch_pruning as tp
 from helpers import (
     CLASSES,
-    Head,
     make_batches,
     one_thread,  # noqa: F401 - autouse
     relative_error,
 )
+from helpers_networks import Head
 from torch import nn
 
 import singe

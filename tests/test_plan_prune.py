@@ -11,19 +11,16 @@ import pytest
 import torch
 import torch_pruning as tp
 from helpers import (
-    CASES,
     CPU,
-    Case,
     assert_unchanged,
     clone,
     mean_loss,
     one_thread,  # noqa: F401 - autouse
     randomise,
     relative_error,
-    residual,
     snapshot,
-    vgg,
 )
+from helpers_networks import CASES, Case, residual, vgg
 from torch import nn
 
 import singe

@@ -10,17 +10,15 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import (
-    CASES,
     CPU,
-    Case,
     assert_unchanged,
     make_batches,
     one_thread,  # noqa: F401 - autouse
     relative_error,
-    residual,
     run_engine,
     snapshot,
 )
+from helpers_networks import CASES, Case, residual
 from torch import nn
 
 import singe

@@ -10,22 +10,18 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import (
-    CASES,
     CPU,
-    Network,
     batch_of,
     clone,
     make_batches,
     mean_loss,
-    mlp,
-    networks,
     one_thread,  # noqa: F401 - autouse
     randomise,
     run_engine,
-    torchvision_models,
-    trained_resnet20,
-    vgg,
 )
+from helpers_networks import CASES, mlp, vgg
+from helpers_random import Network, networks
+from helpers_trained import torchvision_models, trained_resnet20
 from hypothesis import given, settings
 from torch import nn
 

@@ -10,11 +10,11 @@ import time
 import pytest
 import torch
 from helpers import (
-    CASES,
     assert_unchanged,
     one_thread,  # noqa: F401 - autouse
     snapshot,
 )
+from helpers_networks import CASES
 
 import singe
 from singe.score_checkpoint import ScoreCheckpoint, digest_of

@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 from helpers import (
-    CASES,
     clone,
     one_thread,  # noqa: F401 - autouse
 )
+from helpers_networks import CASES
 from torch import nn
 
 import singe

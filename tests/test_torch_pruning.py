@@ -9,16 +9,15 @@ import pytest
 import torch
 import torch_pruning as tp
 from helpers import (
-    CASES,
     clone,
     make_batches,
     one_thread,  # noqa: F401 - autouse
     randomise,
-    torchvision_models,
-    trained_resnet20,
 )
 from helpers_attention import FAMILIES
 from helpers_heads import scored
+from helpers_networks import CASES
+from helpers_trained import torchvision_models, trained_resnet20
 from torch import nn
 
 import singe

@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
-    CASES,
     assert_close,
     assert_unchanged,
-    channels_last,
     clone,
     one_thread,  # noqa: F401 - autouse
     randomise,
     same_bits,
     snapshot,
 )
+from helpers_networks import CASES, channels_last
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

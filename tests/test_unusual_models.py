@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from helpers import CLASSES, assert_close, make_batches, randomise, residual, run_engine
+from helpers import CLASSES, assert_close, make_batches, randomise, run_engine
+from helpers_networks import residual
 from torch import Tensor, nn
 
 import singe

@@ -9,22 +9,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
-    CASES,
     CPU,
-    Case,
-    Head,
-    Network,
     assert_close,
     assert_unchanged,
     make_batches,
-    networks,
     one_thread,  # noqa: F401 - autouse
     relative_error,
     run_engine,
     snapshot,
-    torchvision_models,
-    trained_resnet20,
 )
+from helpers_networks import CASES, Case, Head
+from helpers_random import Network, networks
+from helpers_trained import torchvision_models, trained_resnet20
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
