@@ -46,7 +46,7 @@ class FusedEngine:
 
     Args:
         max_memory: bytes that scoring may take beside the model and the data; None: a quarter of
-            what is free. On out-of-memory the pass is halved and repeated.
+            what is free. On out-of-memory the pass is halved and repeated, then the batch.
         autocast: dtype of convolutions and linear layers, or None.
         n_batches: how many batches there are, or None if that is not known.
         decision: stops feeding units whose side of a cut is settled.
@@ -181,9 +181,12 @@ class FusedEngine:
             for job in self.jobs:
                 self._run_job(job, batch, None, fold, share)
             return
-        reference = None if self.max_memory is not None else self.sweep.record(batch)
+        reference, at_least = None, 1
+        if self.max_memory is None:
+            reference = self._record_if_it_fits(batch)
+            at_least = 1 if reference is not None else 2
         if reference is None or self._variants_that_fit() < 1:
-            if (pieces := self._pieces(batch)) is not None:
+            if (pieces := self._pieces(batch, at_least)) is not None:
                 for piece in pieces:
                     self._run_batch(piece, fold, share * piece.size / batch.size)
                 return
@@ -217,7 +220,18 @@ class FusedEngine:
             and self.chunk >= len(self.jobs[0])
         )
 
-    def _pieces(self, batch: Batch) -> list[Batch] | None:
+    def _record_if_it_fits(self, batch: Batch) -> Any:
+        """Outputs of the plain pass, or None where it runs out of memory."""
+        try:
+            return self.sweep.record(batch)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        self.network.cache.clear()
+        self._free()  # not in ``except``, where the failed pass's tensors are still there
+        return None
+
+    def _pieces(self, batch: Batch, at_least: int = 1) -> list[Batch] | None:
         """The batch in parts of which at least one variant fits, where cutting changes nothing."""
         few = first_few(batch)
         if few is None:
@@ -226,7 +240,7 @@ class FusedEngine:
             self.sweep.record(few)
             self.sample_bytes = self.network.cache.bytes / few.size
         size = int(self._room_with_record() // max(1, (1 + ACTIVATION_COPIES) * self.sample_bytes))
-        count = -(-batch.size // max(1, size))
+        count = max(at_least, -(-batch.size // max(1, size)))
         if count == 1 or not self.divisible(few):
             return None
         small, extra = divmod(batch.size, count)
@@ -238,19 +252,40 @@ class FusedEngine:
         done = 0
         while done < len(job):
             variants = job[done : done + self.chunk]
-            try:
-                self.sweep.add(variants, batch, reference, fold)
-            except RuntimeError as error:
-                if len(variants) == 1 or not is_out_of_memory(error):
-                    raise
-                self.chunk = len(variants) // 2
-            else:
+            lack = self._add(variants, batch, reference, fold)
+            if lack is None:
                 done += len(variants)
                 self.evaluated += len(variants) * batch.size
                 self.on_pass(share * len(variants))
-                continue
-            if self.device.type == "cuda":  # here the failed pass's tensors are gone
-                torch.cuda.empty_cache()
+            elif len(variants) > 1:
+                self.chunk = len(variants) // 2
+            elif (pieces := self._pieces(batch, 2)) is not None:
+                for piece in pieces:
+                    own = self.sweep.record(piece)
+                    self._run_job(job[done:], piece, own, fold, share * piece.size / batch.size)
+                self.sweep.record(batch)  # for the jobs to come
+                return
+            else:
+                raise lack
+
+    def _add(
+        self, variants: list[Variant], batch: Batch, reference: Any, fold: int
+    ) -> RuntimeError | None:
+        """One pass. An error that says out of memory is returned, and nothing was added."""
+        try:
+            self.sweep.add(variants, batch, reference, fold)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            lack = error.with_traceback(None)  # whose frames hold the failed pass's tensors
+        else:
+            return None
+        self._free()
+        return lack
+
+    def _free(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _sum_bytes(self) -> int:
         """What one fold of the gradient sums takes."""

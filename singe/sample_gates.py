@@ -17,6 +17,7 @@ from torch import Tensor
 from singe.data import Batch, shapes_of
 from singe.errors import ModelError, SingeError
 from singe.layout import differentiate
+from singe.memory import is_out_of_memory
 from singe.network import Network
 from singe.variants import VariantRunner
 
@@ -78,9 +79,9 @@ class SampleGates:
             losses = self._losses(outputs, 1, batch, reference)[0]
         except ModelError:  # another first dimension
             return False
-        except SingeError:
-            raise
-        except Exception:  # a user's gate that expects one row, or too little memory
+        except Exception as error:  # a user's gate that expects one row
+            if isinstance(error, SingeError) or is_out_of_memory(error):
+                raise
             return False
         weights = 2.0 ** (3 * torch.arange(batch.size, device=losses.device) % 7)
         layout = self._network.channels_last

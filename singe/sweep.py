@@ -71,9 +71,8 @@ class Sweep:
         try:
             reference = self._recorded(batch)
         except RuntimeError as error:
-            if not self.network.channels_last or isinstance(error, SingeError):
-                raise
-            if is_out_of_memory(error):
+            known = isinstance(error, SingeError) or is_out_of_memory(error)
+            if known or not self.network.channels_last:
                 raise
             self.network.set_channels_last(False)  # ``x.view(len(x), -1)``, for one
             reference = self._recorded(batch)
@@ -83,6 +82,7 @@ class Sweep:
 
     def _recorded(self, batch: Batch) -> Any:
         self.network.clear()
+        self.recorded_shapes = []  # until it succeeds
         if self.updates is not None:
             self.updates.forget()
         with torch.no_grad(), self.network.recording():

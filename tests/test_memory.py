@@ -104,6 +104,44 @@ def test_nor_where_it_happens_in_training_mode(enough):
         units.find_groups(Auxiliary(enough).double().eval(), batch_of(make_batches((4,), (3,))[0]))
 
 
+class Limited(nn.Module):
+    """Runs out of memory with more than ``most`` samples, everywhere or only where gradients are kept."""
+
+    def __init__(self, body: nn.Module, most: int, gradients_only: bool) -> None:
+        super().__init__()
+        self.body, self.most, self.gradients_only = body, most, gradients_only
+
+    def forward(self, x):
+        if len(x) > self.most and (torch.is_grad_enabled() or not self.gradients_only):
+            full()
+        return self.body(x)
+
+
+@pytest.mark.parametrize("gradients_only", [False, True], ids=["plain", "variants"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"path": "network"}, {"path": "neuron"}, {"p": "fisher"}, {"objective": "kl"}],
+    ids=str,
+)
+def test_a_batch_that_does_not_fit_is_halved(options, gradients_only):
+    case = CASES["residual"]
+    data = case.batches((10, 11))
+    roomy = Limited(case.model(), 100, gradients_only)
+    graph = units.find_groups(roomy, batch_of(data[0]))
+    whole = run_engine(roomy, data, graph=graph, **options)
+    small = run_engine(Limited(case.model(), 4, gradients_only), data, graph=graph, **options)
+    assert_close(small.scores, whole.scores, 1e-12)
+
+
+@pytest.mark.parametrize("gradients_only", [False, True], ids=["plain", "variants"])
+def test_what_cannot_be_halved_any_more_raises(gradients_only):
+    case = CASES["residual"]
+    roomy, full_up = (Limited(case.model(), most, gradients_only) for most in (100, 0))
+    graph = units.find_groups(roomy, batch_of(case.batches()[0]))
+    with pytest.raises(torch.OutOfMemoryError):
+        run_engine(full_up, case.batches(), graph=graph)
+
+
 def test_parts_are_the_batch():
     batch = batch_of(make_batches((6,), (7,))[0])
     first, second = cut(batch, 3, 4)
