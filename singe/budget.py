@@ -291,9 +291,16 @@ def require(reached: float, target: float, kind: str, full: float) -> None:
     """Raise BudgetError where even the most that may be removed misses the target."""
     if reached > target:
         unit = " ms" if kind == "latency" else ""
+        advice = (
+            "raise the target or what limits it (max_pruning_ratio, min_keep, round_to, ignore), or score "
+            "more layers (a target up to 1 is a share of the model, a larger one an absolute number)"
+        )
+        if kind == "latency" and reached >= full:
+            advice = (
+                "the pruned model was no faster: it is too small for its layers to decide, or the machine "
+                "was busy; time larger batches and more runs, timing=singe.Timing(batch_size=..., runs=...)"
+            )
         raise BudgetError(
             f"a target of {target:.4g}{unit} {kind} cannot be met: the smallest reachable is "
-            f"{reached / full:.4f} of the model's {full:.4g} ({reached:.4g}); raise the target or "
-            "max_pruning_ratio, or score more layers (a target up to 1 is a share of the model, a "
-            "larger one an absolute number)"
+            f"{reached / full:.4f} of the model's {full:.4g} ({reached:.4g}); {advice}"
         )

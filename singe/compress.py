@@ -16,7 +16,7 @@ from singe.budget import RANKINGS
 from singe.checkpoint import Folder, digest_of
 from singe.criteria import choose
 from singe.data import as_batch, check_reiterable, device_of
-from singe.errors import CheckpointError, OptionError, expect_callable
+from singe.errors import CheckpointError, OptionError, expect_callable, expect_count
 from singe.evaluation import Evaluate, accuracy, as_evaluate
 from singe.finetune import (
     FinetuneFunction,
@@ -166,13 +166,11 @@ def compress(
         CheckpointError: a checkpoint cannot be written, or none can be continued from.
         SingeError: as :func:`singe.score` and :func:`singe.plan`; the model is unchanged then.
     """
-    if (rounds is not None and rounds < 1) or finetune_steps < 0 or final_steps < 0:
-        raise OptionError(
-            f"rounds must be >= 1, finetune_steps >= 0 and final_steps >= 0, got {rounds}, "
-            f"{finetune_steps} and {final_steps}"
-        )
-    if checkpoint_every < 1:
-        raise OptionError(f"checkpoint_every must be >= 1, got {checkpoint_every}")
+    if rounds is not None:
+        expect_count("rounds", rounds, 1)
+    expect_count("finetune_steps", finetune_steps, 0)
+    expect_count("final_steps", final_steps, 0)
+    expect_count("checkpoint_every", checkpoint_every, 1)
     if resume and checkpoint is None:
         raise OptionError("resume=True needs checkpoint=, the folder to continue from")
     unknown = score_options.keys() - {f.name for f in fields(Request)}

@@ -107,8 +107,12 @@ def as_batch(raw: Any, index: int, device: torch.device) -> Batch:
 
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     if not tensors or tensors[0].dim() == 0:
+        arrays = any(
+            hasattr(leaf, "__array__") for leaf in tree_leaves((args, kwargs)) if not tensors
+        )
         raise DataError(
             f"batch {index} ({type(raw).__name__}) holds no input tensor with a batch dimension"
+            + ("; make tensors of its arrays with torch.as_tensor" if arrays else "")
         )
     if tensors[0].shape[0] == 0:
         raise DataError(f"batch {index} has no samples (shape {tuple(tensors[0].shape)})")

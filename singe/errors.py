@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 
 class SingeError(Exception):
     """Base class of all errors this package raises on purpose."""
@@ -47,6 +49,13 @@ def expect(argument: str, value: object, kind: type, wanted: str) -> None:
     """Raise OptionError where an argument is something else altogether."""
     if not isinstance(value, kind):
         raise OptionError(f"{argument} must be {wanted}, got {type(value).__name__}")
+
+
+def expect_count(name: str, value: object, least: int) -> None:
+    """Raise OptionError for what is no whole number of at least ``least``."""
+    whole = hasattr(value, "__index__") and not isinstance(value, bool)
+    if not whole or operator.index(value) < least:  # type: ignore[arg-type]
+        raise OptionError(f"{name} must be a whole number >= {least}, got {value!r}")
 
 
 def expect_callable(argument: str, value: object, wanted: str) -> None:

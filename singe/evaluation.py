@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from singe.data import check_reiterable, device_of, read_batches
 from singe.errors import DataError, OptionError
 from singe.finetune import in_mode
-from singe.objectives import IGNORE_INDEX, class_dim, logits_of
+from singe.objectives import IGNORE_INDEX, check_classes, class_dim, logits_of
 
 Evaluate = Callable[[nn.Module], float]
 
@@ -42,13 +42,14 @@ def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
     Labels of -100 are ignored, as the loss ignores them.
 
     Raises:
-        DataError: labels that are missing, of another shape, or all ignored.
+        DataError: labels that are missing, of another shape, outside the classes, or all ignored.
     """
     right = total = 0
     with in_mode(model, training=False):
         for batch in read_batches(batches, device_of(model), "evaluation"):
             outputs = batch.call(model)
-            predicted = logits_of(outputs).argmax(class_dim(outputs, batch.labels))
+            logits, dim = logits_of(outputs), class_dim(outputs, batch.labels)
+            predicted = logits.argmax(dim)
             if not isinstance(batch.labels, Tensor):
                 raise DataError(f"evaluation batch {batch.index} has no labels")
             if batch.labels.shape != predicted.shape:
@@ -57,6 +58,7 @@ def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
                     f"the model's outputs need class indices of shape {tuple(predicted.shape)}; give "
                     "evaluate=callable(model) for another metric"
                 )
+            check_classes(batch.labels, logits.shape[dim], f"evaluation batch {batch.index}")
             counted = batch.labels != IGNORE_INDEX
             right += int((counted & (predicted == batch.labels)).sum())
             total += int(counted.sum())

@@ -47,10 +47,15 @@ def save_pruned(
 
     Returns:
         What was written: ``{"weights": path, "plan": path}``.
+
+    Raises:
+        ModelError: ``model`` still has what ``plan`` removes.
     """
+    inner = unwrapped(model)
+    if plan is not None:
+        _require_carried_out(inner, plan)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    inner = unwrapped(model)
     header = {"format": FORMAT, "model": type(inner).__name__, "layers": _layers(inner)}
     written = {"weights": folder / WEIGHTS}
     with replacing(written["weights"]) as partial, _stored(inner, _cut_buffers(inner)):
@@ -59,6 +64,19 @@ def save_pruned(
         written["plan"] = folder / PLAN
         plan.save(written["plan"])
     return written
+
+
+def _require_carried_out(model: nn.Module, plan: Plan) -> None:
+    """As far as the plan says how wide its layers were."""
+    modules = dict(model.named_modules())
+    for name, group in plan.meta.get("groups", {}).items():
+        weight = getattr(modules.get(name), "weight", None)
+        full = group["units"] * group["channels_per_unit"]
+        if group["removed"] and isinstance(weight, Tensor) and len(weight) == full:
+            raise ModelError(
+                f"{name} still has all of its {full} channels, of which the plan removes some: carry it out "
+                "before saving both, singe.prune(model, plan, example_inputs)"
+            )
 
 
 def load_pruned(model: nn.Module, path: str | PathLike[str]) -> nn.Module:

@@ -96,7 +96,13 @@ def smoothed(objective: Objective, label_smoothing: float) -> Objective:
 
 
 def default_optimizer(lr: float) -> OptimizerFactory:
-    """SGD with Nesterov momentum 0.9 and weight decay 5e-4."""
+    """SGD with Nesterov momentum 0.9 and weight decay 5e-4.
+
+    Raises:
+        OptionError: ``lr`` is no positive number.
+    """
+    if not 0.0 < lr < math.inf:
+        raise OptionError(f"lr must be a positive number, got {lr!r}")
     return lambda parameters: torch.optim.SGD(
         parameters, lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4
     )

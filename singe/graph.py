@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from singe.heads import Heads
 
 ROWS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 NORMS = (*BATCH_NORMS, nn.LayerNorm, nn.GroupNorm)
+QUANTIZED = ("torch.ao.nn.quantized", "torch.nn.quantized")
 FUSED = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
 
 
@@ -93,6 +94,11 @@ class ModelGraph:
     rejected_layers: dict[str, str]  # every layer of those groups -> root layer
 
 
+def is_inside(name: str, root: str) -> bool:
+    """Whether a module is ``root`` or in it; the model itself has the name ""."""
+    return root in ("", name) or name.startswith(root + ".")
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside a ``torch.compile`` or data-parallel wrapper, else the model itself."""
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
@@ -106,7 +112,7 @@ def expect_model(model: object) -> None:
 
     Raises:
         OptionError: no module.
-        ModelError: TorchScript, or layers that do not know their sizes yet.
+        ModelError: TorchScript, quantized, on the meta device, or layers that do not know their sizes yet.
     """
     expect("model", model, nn.Module, "an nn.Module")
     assert isinstance(model, nn.Module)
@@ -114,9 +120,21 @@ def expect_model(model: object) -> None:
         raise ModelError(
             "a TorchScript model cannot be changed; give the nn.Module it was made from"
         )
+    if meta := next((n for n, t in _tensors(model) if t.is_meta), None):
+        raise ModelError(
+            f"{meta} is on the meta device, so it has no values; load the weights before"
+        )
+    quantized = (n for n, m in model.named_modules() if type(m).__module__.startswith(QUANTIZED))
+    if name := next(quantized, None):
+        raise ModelError(f"{name} is quantized; score and prune the float model, then quantize it")
     lazy = (n for n, p in model.named_parameters() if nn.parameter.is_lazy(p))
     if name := next(lazy, None):
         raise ModelError(f"{name} has no size yet; run the model once, model(inputs), before")
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
 
 
 def private_copy(model: nn.Module, trainable: bool = False) -> nn.Module:
@@ -141,13 +159,26 @@ def private_copy(model: nn.Module, trainable: bool = False) -> nn.Module:
         twin = copy.deepcopy(model, memo)
     except Exception as error:
         raise ModelError(
-            f"{type(model).__name__} cannot be copied with copy.deepcopy ({error}); a model must be "
-            "deep-copyable to be scored without being touched"
+            f"{type(model).__name__} cannot be copied with copy.deepcopy{_culprit(model)} ({error}); a "
+            "model must be deep-copyable to be scored without being touched"
         ) from error
     for module in twin.modules():
         if isinstance(module, FUSED) and not isinstance(module.forward, partial):
             setattr(module, "forward", partial(_without_fast_path, module.forward))  # noqa: B010
     return twin.eval()
+
+
+def _culprit(model: nn.Module) -> str:
+    """The layer that holds a computed tensor, which torch does not copy, and how to make it a parameter."""
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                return (
+                    f": {name}.{attribute} is computed from other parameters; make it one for good, with "
+                    f"torch.nn.utils.prune.remove(model.{name}, {attribute!r}) or "
+                    f"torch.nn.utils.remove_weight_norm(model.{name})"
+                )
+    return ""
 
 
 def _without_fast_path(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from singe.errors import ModelError
+
 _aten = torch.ops.aten
 _OF_ACTIVATIONS = {  # (gradient, input or output, ...)
     _aten.threshold_backward.default,
@@ -45,7 +47,16 @@ class GradientsChannelsLast(TorchDispatchMode):
 def differentiate(
     loss: Tensor, leaves: Sequence[Tensor], channels_last: bool, keep_graph: bool = False
 ) -> tuple[Tensor, ...]:
-    """Gradients of ``loss``, zeros where a leaf was not used; of a network in that layout."""
+    """Gradients of ``loss``, zeros where a leaf was not used; of a network in that layout.
+
+    Raises:
+        ModelError: the loss was computed without autograd.
+    """
+    if not loss.requires_grad:
+        raise ModelError(
+            "the loss has no gradient: something in the model or the objective cuts it off, such as "
+            "detach(), torch.no_grad() or argmax"
+        )
     with GradientsChannelsLast() if channels_last else nullcontext():
         return torch.autograd.grad(
             loss, leaves, retain_graph=keep_graph, allow_unused=True, materialize_grads=True

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from singe.errors import OptionError
-from singe.graph import ModelGraph, unwrapped
+from singe.graph import ModelGraph, is_inside, unwrapped
 from singe.units import names_of
 
 # A layer cut to a few channels does not recover in fine-tuning; a single round can do it.
@@ -131,7 +131,7 @@ def _groups_of(names: Iterable[str], graph: ModelGraph, argument: str) -> set[st
         hit = {
             g.name
             for g in graph.groups
-            if any(layer == name or layer.startswith(name + ".") for layer in (g.name, *g.layers))
+            if any(is_inside(layer, name) for layer in (g.name, *g.layers))
         }
         # A layer that was never scored keeps its channels anyway.
         if not hit and argument != "ignore":

@@ -111,7 +111,8 @@ class Loop:
         before = self.report.metric_before
         if self.floor is not None and before is not None and not before >= self.floor:  # or NaN
             raise OptionError(
-                f"the unpruned model's metric is {before:.4f}, below accuracy_floor={self.floor}"
+                f"the unpruned model's metric is {before:.4f}, below accuracy_floor={self.floor}; the floor "
+                "is on the metric's own scale, accuracies from batches 0 to 1"
             )
         if self.pruning.order == "layerwise":
             self._plan_visits()

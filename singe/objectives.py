@@ -124,6 +124,17 @@ class Objective:
             )
 
 
+def check_classes(labels: Tensor, classes: int, where: str) -> None:
+    """Raise DataError for class indices that the model has no output for; -100 is ignored by all."""
+    bad = ((labels < 0) | (labels >= classes)) & (labels != IGNORE_INDEX)
+    if bool(bad.any()):
+        values = sorted(set(labels[bad].tolist()))[:5]
+        raise DataError(
+            f"{where}: labels {values} are out of range for a model with {classes} outputs; labels "
+            f"must lie in [0, {classes - 1}]"
+        )
+
+
 class CrossEntropy(Objective):
     name = "cross_entropy"
     stacks = True
@@ -160,14 +171,7 @@ class CrossEntropy(Objective):
                 f"batch {batch.index}: labels have shape {tuple(labels.shape)}, the model's "
                 f"outputs {tuple(logits.shape)} need {tuple(expected)}"
             )
-        classes = logits.shape[dim]
-        bad = ((labels < 0) | (labels >= classes)) & (labels != IGNORE_INDEX)
-        if bool(bad.any()):
-            values = sorted(set(labels[bad].tolist()))[:5]
-            raise DataError(
-                f"batch {batch.index}: labels {values} are out of range for a model with {classes} "
-                f"outputs; labels must lie in [0, {classes - 1}]"
-            )
+        check_classes(labels, logits.shape[dim], f"batch {batch.index}")
 
     def per_sample(self, outputs: Any, batch: Batch, reference: Any) -> Tensor:
         logits, labels = _widened(logits_of(outputs)), batch.labels

@@ -99,8 +99,13 @@ class Plan(Mapping[str, list[int]]):
         """
         try:
             return cls.from_json(Path(path).read_text())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except OSError as error:
             raise ScoresError(f"cannot read a plan from {path}: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ScoresError(
+                f"{path} holds no plan ({type(error).__name__}: {error}); give the plan.json that "
+                "Plan.save, singe prune or singe compress wrote"
+            ) from error
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -236,7 +241,7 @@ def make_plan(
     cost = CostModel(model, graph, batch, seconds)
     full = {k: v for k, v in cost({}).items() if k != "latency"}
     if watch:
-        full["latency"] = watch.compare(model).share * watch.reference_ms
+        full["latency"] = watch.reference_ms
 
     def predict(gone: Mapping[str, int]) -> float:
         predicted = cost(gone)[kind]

@@ -81,6 +81,8 @@ class Request:
                 "checkpoint promises the same bits, and compile=True cannot keep that: its first passes "
                 "run plainly, and after a kill these are others; choose one of them"
             )
+        if not hasattr(self.seed, "__index__"):
+            raise OptionError(f"seed must be a whole number, got {self.seed!r}")
         memory = self.max_memory
         if memory is not None and not (isinstance(memory, Real) and 0 < memory < math.inf):
             raise OptionError(

@@ -63,7 +63,7 @@ class ScoreCheckpoint:
             known by name only.
 
     Raises:
-        CheckpointError: the file there belongs to another run or is damaged.
+        CheckpointError: the file there belongs to another run or is damaged, or there can be none.
     """
 
     def __init__(self, path: str | PathLike[str], signature: Mapping[str, Any]) -> None:
@@ -75,6 +75,11 @@ class ScoreCheckpoint:
         self._tensors: dict[str, Tensor] = {}
         self._header: dict[str, Any] = {}
         self._saved_at, self._cost = float("-inf"), 0.0
+        if self.path.is_dir() or not self.path.parent.is_dir():
+            what = "is a folder" if self.path.is_dir() else "is in a folder that does not exist"
+            raise CheckpointError(
+                f"the checkpoint {self.path} {what}; name a file in an existing one"
+            )
         if self.path.exists():
             self._read()
 

@@ -32,6 +32,12 @@ from singe.units import find_groups
 from singe.weight_groups import find_weight_groups
 from singe.weight_scores import WeightScores
 
+# What to think of where every score is zero.
+WITHOUT_GRADIENT = {
+    "kl": "; 'kl' is flat at mu = 1, integrate over the path",
+    "cross_entropy": "; labels of -100 count nothing: are all of them?",
+}
+
 
 @overload
 def score(
@@ -220,12 +226,7 @@ def carry_out(
     if criterion.needs_data and not any(bool(t.any()) for t in result.scores.values()):
         warnings.warn(
             f"every score is zero: objective {objective.name!r} has no gradient where "
-            f"criterion {criterion.name!r} looks"
-            + (
-                "; 'kl' is flat at mu = 1, integrate over the path"
-                if objective.name == "kl"
-                else ""
-            ),
+            f"criterion {criterion.name!r} looks" + WITHOUT_GRADIENT.get(objective.name, ""),
             stacklevel=3,
         )
     if request.granularity == "weight":

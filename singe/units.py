@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from singe.coupling import read_graph
 from singe.data import Batch, first_samples
 from singe.errors import ModelError
-from singe.graph import ModelGraph, private_copy, unwrapped
+from singe.graph import ModelGraph, is_inside, private_copy, unwrapped
 from singe.memory import is_out_of_memory
 from singe.network import Network, set_gates
 from singe.verification import distance, float_outputs, tolerance_of, verified
@@ -95,14 +95,21 @@ def names_of(
             resolved.append(layer)
         else:
             near = difflib.get_close_matches(str(layer), names, n=3, cutoff=0.4)
-            hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
-            raise ModelError(f"`{argument}` names {layer!r}, which this model does not have{hint}")
+            known = [name for name in names if name][:8]
+            hint = f"did you mean {_listed(near)}?" if near else f"it has {_listed(known)}, ..."
+            raise ModelError(
+                f"`{argument}` names {layer!r}, which this model does not have; {hint}"
+            )
     return resolved
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
 
 
 def inside(names: dict[str, nn.Module], roots: Sequence[str]) -> set[str]:
     """The named modules and everything inside them."""
-    return {n for n in names for root in roots if n == root or n.startswith(root + ".")}
+    return {n for n in names for root in roots if is_inside(n, root)}
 
 
 def _select(graph: ModelGraph, names: dict[str, nn.Module], wanted: Sequence[str]) -> ModelGraph:

@@ -383,6 +383,14 @@ def test_a_latency_out_of_reach(clock):
         singe.plan(model, random_scores(model, x), x, latency=0.05, timing=Timing(runs=3))
 
 
+def test_a_latency_that_removal_does_not_change(clock):
+    """As on a busy machine: no plan, the empty one least of all, and advice about the timing."""
+    model, x = Slow(per_channel=0.0).eval(), torch.randn(2, *IMAGE)
+    model.register_forward_hook(lambda *_: setattr(Slow, "now", Slow.now + 1e-3))
+    with pytest.raises(singe.BudgetError, match=r"no faster.*singe\.Timing"):
+        singe.plan(model, random_scores(model, x), x, latency=0.7, timing=Timing(runs=3))
+
+
 def test_the_stopwatch(clock):
     model, x = Slow().eval(), torch.randn(2, *IMAGE)
     batch = example_batch(x, CPU)

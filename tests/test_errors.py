@@ -289,8 +289,8 @@ def test_a_plan_for_another_model(model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rounds": 0}, "rounds must be >= 1"),
-        ({"finetune_steps": -1}, "finetune_steps >= 0"),
+        ({"rounds": 0}, "rounds must be a whole number >= 1"),
+        ({"finetune_steps": -1}, "finetune_steps must be a whole number >= 0"),
         ({"macs": None}, "exactly one target"),
         ({"params": 0.5}, "exactly one target"),
         ({"criterion": "l1"}, "criterion='l1'"),

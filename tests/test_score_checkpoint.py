@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -17,6 +18,7 @@ from helpers import (
 from helpers_networks import CASES
 
 import singe
+from singe import score_checkpoint
 from singe.score_checkpoint import ScoreCheckpoint, digest_of
 
 SIZES = (3, 2, 4, 1, 3)
@@ -228,9 +230,13 @@ def test_another_kind_of_file_is_refused(tmp_path):
         score(path, data())
 
 
-def test_a_full_disk_stops_nothing(tmp_path):
-    with pytest.warns(UserWarning, match="cannot write the checkpoint"):
-        found = score(tmp_path / "missing" / "run.safetensors", data())
+def test_a_full_disk_stops_nothing(tmp_path, monkeypatch):
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(score_checkpoint, "replacing", full)
+    with pytest.warns(UserWarning, match=r"cannot write the checkpoint.*No space left"):
+        found = score(tmp_path / "run.safetensors", data())
     expected = score(None, data())
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
