@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from helpers_trained import torchvision_models, trained_resnet20
 from torch import nn
 
 import singe
+from singe.adapters import fasterai
 from singe.adapters import torch_pruning as adapter
 from singe.adapters.ranking import normalized, ranking
 from singe.scores import Scores, fingerprint
@@ -305,6 +307,114 @@ def test_a_floor_for_every_group(options, kept):
     assert model[0].out_channels == kept
 
 
+def far_below(options=(), **ratios):
+    """A network whose first group lies below the others, a pruner, and how to see that it is whole."""
+    model, inputs, _ = case("vgg")
+    values = {"0": torch.rand(4) * 1e-3, "4": torch.rand(5) + 1, "10": torch.rand(6) + 1}
+    importance = adapter.importance(scores_of(model, values), **ratios)
+    return model, pruner_for(model, inputs, importance, **dict(options))
+
+
+@pytest.mark.parametrize("global_pruning", [True, False])
+@pytest.mark.parametrize("pruning_ratio", [0.4, 0.7])
+def test_max_pruning_ratio_holds_or_nothing_is_removed(global_pruning, pruning_ratio):
+    """Torch-Pruning itself goes on with the protected units, and ignores the ranking within a layer."""
+    options = {"global_pruning": global_pruning, "pruning_ratio": pruning_ratio}
+    model, pruner = far_below(options, max_pruning_ratio=0.25)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    message = "max_pruning_ratio=0.25 allows 1; nothing was removed.*all scored units 0.200 may go"
+    with pytest.raises(singe.BudgetError, match=message):
+        adapter.step(pruner)
+    after = model.state_dict()
+    assert {key: value.shape for key, value in after.items()} == {
+        key: value.shape for key, value in before.items()
+    }
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert pruner.current_step == 0
+    assert pruner.pruning_history() == []
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.4, 0.5, 0.75, 0.9])
+@pytest.mark.parametrize("global_pruning", [True, False])
+@pytest.mark.parametrize("name", ["grouped", "group_norm", "residual", "depthwise", "vgg"])
+def test_no_group_loses_more_than_max_pruning_ratio(name, global_pruning, ratio):
+    model, inputs, batches = case(name)
+    scores = singe.score(model, batches, progress=False)
+    importance = adapter.importance(scores, max_pruning_ratio=ratio)
+    pruner = pruner_for(model, inputs, importance, global_pruning=global_pruning, pruning_ratio=0.3)
+    try:
+        removed = units_of(adapter.step(pruner), scores)
+    except singe.BudgetError:
+        assert pruner.pruning_history() == []
+        assert ratio < 0.6, "there was room for rounding up"
+        return
+    for group, units in removed.items():
+        assert len(units) <= ratio * len(scores[group])
+
+
+def test_the_floor_of_round_to_holds_without_the_pruners():
+    _, pruner = far_below({"global_pruning": False, "pruning_ratio": 0.7}, round_to=3)
+    with pytest.raises(singe.BudgetError, match=r"round_to=3 allows .*lower round_to"):
+        adapter.step(pruner)
+
+
+def test_max_pruning_ratio_needs_our_step():
+    """Nothing tells an importance what Torch-Pruning will remove: no step that breaks it silently."""
+    model, pruner = far_below({"pruning_ratio": 0.3}, max_pruning_ratio=0.75)
+    with pytest.raises(singe.OptionError, match=r"call it in place of pruner\.step"):
+        pruner.step()
+    assert pruner.pruning_history() == []
+    pruner.reset()
+    assert adapter.step(pruner)
+    assert model[0].out_channels == 1
+
+
+@pytest.mark.parametrize("name", ["fused", "wide", "apart"])
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_max_pruning_ratio_of_heads(name, everywhere):
+    """A refused step leaves the pruner's numbers of heads; a step that may be taken counts as one."""
+    model, inputs, scores, options = heads_of(name)
+    heads = {group: scores[group] for group in scores.meta["heads"]}
+    own = Scores(heads, scores.groups, scores.meta, units=scores.units)
+    removed = {}
+    for ratio in (0.2, 0.8):
+        importance = adapter.importance(own, max_pruning_ratio=ratio)
+        options = {**options, "num_heads": dict(options["num_heads"])}
+        pruner = pruner_for(model, inputs, importance, global_pruning=everywhere, **options)
+        before = dict(pruner.num_heads)
+        if ratio == 0.2:
+            with pytest.raises(singe.BudgetError, match="allows 0"):
+                adapter.step(pruner)
+            assert pruner.num_heads == before
+            assert pruner.out_channel_groups.items() >= before.items()
+        else:
+            removed = adapter.step(pruner)
+            assert pruner.num_heads != before
+    assert removed
+
+
+def test_the_look_ahead_changes_nothing():
+    """Torch-Pruning moves what it knows of concatenated channels as it removes them."""
+    model, inputs, batches = case("pre_activation")
+    other = clone(model)
+    scores = singe.score(model, batches, progress=False)
+    free = adapter.importance(scores)
+    held = adapter.importance(scores, max_pruning_ratio=0.95)
+    removed = adapter.step(pruner_for(model, inputs, free))
+    assert len(removed) > 1
+    assert adapter.step(pruner_for(other, inputs, held)) == removed
+    assert torch.equal(model(inputs), other(inputs))
+
+
+def test_max_pruning_ratio_is_refused_for_fasterai():
+    """It steps a pruner of its own, which asks a function around ours."""
+    scores = scores_of(case("vgg")[0], {"0": torch.rand(4)})
+    pruner = SimpleNamespace(pruner=SimpleNamespace(importance=None))
+    with pytest.raises(singe.OptionError, match="max_pruning_ratio holds in"):
+        fasterai.use(pruner, scores, max_pruning_ratio=0.5)
+    assert pruner.pruner.importance is None
+
+
 def test_round_to():
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -322,6 +432,46 @@ def test_nothing_pruned_is_an_error():
     pruner = pruner_for(model, inputs, adapter.importance(scores), pruning_ratio=0.0)
     with pytest.raises(singe.BudgetError, match="removed nothing"):
         adapter.step(pruner)
+
+
+def test_nothing_pruned_says_what_helps():
+    model, inputs, batches = case("vgg")
+    scores = singe.score(model, batches, progress=False)
+    for everywhere in (True, False):
+        pruner = pruner_for(
+            model, inputs, adapter.importance(scores), pruning_ratio=1.0, global_pruning=everywhere
+        )
+        with pytest.raises(singe.BudgetError, match=r"asks for every channel.*Lower pruning_ratio"):
+            adapter.step(pruner)
+    pruner = pruner_for(model, inputs, adapter.importance(scores))
+    adapter.step(pruner)
+    with (
+        pytest.warns(UserWarning, match="exceed the maximum iterative steps"),
+        pytest.raises(singe.BudgetError, match=r"step 1 of iterative_steps=1.*pruner\.reset"),
+    ):
+        adapter.step(pruner)
+
+
+@pytest.mark.parametrize("build", [dict, lambda scores: "scores.safetensors", lambda scores: None])
+def test_what_is_no_scores_is_refused(build):
+    model, inputs, batches = case("vgg")
+    scores = singe.score(model, batches, progress=False)
+    with pytest.raises(singe.OptionError, match=r"^scores must be what singe\.score returned, got"):
+        adapter.importance(build(scores))
+    with pytest.raises(singe.OptionError, match="rescore must be a callable"):
+        adapter.importance(scores, rescore=scores)
+    importance = adapter.importance(scores, rescore=lambda model: build(scores))
+    pruner = pruner_for(model, inputs, importance, iterative_steps=2)
+    adapter.step(pruner)
+    with pytest.raises(singe.OptionError, match=r"rescore returns must be what singe\.score"):
+        adapter.step(pruner)
+
+
+def test_the_scores_themselves_are_no_importance():
+    model, inputs, batches = case("vgg")
+    scores = singe.score(model, batches, progress=False)
+    with pytest.raises(singe.OptionError, match=r"importance=singe.*\.importance\(scores\)"):
+        adapter.step(pruner_for(model, inputs, scores))
 
 
 def test_groups_without_scores():

@@ -39,17 +39,22 @@ def use(pruner: Any, scores: Scores, **options: Any) -> Importance:
         pruner: ``fasterai.prune.all.Pruner``; its own ratio, schedule and context stay.
         scores: of the very model it prunes.
         options: as for :func:`singe.adapters.torch_pruning.importance`; ``rescore`` for schedules of
-            several steps.
+            several steps. No ``max_pruning_ratio``: fasterai's own steps could not hold it.
 
     Returns:
         What the pruner now asks.
 
     Raises:
-        OptionError: the object is no such pruner.
+        OptionError: the object is no such pruner, or a ``max_pruning_ratio``.
     """
     inner = getattr(pruner, "pruner", None)
     if inner is None or not hasattr(inner, "importance"):
         raise OptionError(f"use() takes a fasterai Pruner, got {type(pruner).__name__}")
+    if options.get("max_pruning_ratio", 1.0) != 1.0:
+        raise OptionError(
+            "fasterai removes units by itself, and max_pruning_ratio holds in "
+            "singe.adapters.torch_pruning.step(pruner) only; leave it out"
+        )
     scorer = importance(scores, **options)
 
     def on_its_device(group: Any) -> Tensor | None:

@@ -70,7 +70,9 @@ def ranking(
     Args:
         scores: group -> [U].
         normalizer: applied to each group, see :func:`normalized`.
-        keep: how many of each group's highest units are raised above all others; default 1.
+        keep: how many of each group's highest units are raised above all others, the very highest
+            above these; default 1. A threshold that goes too far then takes units that should be kept,
+            which can be seen, and not whole groups, which libraries leave alone in silence.
 
     Raises:
         ScoresError: all scores are equal, so that they rank nothing; or a normalizer gave NaN or
@@ -95,7 +97,9 @@ def ranking(
     lift = float(untied.max() - untied.min()) * 2 if len(untied) else 0.0
     result = dict(zip(names, untied.split([len(part) for part in parts]), strict=True))
     for name, part in result.items():
-        part[part.argsort(descending=True)[: (keep or {}).get(name, 1)]] += lift
+        order = part.argsort(descending=True)
+        part[order[: (keep or {}).get(name, 1)]] += lift
+        part[order[:1]] += lift
     return result
 
 

@@ -10,7 +10,7 @@ removed = singe.adapters.torch_pruning.step(pruner)
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from singe.adapters.ranking import Normalizer, ranking
 from singe.criteria import choose
-from singe.errors import BudgetError, OptionError, ScoresError
+from singe.errors import BudgetError, OptionError, ScoresError, expect, expect_callable
 from singe.graph import unwrapped
 from singe.limits import check_ratio, floor_of
-from singe.scores import Scores, fingerprint
+from singe.scores import Scores, ScoreTable, fingerprint
 
 REDUCTIONS = ("sum", "mean", "max", "prod", "first", "gate", None)
 MISSING = ("skip", "error")
@@ -55,14 +55,18 @@ def importance(
             ``mean``, ``max``, ``prod``, ``first``, ``gate`` (the last), or None (stacked, 2-D).
         normalizer: Torch-Pruning's names, applied to each group; None (default) keeps groups
             commensurable, as a change of the loss is.
-        max_pruning_ratio: no group loses more than this share of its units in one step. (The pruner's
-            own argument is checked between steps only.)
-        round_to: the pruner's ``round_to``: so many units of each group are kept at least.
+        max_pruning_ratio: no group loses more than this share of its units in one step. Below 1 it needs
+            :func:`step`, which refuses a step that would remove more; ``pruner.step()`` is refused, since
+            Torch-Pruning tells an importance nothing of how much it removes. (The pruner's own argument
+            is checked between steps only, and caps ``pruning_ratio_dict``.)
+        round_to: the pruner's ``round_to``: so many units of each group are kept at least; :func:`step`
+            checks that, too.
         missing: groups without scores are left alone (``"skip"``; a warning names all but the output
             layer, with the reason), or refused (``"error"``).
 
     Raises:
-        OptionError: an argument value that is not offered.
+        OptionError: no scores, or an argument value that is not offered; when called: a
+            ``max_pruning_ratio`` without :func:`step`.
         ScoresError: scores that rank nothing; when called: scores of another model or of former
             shapes, a group without scores under ``missing="error"``.
     """
@@ -72,24 +76,64 @@ def importance(
 
 
 def step(pruner: Any) -> dict[str, list[int]]:
-    """``pruner.step()``, which says what it removed.
+    """``pruner.step()``, which says what it removed, and removes nothing rather than too much.
 
     Returns:
         root layer -> its removed channels, in the numbering they had before.
 
     Raises:
-        BudgetError: nothing was removed. Torch-Pruning says nothing of that.
+        BudgetError: a group would lose more than the importance's ``max_pruning_ratio`` or ``round_to``
+            allow: nothing was removed, the pruner is as before. Or nothing was removed, of which
+            Torch-Pruning says nothing.
+        OptionError: the pruner's ``importance`` are the scores themselves.
     """
-    history = pruner.pruning_history()
-    before = len(history)
-    pruner.step()
-    removed = {name: sorted(idxs) for name, _, idxs in history[before:] if idxs}
-    if not removed:
-        raise BudgetError(
-            "Torch-Pruning removed nothing: every group is without scores, in ignored_layers, or "
-            "would lose all its channels. Raise pruning_ratio, lower round_to, or score more layers"
+    scorer = pruner.importance
+    if isinstance(scorer, ScoreTable):
+        raise OptionError(
+            "the pruner's importance are the scores themselves, which Torch-Pruning cannot call; give it "
+            "importance=singe.adapters.torch_pruning.importance(scores)"
         )
+    before = len(pruner.pruning_history())
+    if isinstance(scorer, Importance):
+        scorer._step(pruner)
+    else:
+        pruner.step()
+    history = pruner.pruning_history()[before:]
+    removed = {name: sorted(idxs) for name, _, idxs in history if idxs}
+    if not removed:
+        raise BudgetError(f"Torch-Pruning removed nothing: {_why_nothing(pruner)}")
     return removed
+
+
+def _why_nothing(pruner: Any) -> str:
+    """Why a step removed nothing, and what to do."""
+    if pruner.current_step > pruner.iterative_steps:
+        return (
+            f"its step {pruner.iterative_steps} of iterative_steps={pruner.iterative_steps} was taken "
+            "before; pruner.reset() starts again"
+        )
+    if pruner.pruning_ratio >= 1.0:
+        return (
+            f"pruning_ratio={pruner.pruning_ratio} asks for every channel, and it leaves a group whole "
+            "that would lose all of them. Lower pruning_ratio; 0.5 removes half of the channels"
+        )
+    return (
+        f"pruning_ratio={pruner.pruning_ratio} takes none or all of the channels of every group that has "
+        "scores and is not in ignored_layers, and a group that would lose all is left whole. Change "
+        "pruning_ratio, lower round_to, or score more layers"
+    )
+
+
+def _groups_ahead(pruner: Any) -> list[Any]:
+    """The groups that the next step would remove; the pruner stays as it is."""
+    taken, heads = pruner.current_step, dict(pruner.num_heads)
+    blocks = dict(pruner.out_channel_groups)
+    try:
+        return list(pruner.step(interactive=True))
+    finally:  # the pruner counts steps and heads before anything is removed
+        pruner.current_step = taken
+        pruner.num_heads.update(heads)
+        pruner.out_channel_groups.update(blocks)
 
 
 class Importance:
@@ -111,6 +155,10 @@ class Importance:
         round_to: int | None,
         missing: str,
     ) -> None:
+        expect("scores", scores, ScoreTable, "what singe.score returned")
+        expect_callable(
+            "rescore", rescore, "called with the pruned model, which returns its scores"
+        )
         choose("group_reduction", group_reduction, REDUCTIONS)
         choose("missing", missing, MISSING)
         check_ratio(max_pruning_ratio)
@@ -120,14 +168,15 @@ class Importance:
         self.group_reduction, self.normalizer = group_reduction, normalizer
         self.max_pruning_ratio, self.round_to = max_pruning_ratio, round_to or 1
         self.skipped: dict[str, str] = {}
+        self._in_step = False
         self._use(scores)
 
     def _use(self, scores: Scores) -> None:
         floors = {n: floor_of(len(values), self.max_pruning_ratio) for n, values in scores.items()}
-        keep = {name: max(floor, self.round_to) for name, floor in floors.items()}
+        self._keep = {name: max(floor, self.round_to) for name, floor in floors.items()}
         self.scores = scores
         self._heads: dict[str, int] = scores.meta.get("heads", {})
-        self.table = ranking(scores, normalizer=self.normalizer, keep=keep)
+        self.table = ranking(scores, normalizer=self.normalizer, keep=self._keep)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.scores!r})"
@@ -140,22 +189,22 @@ class Importance:
             ch_groups: forks before 1.3 pass it: averaged over that many blocks, then repeated.
             kwargs: what else forks pass (``consecutive_groups``) needs nothing done here.
         """
+        if self.max_pruning_ratio < 1.0 and not self._in_step:
+            raise OptionError(
+                f"max_pruning_ratio={self.max_pruning_ratio} holds in singe.adapters.torch_pruning."
+                "step(pruner) only, which looks at what Torch-Pruning would remove; call it in place of "
+                "pruner.step() (pruner.reset() first)"
+            )
         model = self._model_of(group)
         self._refuse_stale(model)
         names = {module: name for name, module in unwrapped(model).named_modules()}
         roots = list(group[0][1])
         position = {index: i for i, index in enumerate(roots)}
         parts = []
-        for item in group:
-            name = names.get(item[0].target.module)
-            if name not in self.table or not _is_out(item[0].handler):
-                continue
-            if name in self._heads:
-                if isinstance(item[0].target.module, nn.MultiheadAttention):
-                    continue  # here it stands for the channels it is fed
-                if (why := self._why_no_heads(name, group)) is not None:
-                    self._note_missing(names.get(group[0][0].target.module, "?"), 0, why)
-                    return None
+        for name, item in self._scored(group, names):
+            if name in self._heads and (why := self._why_no_heads(name, group)) is not None:
+                self._note_missing(names.get(group[0][0].target.module, "?"), 0, why)
+                return None
             parts.append(self._part(name, item, position))
         if not parts or not bool(torch.stack([seen for _, seen in parts]).any(0).all()):
             self._note_missing(names.get(group[0][0].target.module, "?"), len(parts))
@@ -164,6 +213,63 @@ class Importance:
         if ch_groups > 1:
             reduced = reduced.view(ch_groups, -1).mean(0).repeat(ch_groups)
         return reduced
+
+    def _step(self, pruner: Any) -> None:
+        """``pruner.step()``, if every group keeps what it must."""
+        self._in_step = True
+        try:
+            if self.max_pruning_ratio < 1.0 or self.round_to > 1:
+                self._check_floors(pruner)
+            pruner.step()
+        finally:
+            self._in_step = False
+
+    def _check_floors(self, pruner: Any) -> None:
+        """Raise BudgetError if the next step would remove too much of a group.
+
+        The ranking alone cannot prevent it: once all units that may go are used up, Torch-Pruning goes
+        on with those that may not, and within a layer it takes its share in any case.
+        """
+        names = {module: name for name, module in unwrapped(pruner.model).named_modules()}
+        modules = {name: module for module, name in names.items()}
+        removed: dict[str, set[int]] = {}
+        for group in _groups_ahead(pruner):
+            for name, item in self._scored(group, names):
+                removed.setdefault(name, set()).update(item[1])
+        for name, channels in removed.items():
+            of_group = self._units_of(name, pruner.DG.get_out_channels(modules[name])) >= 0
+            units = len(self.table[name])
+            share = int(of_group[list(channels)].sum()) / int(of_group.sum())
+            allowed = max(units - self._keep[name], 0)
+            if round(share * units, 6) > allowed:
+                raise BudgetError(self._too_much(name, share * units, allowed))
+
+    def _too_much(self, name: str, lost: float, allowed: int) -> str:
+        sizes = {group: len(values) for group, values in self.table.items()}
+        most = sum(max(units - self._keep[group], 0) for group, units in sizes.items())
+        limit, change = f"max_pruning_ratio={self.max_pruning_ratio}", "raise max_pruning_ratio"
+        if self._keep[name] > floor_of(sizes[name], self.max_pruning_ratio):
+            limit, change = f"round_to={self.round_to}", "lower round_to"
+        return (
+            f"Torch-Pruning would remove {lost:g} of the {sizes[name]} units of {name!r}, and {limit} "
+            f"allows {allowed}; nothing was removed. Lower the pruner's pruning_ratio (of all scored "
+            f"units {most / sum(sizes.values()):.3f} may go, and Torch-Pruning rounds up), or {change}"
+        )
+
+    def _scored(self, group: Any, names: Mapping[nn.Module, str]) -> Iterator[tuple[str, Any]]:
+        """The items of a group that remove output channels of a layer with scores, by its name."""
+        for item in group:
+            module = item[0].target.module
+            name = names.get(module)
+            if name is None or name not in self.table or not _is_out(item[0].handler):
+                continue
+            if name in self._heads and isinstance(module, nn.MultiheadAttention):
+                continue  # here it stands for the channels it is fed
+            yield name, item
+
+    def _units_of(self, name: str, channels: int) -> Tensor:
+        """The unit of each channel of a layer, -1 where it has no score."""
+        return self.scores.units_of(name, name, channels + -channels % len(self.table[name]))
 
     def _why_no_heads(self, name: str, group: Any) -> str | None:
         """Why Torch-Pruning cannot be trusted with the heads of a layer, or None."""
@@ -203,6 +309,7 @@ class Importance:
         else:
             with torch.enable_grad():  # pruners call under no_grad
                 scores = self.rescore(model)
+            expect("what rescore returns", scores, ScoreTable, "what singe.score returned")
             scores.check(model)
             self._use(scores)
 
@@ -212,8 +319,7 @@ class Importance:
         idxs = torch.as_tensor(list(item[1]))
         root_idxs: Sequence[int] = getattr(item, "root_idxs", None) or list(position)
         places = torch.tensor([position.get(r, -1) for r in root_idxs])
-        channels = int(idxs.max()) + 1
-        units = self.scores.units_of(name, name, channels + -channels % len(table))[idxs]
+        units = self._units_of(name, int(idxs.max()) + 1)[idxs]
         known = (places >= 0) & (units >= 0)
         values = torch.zeros(len(position), dtype=table.dtype)
         count = torch.zeros(len(position), dtype=table.dtype)
