@@ -19,7 +19,7 @@ from torch.nn.utils import prune
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import singe
-from singe.adapters import captum, channel_scores, required, torch_ao, torch_prune
+from singe.adapters import captum, channel_scores, modelopt, required, torch_ao, torch_prune
 
 
 def case(name: str):
@@ -268,6 +268,25 @@ def test_channels_that_go_together_share_their_score():
     found = channel_scores.channel_scores(scores, model)["3"]
     assert torch.equal(found, scores["3"].repeat(2))
     assert torch.equal(channel_scores.of_layer({"3": found}, model, model[3]), found)
+
+
+@pytest.mark.parametrize("wrong", [{"0": torch.rand(4)}, "scores.safetensors", None])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda scores, model, x: channel_scores.channel_scores(scores, model),
+        lambda scores, model, x: torch_prune.importance_scores(scores, model, "0"),
+        lambda scores, model, x: torch_prune.local_structured(model, scores, x, amount=0.4),
+        lambda scores, model, x: torch_prune.global_structured(model, scores, x, amount=0.4),
+        lambda scores, model, x: torch_ao.sparsifier(scores, model),
+        lambda scores, model, x: torch_ao.config(scores, model),
+        lambda scores, model, x: modelopt.use(model, scores),
+    ],
+)
+def test_what_is_no_scores_is_refused(call, wrong):
+    model, inputs, _ = case("vgg")
+    with pytest.raises(singe.OptionError, match=r"^scores must be what singe\.score returned, got"):
+        call(wrong, model, inputs)
 
 
 # ---------------------------------------------------------------------- missing libraries

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singe.errors import ModelError, ScoresError
+from singe.errors import ModelError, ScoresError, expect
 from singe.graph import unwrapped
-from singe.scores import Scores, require_units
+from singe.scores import Scores, ScoreTable, require_units
 
 
 def channel_scores(scores: Scores, model: nn.Module, check: bool = True) -> dict[str, Tensor]:
@@ -35,8 +35,10 @@ def channel_scores(scores: Scores, model: nn.Module, check: bool = True) -> dict
         check: False for a model whose parameters were renamed since, by masks or parametrizations.
 
     Raises:
+        OptionError: no scores.
         ScoresError: scores of another model.
     """
+    expect("scores", scores, ScoreTable, "what singe.score returned")
     require_units(scores)
     if check:
         scores.check(model)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from singe.adapters import required
-from singe.errors import ModelError
+from singe.errors import ModelError, expect
 from singe.scores import Scores
 
 
@@ -31,9 +31,10 @@ def use(converted: nn.Module, scores: Scores) -> dict[str, str]:
         name of the searchable width (``layer1.0.conv1.out_channels``) -> group whose scores it got.
 
     Raises:
-        OptionError: ModelOpt is not installed.
+        OptionError: ModelOpt is not installed, or no scores.
         ModelError: none of its widths has scores.
     """
+    expect("scores", scores, Scores, "what singe.score returned")
     named_hparams = required("modelopt.torch.opt.utils", "nvidia-modelopt").named_hparams
     group_of = {layer: name for name, layers in scores.groups.items() for layer in layers}
     group_of |= {name: name for name in scores}

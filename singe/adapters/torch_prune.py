@@ -35,10 +35,10 @@ from singe.adapters.weight_tables import (
 )
 from singe.conv1d import is_transposed
 from singe.data import device_of, example_batch
-from singe.errors import BudgetError, ModelError, OptionError, ScoresError
+from singe.errors import BudgetError, ModelError, OptionError, ScoresError, expect
 from singe.graph import BATCH_NORMS, Group, ModelGraph, unwrapped
 from singe.limits import check_ratio, floor_of
-from singe.scores import Scores, require_units
+from singe.scores import Scores, ScoreTable, require_units
 from singe.units import find_groups, small
 from singe.weight_scores import WeightScores
 
@@ -69,6 +69,7 @@ def local_structured(
 ) -> dict[str, list[int]]:
     """Mask the lowest share ``amount`` of every group; see :func:`global_structured`."""
     check_amount(amount)
+    expect("scores", scores, ScoreTable, "what singe.score returned")
     chosen = {
         name: sorted(values.argsort(stable=True)[: round(amount * len(values))].tolist())
         for name, values in scores.items()
@@ -101,13 +102,14 @@ def global_structured(
         group -> the units that were masked.
 
     Raises:
-        OptionError: ``amount`` or ``max_pruning_ratio`` out of range.
+        OptionError: ``amount`` or ``max_pruning_ratio`` out of range, or no scores.
         BudgetError: ``amount`` cannot be met under ``max_pruning_ratio``.
         ScoresError: scores of another model, or all equal.
         ModelError: a unit in a LayerNorm or GroupNorm, whose statistics no mask can leave.
     """
     check_amount(amount)
     check_ratio(max_pruning_ratio)
+    expect("scores", scores, ScoreTable, "what singe.score returned")
     floors = {name: floor_of(len(values), max_pruning_ratio) for name, values in scores.items()}
     table = ranking(scores, keep=floors)
     total = sum(map(len, table.values()))
