@@ -14,6 +14,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+ADAPTERS_USED = """
+print("removed", sum(map(len, removed.values())), "of", sum(map(len, scores.values())))
+print("masked", sum(map(len, masked_units.values())), "of", sum(map(len, scores.values())))
+taught = nn.Sequential(
+    nn.Linear(6, 8), RMSNorm(8), nn.Linear(8, 12), MyAttention(12, 4), nn.Flatten(), nn.Linear(60, 3)
+)
+tokens = [(torch.randn(4, 5, 6), torch.randint(3, (4,)))]
+print("taught", {name: len(units) for name, units in singe.score(taught, tokens).items()})
+"""
+
+
 def run(folder: Path, *arguments: str | Path) -> str:
     done = subprocess.run(
         [sys.executable, *map(str, arguments)], cwd=folder, capture_output=True, text=True,
@@ -51,6 +62,17 @@ def test_the_page_on_pruning(tmp_path):
     text = run(tmp_path, "page.py")
     assert "ranking 'cost'" in text
     assert (tmp_path / "run" / "report.json").exists()
+
+
+def test_the_page_on_adapters(tmp_path):
+    """Every block but the one that needs timm's weights; the layers it registers are found."""
+    blocks = [block for block in python_blocks("docs/adapters.md") if "import timm" not in block]
+    assert len(blocks) == 9
+    (tmp_path / "page.py").write_text("\n".join([*blocks, ADAPTERS_USED]))
+    text = run(tmp_path, "page.py")
+    assert "removed 40 of 80" in text
+    assert "masked 40 of 80" in text
+    assert "taught {'0': 8, '2': 12, '3.everything': 4}" in text
 
 
 @pytest.mark.slow
