@@ -248,7 +248,8 @@ def test_stale_scores_are_refused_between_steps():
         pruner.step()
 
 
-def test_rescoring_between_steps():
+@pytest.mark.parametrize("ratio", [1.0, 0.8])
+def test_rescoring_between_steps(ratio):
     model, inputs, batches = case("vgg")
     calls = []
 
@@ -256,7 +257,7 @@ def test_rescoring_between_steps():
         calls.append(pruned[0].out_channels)
         return singe.score(pruned, batches, progress=False)
 
-    importance = adapter.importance(rescore(model), rescore=rescore)
+    importance = adapter.importance(rescore(model), rescore=rescore, max_pruning_ratio=ratio)
     pruner = pruner_for(model, inputs, importance, iterative_steps=3, pruning_ratio=0.6)
     before = sum(len(v) for v in importance.scores.values())
     for _ in range(3):
