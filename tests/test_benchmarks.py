@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch_pruning
 from helpers import (
     one_thread,  # noqa: F401 - autouse
     relative_error,
@@ -361,6 +363,13 @@ def test_the_commit_is_none_where_nothing_says_it(tmp_path, monkeypatch):
     assert found["results"] == [1]
     assert found["environment"]["commit"] is None
     assert "commit unknown" in report.provenance(found, "name.json")
+
+
+def test_versions_are_those_that_are_installed(monkeypatch):
+    """A library may say another number: torch_pruning.__version__ is "1.6.0" in the wheel of 1.6.1."""
+    monkeypatch.setattr(torch_pruning, "__version__", "0")
+    installed = importlib.metadata.version("torch-pruning")
+    assert record.environment()["versions"]["torch-pruning"] == installed
 
 
 @pytest.mark.parametrize(("state", "dirty"), [("clean", False), ("dirty", True)])
