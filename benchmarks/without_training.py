@@ -20,6 +20,7 @@ import singe
 from benchmarks.record import write
 from singe.data import read_batches
 from singe.demo import Settings, load_data, train_network
+from singe.evaluation import accuracy
 from singe.finetune import recalibrate
 
 SEEDS = 5
@@ -48,8 +49,8 @@ def runs_of(seed: int) -> list[dict[str, Any]]:
     train, ((x, y),), held_out = load_data(settings, CPU)
     calibration = list(zip(x.split(64), y.split(64), strict=True))
     model = train_network(seed, train, settings.train_steps)
-    shared = {"seed": seed, "train": singe.accuracy(model, train)}
-    found = [shared | {"criterion": "none", "recalibrated": singe.accuracy(model, held_out)}]
+    shared = {"seed": seed, "train": accuracy(model, train)}
+    found = [shared | {"criterion": "none", "recalibrated": accuracy(model, held_out)}]
     for name, options in CRITERIA.items():
         scores = singe.score(model, calibration, progress=False, seed=seed, **options)
         for ranking in RANKINGS:
@@ -57,7 +58,7 @@ def runs_of(seed: int) -> list[dict[str, Any]]:
                 pruned = copy.deepcopy(model)
                 plan = singe.plan(pruned, scores, x[:1], macs=macs, ranking=ranking)
                 done = singe.prune(pruned, plan, x[:1])
-                right_after = singe.accuracy(pruned, held_out)
+                right_after = accuracy(pruned, held_out)
                 recalibrate(pruned, read_batches(calibration, CPU))
                 found.append(
                     shared
@@ -67,7 +68,7 @@ def runs_of(seed: int) -> list[dict[str, Any]]:
                         "macs": macs,
                         "macs_reached": done.macs_after / done.macs_before,
                         "right_after": right_after,
-                        "recalibrated": singe.accuracy(pruned, held_out),
+                        "recalibrated": accuracy(pruned, held_out),
                     }
                 )
     return found
