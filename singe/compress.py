@@ -35,7 +35,7 @@ from singe.loop import Loop
 from singe.memory import free_memory
 from singe.objectives import Loss, Objective, as_objective
 from singe.plan import Plan
-from singe.request import Request, check_float32
+from singe.request import Request, check_float32, power_for_pruning
 from singe.rounds import SCHEDULES, CompressReport, Pruning, Round, Schedule
 from singe.scores import Scores
 from singe.seeding import Stream, derive, random_state_kept
@@ -157,7 +157,8 @@ def compress(
         progress: print a line per round, and show progress when standard error is a terminal.
         seed: of everything random, scoring with ``criterion="random"`` included.
         score_options: ``criterion``, ``path``, ``quadrature``, ``p``, ``norm``, ``layers``, ``ignore``,
-            ``engine``, ``max_memory`` of :func:`singe.score`.
+            ``engine``, ``max_memory`` of :func:`singe.score`. ``p`` is ``"fisher"`` by default on the layer
+            path, with an objective given by name; else 1.
 
     Returns:
         A :class:`CompressReport`.
@@ -176,6 +177,7 @@ def compress(
     unknown = score_options.keys() - {f.name for f in fields(Request)}
     if unknown:
         raise TypeError(f"compress() got an unexpected keyword argument {min(unknown)!r}")
+    score_options.setdefault("p", power_for_pruning({"objective": objective} | score_options))
     request = Request(objective=objective, progress=progress, seed=seed, **score_options)
     if request.granularity != "unit" or request.compile:
         raise OptionError(

@@ -322,3 +322,26 @@ def test_residual_networks():
     report = singe.compress(model, macs=0.6, **{**OPTIONS, "train": batches})
     assert report.macs_after <= 0.6 * report.macs_before
     assert model[0].out_channels == model[3].body[3].out_channels
+
+
+@pytest.mark.parametrize(
+    ("options", "p"),
+    [
+        ({}, "fisher"),
+        ({"objective": "kl"}, "fisher"),
+        ({"p": 1}, 1),
+        ({"path": "network"}, 1),
+        ({"norm": "outside"}, 1),
+        ({"criterion": "taylor"}, 1),
+        ({"objective": lambda outputs, batch: F.cross_entropy(outputs, batch[1])}, 1),
+    ],
+    ids=str,
+)
+def test_the_power_of_its_scores(options, p):
+    """Samples by themselves on the layer path, where every loss is known to be one per sample."""
+    seen = []
+    singe.compress(
+        CASES["vgg"].model(), train=CASES["vgg"].batches(), macs=0.8, rounds=1, finetune_steps=0,
+        progress=False, on_round=lambda done, scores, plan: seen.append(scores.meta["p"]), **options,
+    )  # fmt: skip
+    assert seen == [p]

@@ -189,7 +189,7 @@ def test_portions():
 def test_layerwise_prunes_one_group_after_the_other(visit):
     model = network()
     options = {**OPTIONS, "rounds": None, "calibrate": BATCHES, "macs": 0.5}
-    scores = singe.score(model, BATCHES, progress=False)
+    scores = singe.score(model, BATCHES, p="fisher", progress=False)
     plan = singe.plan(model, scores, BATCHES[0][0], macs=0.5)
     names = [name for name in scores if name in plan]
     if visit == "damage":
