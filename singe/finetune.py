@@ -131,18 +131,21 @@ def in_mode(model: nn.Module, training: bool | None) -> Iterator[None]:
 
 
 @torch.no_grad()
-def recalibrate(model: nn.Module, batches: Iterable[Batch]) -> None:
+def recalibrate(model: nn.Module, batches: Iterable[Batch]) -> bool:
     """Set the BatchNorms' running statistics to the mean over ``batches``; nothing else moves.
 
     Batches of a single sample are passed over (their variance is not defined), and so is everything
     in a model without such norms.
+
+    Returns:
+        Whether there was anything to set.
     """
     norms: list[Any] = [
         m for m in model.modules() if isinstance(m, BATCH_NORMS) and m.running_mean is not None
     ]
     usable = [batch for batch in batches if batch.size > 1] if norms else []
     if not usable:
-        return
+        return False
     momenta = [norm.momentum for norm in norms]
     with in_mode(model, training=False):
         for norm in norms:
@@ -155,3 +158,4 @@ def recalibrate(model: nn.Module, batches: Iterable[Batch]) -> None:
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import sys
@@ -13,16 +14,21 @@ import torch
 from helpers import (
     one_thread,  # noqa: F401 - autouse
 )
+from helpers_loop import same_weights
+from safetensors.torch import save_model
 from typer.testing import CliRunner
 
 import singe
 from singe import cli
 from singe.cli.compress import time_left
+from singe.cli.data import Reading, Source
 from singe.cli.models import load_model
 from singe.cli.options import BudgetOptions, ScoreOptions, TuningOptions
-from singe.compress import compress
+from singe.compress import accuracy, compress
+from singe.data import read_batches
 from singe.errors import BudgetError, CheckpointError, ExportError, OptionError, SingeError
 from singe.export import load_pruned
+from singe.finetune import recalibrate
 
 FACTORY = """
 import torch
@@ -168,6 +174,59 @@ def test_prune_without_data_takes_the_shape_that_was_scored(tmp_path):
     with_data = json.loads(run(*words, *DATA))["meta"]["before"]["macs"]
     assert planned == with_data
     assert json.loads(run(*words, "--input-shape", "3,6,6"))["meta"]["before"]["macs"] < planned
+
+
+@pytest.fixture(scope="module")
+def trained(place):
+    """Weights of the tiny model after a few steps, and what the commands read of its data."""
+    model = load_model(f"{place / 'net.py'}:make")
+    data = Source(str(place / "data.npz")).read(model, Reading(batch_size=16, augment=False))
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.05, momentum=0.9)
+    for _ in range(10):
+        for x, y in data.train:
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    save_model(model, str(place / "trained.safetensors"))
+    return model.eval(), data
+
+
+def test_prune_sets_the_statistics_of_batch_norm_again(trained, tmp_path):
+    """On the calibration samples, the same in every run; accuracy is told before it and after."""
+    words = ("prune", *MODEL, *DATA, "--weights", "trained.safetensors", "--macs", 0.5,
+             "--criterion", "magnitude", "--export", "none")  # fmt: skip
+    told = json.loads(run(*words, "--out", tmp_path / "a", "--json"))
+    model, data = copy.deepcopy(trained[0]), trained[1]
+    plan = singe.Plan.load(tmp_path / "a" / "plan.json")
+    singe.prune(model, plan, data.calibrate[0][0])
+    removed = accuracy(model, data.evaluate)
+    recalibrate(model, read_batches(data.calibrate, torch.device("cpu")))
+    assert accuracy(model, data.evaluate) > removed + 0.1, "or this tests nothing"
+    left = load_pruned(load_model("net.py:make"), tmp_path / "a")
+    assert same_weights(left, model)
+    assert told["recalibrated"]
+    assert told["metric_after_removal"] == removed
+    assert told["after"]["metric"] == accuracy(model, data.evaluate)
+    steps = f"{removed:.1%} -> {told['after']['metric']:.1%}"
+    assert steps in json.loads((tmp_path / "a" / "report.json").read_text())["lead"]
+    shown = run(*words, "--out", tmp_path / "b", "--no-report")
+    assert f"-> {steps} (BatchNorm statistics set again)" in shown
+    first, second = (tmp_path / name / "model.safetensors" for name in "ab")
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_prune_leaves_the_statistics_where_it_is_told_to(trained, tmp_path):
+    words = ("prune", *MODEL, *DATA, "--weights", "trained.safetensors", "--export", "none",
+             "--criterion", "magnitude")  # fmt: skip
+    for out, options in (("a", ("--macs", 0.5, "--no-recalibrate")), ("b", ("--macs", 1.0))):
+        told = json.loads(run(*words, *options, "--out", tmp_path / out, "--json"))
+        assert not told["recalibrated"]
+        assert told["metric_after_removal"] == told["after"]["metric"]
+        report = json.loads((tmp_path / out / "report.json").read_text())
+        assert "BatchNorm" not in report["lead"]
+        model = copy.deepcopy(trained[0])
+        singe.prune(model, singe.Plan.load(tmp_path / out / "plan.json"), torch.zeros(2, 3, 8, 8))
+        assert same_weights(load_pruned(load_model("net.py:make"), tmp_path / out), model)
 
 
 @pytest.mark.parametrize("command", ["prune", "compress"])

@@ -266,7 +266,7 @@ def test_recalibration_sets_the_statistics_of_the_calibration_data():
     model = network()
     data = [batch_of(b) for b in BATCHES]
     weights = [p.detach().clone() for p in model.parameters()]
-    recalibrate(model, data)
+    assert recalibrate(model, data)
     with torch.no_grad():
         outputs = [model[0](x) for x, _ in BATCHES]
     means = torch.stack([o.mean((0, 2, 3)) for o in outputs]).mean(0)
@@ -275,7 +275,7 @@ def test_recalibration_sets_the_statistics_of_the_calibration_data():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), weights, strict=True))
     assert not any(m.training for m in model.modules())
     again = clone(model)
-    recalibrate(again, [batch_of((BATCHES[0][0][:1], BATCHES[0][1][:1]))])
+    assert not recalibrate(again, [batch_of((BATCHES[0][0][:1], BATCHES[0][1][:1]))])
     assert same_weights(again, model), "a single sample has no variance"
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 import singe
+from singe import finetune
 from singe.cli import finish
 from singe.cli.groups import takes_groups
 from singe.cli.inputs import Inputs, given, load_inputs
@@ -24,11 +25,13 @@ from singe.cli.options import (
 from singe.cli.output import Voice
 from singe.cli.score import run_score
 from singe.compress import accuracy
+from singe.data import device_of, read_batches
 from singe.errors import ExportError, OptionError
 from singe.latency import Timing
 from singe.plan import Plan
 from singe.report import si, write_report
 from singe.scores import Scores
+from singe.seeding import seed_all
 
 
 @takes_groups
@@ -45,10 +48,18 @@ def prune(
     plan: Annotated[
         Path | None, typer.Option(help="Carry out this plan.", rich_help_panel="Budget")
     ] = None,
+    recalibrate: Annotated[
+        bool,
+        typer.Option(
+            help="Set the BatchNorms' statistics again on the calibration samples of --data.",
+            rich_help_panel="Budget",
+        ),
+    ] = True,
 ) -> None:
     """Remove the channels with the lowest scores, physically, down to a budget.
 
-    The scores come from --scores, or are computed on --data. No training: see compress.
+    The scores come from --scores, or are computed on --data. No training, but the BatchNorms'
+    statistics, which removal makes wrong, are set again on that data. To train as well: compress.
     """
     voice = Voice(common)
     formats = output.formats()
@@ -76,21 +87,24 @@ def prune(
         return
     output.out.mkdir(parents=True, exist_ok=True)
     original = copy.deepcopy(inputs.model)
-    measured = inputs.data is not None and inputs.data.evaluate is not None
-    before = _accuracy(inputs) if measured else None
+    before = _accuracy(inputs)
     done = singe.prune(inputs.model, made, inputs.example)
-    after = _accuracy(inputs) if measured else None
+    removed = _accuracy(inputs)
+    recalibrated = recalibrate and made.n_units > 0 and _recalibrate(inputs, common.seed)
+    after = _accuracy(inputs) if recalibrated else removed
     latency = finish.time_both(original, inputs.model, inputs.example, timing)
     files = finish.write_model(inputs, made, output.out)
     content: dict[str, Any] = {
         "title": f"{model.model}, pruned",
-        "lead": f"One shot, no training. {done}.",
         "before": {"macs": done.macs_before, "params": done.params_before, "metric": before},
         "after": {"macs": done.macs_after, "params": done.params_after, "metric": after},
+        "metric_after_removal": removed,
+        "recalibrated": recalibrated,
         "latency": latency,
         "settings": given(model, data, scoring, budget, common),
         "versions": finish.versions(),
     }
+    content["lead"] = _lead(content, str(done))
     if found is not None:
         content |= {
             "groups": finish.scored_groups(found, made),
@@ -103,8 +117,8 @@ def prune(
         files["report"] = str(write_report(output.out, content))
     written, failed = finish.write_exports(inputs, output.out, formats, voice)
     files |= written
-    summary: dict[str, Any] = {k: content[k] for k in ("before", "after", "latency")}
-    summary["files"] = files
+    keys = ("before", "after", "metric_after_removal", "recalibrated", "latency")
+    summary: dict[str, Any] = {k: content[k] for k in keys} | {"files": files}
     voice.result(summary, describe(summary))
     if failed:
         raise ExportError("; ".join(failed))
@@ -124,10 +138,29 @@ def make_plan(inputs: Inputs, scores: Scores, budget: BudgetOptions, timing: Tim
     return singe.plan(inputs.model, scores, inputs.example, **options)
 
 
-def _accuracy(inputs: Inputs) -> float:
-    assert inputs.data is not None
-    assert inputs.data.evaluate is not None
+def _accuracy(inputs: Inputs) -> float | None:
+    """None where there is nothing to measure it on."""
+    if inputs.data is None or inputs.data.evaluate is None:
+        return None
     return accuracy(inputs.model, inputs.data.evaluate)
+
+
+def _recalibrate(inputs: Inputs, seed: int) -> bool:
+    """As the first round of compress does it; whether there was anything to set."""
+    if inputs.data is None:
+        return False
+    seed_all(seed, "recalibrate", 1)
+    batches = read_batches(inputs.data.calibrate, device_of(inputs.model))
+    return finetune.recalibrate(inputs.model, batches)
+
+
+def _lead(content: dict[str, Any], done: str) -> str:
+    text = f"One shot, no training. {done}."
+    if content["recalibrated"]:
+        text += " The BatchNorms' statistics were set again on the calibration samples"
+        removed, after = content["metric_after_removal"], content["after"]["metric"]
+        text += "." if after is None else f": accuracy {removed:.1%} -> {after:.1%}."
+    return text
 
 
 def describe(summary: dict[str, Any]) -> str:
@@ -138,7 +171,11 @@ def describe(summary: dict[str, Any]) -> str:
         for key, name in (("macs", "MACs"), ("params", "parameters"))
     ]
     if before["metric"] is not None and after["metric"] is not None:
-        lines.append(f"{'accuracy':<11} {before['metric']:.1%} -> {after['metric']:.1%}")
+        steps, remark = [before["metric"], after["metric"]], ""
+        if summary.get("recalibrated"):
+            steps.insert(1, summary["metric_after_removal"])
+            remark = " (BatchNorm statistics set again)"
+        lines.append(f"{'accuracy':<11} " + " -> ".join(f"{m:.1%}" for m in steps) + remark)
     lines.append(
         f"{'latency':<11} {latency['before']:.3g} -> {latency['after']:.3g} ms "
         f"(batch {latency['batch_size']}, {latency['device']})"
