@@ -276,6 +276,28 @@ def test_a_finished_run_is_not_overwritten_and_resumes_to_the_same(compressed):
     assert (out / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize("folder", [".", "checkpoint"])  # the latter as singe.compress leaves it
+def test_prune_does_not_overwrite_a_run_of_compress(compressed, folder):
+    out = compressed[0] / folder
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    words = ("prune", *MODEL, "--input-shape", "3,8,8", "--criterion", "magnitude", "--macs", 0.5)
+    with pytest.raises(OptionError, match=r"holds a run of compress.*; give another"):
+        run(*words, "--out", out)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    run(*words, "--out", out, "--dry-run")
+
+
+def test_nothing_of_an_earlier_result_stays_beside_new_weights(tmp_path):
+    words = ("prune", *MODEL, "--input-shape", "3,8,8", "--criterion", "magnitude", "--macs", 0.5)
+    run(*words, "--out", tmp_path)
+    assert (tmp_path / "model.pt2").exists()
+    (tmp_path / "model.onnx").write_bytes(b"an earlier export")
+    (tmp_path / "mine.txt").write_text("not of this command")
+    run(*words, "--out", tmp_path, "--export", "none", "--no-report")
+    names = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    assert names == {"model.safetensors", "plan.json", "mine.txt"}
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -385,6 +407,34 @@ def test_compare_files_and_criteria(tmp_path):
 def test_wrong_use(words, message, tmp_path):
     with pytest.raises(SingeError, match=message):
         run(*words, *(() if words[0] == "compare" else ("--out", tmp_path / "out")))
+
+
+@pytest.mark.parametrize("command", ["prune", "compress", "compare", "demo"])
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [("net.py", r"--out net\.py is a file; give a folder"),
+     ("net.py/out", r"--out net\.py/out: .* \(Not a directory\); give another"),
+     ("/proc/new/out", r"--out /proc/new/out: .* \(.+\); give another")],
+)  # fmt: skip
+def test_an_impossible_folder_is_found_before_the_work(command, out, message, monkeypatch):
+    monkeypatch.setattr("singe.cli.inputs.load_model", None)
+    monkeypatch.setattr("singe.demo.run_demo", None)
+    model = {"prune": MODEL, "compress": MODEL, "compare": ("--model", *MODEL), "demo": ()}
+    with pytest.raises(OptionError, match=message):
+        run(command, *model[command], "--out", out)
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [("nowhere/s.st", r"--out nowhere/s\.st: there is no folder nowhere; make it"),
+     (".", r"--out \. is a folder; give a file, e\.g\. scores\.safetensors"),
+     ("/proc/s.st", r"--out /proc/s\.st: /proc cannot be written to \(.+\)")],
+)  # fmt: skip
+def test_score_makes_no_folder(out, message, monkeypatch):
+    monkeypatch.setattr("singe.cli.inputs.load_model", None)
+    with pytest.raises(OptionError, match=message):
+        run("score", *MODEL, *DATA, "--out", out)
+    assert not Path("nowhere").exists()
 
 
 def test_an_unreachable_budget_is_status_2_and_one_line(tmp_path, monkeypatch, capsys):

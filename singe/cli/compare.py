@@ -11,6 +11,7 @@ from rich.table import Table
 
 import singe
 from singe.cli import finish
+from singe.cli.folders import require_folder
 from singe.cli.groups import takes_groups
 from singe.cli.inputs import Inputs, given, load_inputs
 from singe.cli.options import (
@@ -65,6 +66,8 @@ def compare(
     each prunes its own copy of the model, and the accuracies are compared.
     """
     voice = Voice(common)
+    if out is not None:
+        require_folder(out)
     named = {path.stem: Scores.load(path) for path in scores or []}
     if len(named) < len(scores or []):
         raise OptionError("the score files need different names: they are the labels")

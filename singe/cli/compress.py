@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 import singe
 from singe.cli import finish
+from singe.cli.folders import holds_run, remove_results, require_folder
 from singe.cli.groups import takes_groups
 from singe.cli.inputs import Inputs, given, load_inputs
 from singe.cli.options import (
@@ -68,6 +69,13 @@ def compress(
     """
     voice = Voice(common)
     formats = output.formats()
+    if not output.dry_run:
+        require_folder(output.out)
+        if not tuning.resume and holds_run(output.out):
+            raise OptionError(
+                f"--out {output.out} holds a run: --resume continues it if this command made it, or "
+                "give another"
+            )
     inputs = load_inputs(model, data, common.seed, voice)
     options = scoring.arguments()
     timing = Timing(batch_size=budget.timing_batch)
@@ -80,8 +88,6 @@ def compress(
         _show_plan(inputs, options, budget, tuning, timing, common, voice)
         return
     output.out.mkdir(parents=True, exist_ok=True)
-    if not tuning.resume and any(output.out.glob("*/checkpoint-*.safetensors")):
-        raise OptionError(f"{output.out} holds a run: --resume continues it, or give another --out")
     start = time.perf_counter()
     shared: dict[str, Any] = {
         "train": found.train,
@@ -112,6 +118,8 @@ def compress(
         inputs.model, **shared, **chosen, **limits, **options,
         checkpoint=checkpoint, on_round=time_left(tuning, checkpoint, voice),
     )  # fmt: skip
+    if not tuning.resume:  # or they are of this very run
+        remove_results(output.out)
     files = finish.write_model(inputs, done.plan, output.out)
     latency = finish.time_both(original, inputs.model, inputs.example, timing)
     content = _content(done, latency) | {

@@ -12,6 +12,7 @@ import typer
 import singe
 from singe import finetune
 from singe.cli import finish
+from singe.cli.folders import holds_run, remove_results, require_folder
 from singe.cli.groups import takes_groups
 from singe.cli.inputs import Inputs, given, load_inputs
 from singe.cli.options import (
@@ -67,6 +68,12 @@ def prune(
         raise OptionError(
             "--plan says what goes: leave out --scores, scoring options and the budget"
         )
+    if not output.dry_run:
+        require_folder(output.out)
+        if holds_run(output.out):
+            raise OptionError(
+                f"--out {output.out} holds a run of compress, which prune would overwrite; give another"
+            )
     if data.data is None and data.input_shape is None and data.image_size == DataOptions.image_size:
         data = replace(data, input_shape=_scored_shape(scores))
         if data.input_shape is None:
@@ -93,6 +100,7 @@ def prune(
     recalibrated = recalibrate and made.n_units > 0 and _recalibrate(inputs, common.seed)
     after = _accuracy(inputs) if recalibrated else removed
     latency = finish.time_both(original, inputs.model, inputs.example, timing)
+    remove_results(output.out)
     files = finish.write_model(inputs, made, output.out)
     content: dict[str, Any] = {
         "title": f"{model.model}, pruned",

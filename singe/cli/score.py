@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 import singe
+from singe.cli.folders import require_place
 from singe.cli.groups import takes_groups
 from singe.cli.inputs import Inputs, load_inputs
 from singe.cli.options import (
@@ -40,8 +41,8 @@ def score(
 ) -> None:
     """Score every prunable channel of a model, or every weight: higher = keep."""
     voice = Voice(common)
+    require_place(out)
     inputs = load_inputs(model, data, common.seed, voice)
-    out.parent.mkdir(parents=True, exist_ok=True)  # fails before the work, not after it
     options = scoring.arguments() | long_run.arguments() | {"granularity": granularity}
     scores = run_score(inputs, options, common.seed, voice)
     scores.save(out)

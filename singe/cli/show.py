@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from singe.cli.folders import require_folder
 from singe.cli.output import print_json
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -32,7 +33,8 @@ def demo(
     from singe import demo_report
 
     settings = job.Settings(seeds=seeds, macs=macs)
-    out.mkdir(parents=True, exist_ok=True)  # fails before the work, not after it
+    require_folder(out)
+    out.mkdir(parents=True, exist_ok=True)
     errors = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(

@@ -1,0 +1,69 @@
+"""Where commands write: looked at before the work, so that nobody waits for results that are lost."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from singe.errors import OptionError
+
+EXPORTS = ("pt2", "onnx")  # model.KIND
+REPORT = ("report.html", "report.json")
+
+
+def require_folder(out: Path) -> None:
+    """See that ``--out`` can be made and written to, by trying; what was made for that goes again.
+
+    Raises:
+        OptionError: it cannot.
+    """
+    made: list[Path] = []
+    try:
+        if out.is_file():
+            raise OptionError(f"--out {out} is a file; give a folder")
+        made = [path for path in (out, *out.parents) if not path.exists()]
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise OptionError(
+            f"--out {out}: this folder cannot be made or written to ({error.strerror}); give another"
+        ) from error
+    finally:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+
+
+def require_place(out: Path) -> None:
+    """See that a file can be written to ``--out``.
+
+    Raises:
+        OptionError: it cannot.
+    """
+    if out.is_dir():
+        raise OptionError(
+            f"--out {out} is a folder; give a file, e.g. {out / 'scores.safetensors'}"
+        )
+    if not out.parent.is_dir():
+        raise OptionError(
+            f"--out {out}: there is no folder {out.parent}; make it, or give another file"
+        )
+    try:
+        tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError as error:
+        raise OptionError(
+            f"--out {out}: {out.parent} cannot be written to ({error.strerror}); give another file"
+        ) from error
+
+
+def holds_run(out: Path) -> bool:
+    """Whether a run of compress keeps its checkpoints in there."""
+    name = "checkpoint-*.safetensors"
+    return any(out.glob(name)) or any(out.glob(f"*/{name}"))
+
+
+def remove_results(out: Path) -> None:
+    """Take away an earlier result's exports and report: beside new weights they would be of another model."""
+    for name in (*(f"model.{kind}" for kind in EXPORTS), *REPORT):
+        (out / name).unlink(missing_ok=True)
