@@ -176,6 +176,15 @@ def test_prune_without_data_takes_the_shape_that_was_scored(tmp_path):
     assert json.loads(run(*words, "--input-shape", "3,6,6"))["meta"]["before"]["macs"] < planned
 
 
+def test_prune_without_data_says_what_it_takes_for_inputs(monkeypatch, capsys):
+    words = ("prune", *MODEL, "--criterion", "magnitude", "--macs", 0.5, "--dry-run")
+    assert run_main(monkeypatch, *words) == 0
+    said = "no data: inputs are taken to be 3 x 224 x 224; set --input-shape to change that\n"
+    assert capsys.readouterr().err == said
+    assert run_main(monkeypatch, *words, "--input-shape", "3,8,8") == 0
+    assert capsys.readouterr().err == ""
+
+
 @pytest.fixture(scope="module")
 def trained(place):
     """Weights of the tiny model after a few steps, and what the commands read of its data."""
@@ -530,6 +539,14 @@ def test_a_file_holds_options_and_the_command_line_wins(tmp_path):
         ("critereon = 'random'", "no option 'critereon'; did you mean criterion"),
         ("[score]\nrounds = 3", r"\[score\] there is no option 'rounds'"),
         ("score = 3", "must be a table"),
+        ("[compress]\nround = 2", r"\[compress\] there is no option 'round'; did you mean rounds"),
+        ("compress = 3", r"must be a table, \[compress\]"),
+        (
+            "[train]\nlr = 1",
+            r"no table \[train\]; .* \[score\], \[prune\], \[compress\], \[compare\]",
+        ),
+        ("[data]\npath = 'x'", r"no table \[data\]"),
+        ("[info]\njson = true", r"no table \[info\]"),  # it does not read any file
         ("= 3", "cannot read the configuration"),
     ],
 )

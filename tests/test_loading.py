@@ -451,6 +451,7 @@ def batches(): return [(X, Y)] * 5
 def once(): return iter([(X, Y)])
 def odd(): return {"training": [(X, Y)]}
 def nothing(): return {"evaluate": [(X, Y)]}
+def none(): [(X, Y)]
 """
 
 
@@ -475,6 +476,12 @@ def test_a_loader_in_another_form(tmp_path, name, message):
     source = Source(f"{tmp_path / 'my_data.py'}:{name}")
     with pytest.raises(DataError, match=message):
         source.read(MODEL, Reading())
+
+
+def test_a_loader_that_forgot_to_return(tmp_path):
+    (tmp_path / "my_data.py").write_text(LOADER)
+    with pytest.raises(DataError, match=r"my_data\.py:none returned None; expected \(train, eval"):
+        Source(f"{tmp_path / 'my_data.py'}:none")
 
 
 def test_a_file_may_look_itself_up(tmp_path):

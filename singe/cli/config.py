@@ -22,10 +22,11 @@ def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
 
     Keys are option names, with ``-`` or ``_``. At the top level stands what all commands share;
     options that only other commands have are passed over there. A table named after a command holds
-    its own.
+    its own. The other commands' tables are checked as well: a slip is found by the first command.
 
     Raises:
-        OptionError: no TOML, or an option that no command (in a table: this command) has.
+        OptionError: no TOML, an option that no command (in a table: that command) has, or a table
+            that belongs to none.
     """
     if path is None or ctx.resilient_parsing:
         return path
@@ -35,14 +36,22 @@ def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
         raise OptionError(f"cannot read the configuration {path}: {error}") from error
     root: Any = ctx.find_root().command
     commands = {name: _names(command) for name, command in root.commands.items()}
-    own = commands[ctx.command.name or ""]
+    commands = {name: known for name, known in commands.items() if "config" in known}
     everybody = {name: key for names in commands.values() for name, key in names.items()}
-    shared = {k: v for k, v in content.items() if k not in commands}
-    values = _resolve(shared, everybody, path, "")
-    table = content.get(ctx.command.name or "", {})
-    if not isinstance(table, dict):
-        raise OptionError(f"{path}: {ctx.command.name} must be a table, [{ctx.command.name}]")
-    values |= _resolve(table, own, path, f"[{ctx.command.name}] ")
+    tables = {name: content.pop(name, {}) for name in commands}
+    for name, value in content.items():
+        if isinstance(value, dict):
+            raise OptionError(
+                f"{path}: there is no table [{name}]; the commands' tables are "
+                + ", ".join(f"[{command}]" for command in commands)
+            )
+    values = _resolve(content, everybody, path, "")
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise OptionError(f"{path}: {name} must be a table, [{name}]")
+        found = _resolve(table, commands[name], path, f"[{name}] ")
+        if name == ctx.command.name:
+            values |= found
     ctx.default_map = {**(ctx.default_map or {}), **values}
     return path
 

@@ -83,6 +83,11 @@ class Source:
         path = Path(spec)
         if spec.rpartition(":")[0].endswith(".py"):
             self._user = call_from_file(spec)
+            if self._user is None:
+                raise DataError(
+                    f"{spec} returned None; expected (train, evaluate), a dict of {', '.join(PARTS)}, "
+                    "or training batches"
+                )
         elif not path.exists():
             raise DataError(f"there is no data at {spec}")
         elif path.suffix == ".npz":

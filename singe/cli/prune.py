@@ -78,7 +78,7 @@ def prune(
         data = replace(data, input_shape=_scored_shape(scores))
         if data.input_shape is None:
             voice.notice(f"no data: inputs are taken to be 3 x {data.image_size} x {data.image_size}; "
-                         "--input-shape says otherwise")  # fmt: skip
+                         "set --input-shape to change that")  # fmt: skip
     inputs = load_inputs(model, data, common.seed, voice)
     options = scoring.arguments()
     found = Scores.load(scores, inputs.model) if scores is not None else None
