@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from helpers import (
     one_thread,  # noqa: F401 - autouse
 )
 from helpers_loop import same_weights
+from PIL import Image
 from safetensors.torch import save_model
 from typer.testing import CliRunner
 
@@ -23,10 +25,17 @@ from singe import cli
 from singe.cli.compress import time_left
 from singe.cli.data import Reading, Source
 from singe.cli.models import load_model
-from singe.cli.options import BudgetOptions, ScoreOptions, TuningOptions
+from singe.cli.options import BudgetOptions, DataOptions, ScoreOptions, TuningOptions
 from singe.compress import accuracy, compress
 from singe.data import read_batches
-from singe.errors import BudgetError, CheckpointError, ExportError, OptionError, SingeError
+from singe.errors import (
+    BudgetError,
+    CheckpointError,
+    ExportError,
+    ModelError,
+    OptionError,
+    SingeError,
+)
 from singe.export import load_pruned
 from singe.finetune import recalibrate
 
@@ -335,6 +344,61 @@ def test_the_report_of_scores_from_a_file_is_about_them(tmp_path):
     integrand = json.loads((tmp_path / "out" / "report.json").read_text())["integrand"]
     assert integrand["criterion"] == "ig"
     assert "p=2" in integrand["ylabel"]
+
+
+LOADER = """
+import torch
+def make(): return [(torch.randn(4, 3, 8, 8), torch.arange(4))] * 3
+def parts(): return {"calibrate": make()}
+def grey(): return [(torch.randn(4, 1, 8, 8), torch.arange(4))]
+"""
+READ = {"data", "batch_size", "calibration", "workers", "held_out"}
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (("--data", "data.npz"), READ | {"mean", "std", "augment"}),
+        (("--data", "features.npz"), READ),
+        (("--data", "data.py:make"), {"data", "calibration"}),
+        (("--data", "data.py:parts"), {"data"}),
+        (("--data", "images"), READ | {"image_size", "mean", "std", "augment"}),
+        (("--image-size", 8), {"image_size"}),
+        (("--input-shape", "3,8,8"), {"input_shape"}),
+    ],
+)
+def test_the_settings_of_a_report_are_those_that_had_a_say(place, tmp_path, data, told):
+    (place / "data.py").write_text(LOADER)
+    images = np.zeros((10, 3, 8, 8), np.float32)
+    np.savez(place / "features.npz", x=images, y=np.arange(10) % 2)
+    for name in ("a", "b"):
+        (place / "images" / name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(place / "images" / name / "0.png")
+    run("prune", *MODEL, *data, "--criterion", "magnitude", "--macs", 0.5, "--export", "none",
+        "--out", tmp_path, "--quiet")  # fmt: skip
+    settings = json.loads((tmp_path / "report.json").read_text())["settings"]
+    assert settings.keys() & {f.name for f in fields(DataOptions)} == told
+    rest = settings.keys() - told
+    assert rest >= {"model", "device", "criterion", "macs", "seed", "recalibrate"}
+    assert not rest & {"as_json", "quiet", "config", "resume"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--input-shape", "1,8,8"), r"inputs of 1 x 8 x 8: .*3 channels.* \(--input-shape sets"),
+        (("--data", "grey.py:grey"), r"inputs of 1 x 8 x 8: .*3 channels.* \(as --data has them\)"),
+        (("--data", "pictures", "--image-size", 6), r"inputs of 3 x 6 x 6: .* \(--image-size sets"),
+    ],
+)
+def test_inputs_that_do_not_fit_the_model_are_told_with_their_option(place, options, message):
+    (place / "grey.py").write_text(LOADER)
+    (place / "large.py").write_text(FACTORY.replace("8, 12, 3", "8, 12, 9, dilation=2"))
+    for name in ("a", "b"):
+        (place / "pictures" / name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(place / "pictures" / name / "0.png")
+    with pytest.raises(ModelError, match=message):
+        run("score", "large.py:make", "--device", "cpu", *options, "--criterion", "magnitude")
 
 
 def test_warm_up_trains_as_it_was_told(tmp_path, monkeypatch):

@@ -92,7 +92,7 @@ def compare(
             "title": "Criteria compared",
             "lead": f"{result['units']} units in {len(next(iter(named.values())))} groups.",
             "criteria": result,
-            "settings": given(model, data, scoring, budget, common),
+            "settings": given(inputs, model, data, scoring, budget, common),
             "versions": finish.versions(),
         }
         files["report"] = str(write_report(out, content))

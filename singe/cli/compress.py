@@ -124,7 +124,7 @@ def compress(
     latency = finish.time_both(original, inputs.model, inputs.example, timing)
     content = _content(done, latency) | {
         "title": f"{model.model}, compressed",
-        "settings": given(model, data, scoring, budget, tuning, common),
+        "settings": given(inputs, model, data, scoring, budget, tuning, common),
         "versions": finish.versions(),
         "accuracy_floor": tuning.accuracy_floor,
     }

@@ -55,11 +55,16 @@ class Reading:
 
 @dataclass(frozen=True)
 class Data:
-    """Re-iterable batches for the three uses; None where a loader gave none."""
+    """Re-iterable batches for the three uses; None where a loader gave none.
+
+    Attributes:
+        options: the fields of :class:`Reading` that had a say in them.
+    """
 
     train: Iterable[Any] | None
     calibrate: Iterable[Any]
     evaluate: Iterable[Any] | None
+    options: frozenset[str] = frozenset()
 
     def describe(self) -> dict[str, int]:
         """Samples per part, where the data knows."""
@@ -134,7 +139,20 @@ class Source:
             _loader(part, how, shuffle=index == 0) for index, part in enumerate(parts)
         )
         # Kept decoded: every round reads the calibration samples again.
-        return Data(train_loader, list(calibrate), evaluate if count else None)
+        return Data(train_loader, list(calibrate), evaluate if count else None, self._options())
+
+    def _options(self) -> frozenset[str]:
+        """The options that have a say in what is read of a folder or of arrays."""
+        found = {"batch_size", "calibration", "evaluation", "workers"}
+        if self._arrays is not None:
+            images, own_part = _are_images(self._arrays["x_train"]), "x_test" in self._arrays
+        else:
+            assert self._folder is not None
+            images, own_part = True, self._folder[1] is not None
+            found |= {"image_size"}
+        if images:
+            found |= {"mean", "std", "augment"}
+        return frozenset(found if own_part else found | {"held_out"})
 
 
 class Arrays(Dataset[tuple[Tensor, int]]):
@@ -142,7 +160,7 @@ class Arrays(Dataset[tuple[Tensor, int]]):
 
     def __init__(self, x: np.ndarray, y: np.ndarray, transform: Transform) -> None:
         self.y = y
-        self.transform = transform if x.dtype == np.uint8 and x.ndim >= 3 else None
+        self.transform = transform if _are_images(x) else None
         if self.transform is not None and x.ndim == 3:
             x = x[:, None]
         elif self.transform is not None and x.shape[-1] in (1, 3) and x.shape[1] not in (1, 3):
@@ -155,6 +173,10 @@ class Arrays(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         x = torch.from_numpy(np.ascontiguousarray(self.x[index]))
         return (x.float() if self.transform is None else self.transform(x)), int(self.y[index])
+
+
+def _are_images(x: np.ndarray) -> bool:
+    return x.dtype == np.uint8 and x.ndim >= 3
 
 
 def _loader(part: Dataset[Any], how: Reading, shuffle: bool) -> DataLoader[Any]:
@@ -235,9 +257,11 @@ def _from_user(value: Any, calibration: int) -> Data:
     for name, batches in parts.items():
         if batches is not None:
             check_reiterable(batches, f"the loader's {name} part")
+    options = frozenset[str]()
     if parts["calibrate"] is None:
         parts["calibrate"] = first_batches(parts["train"], calibration)
-    return Data(parts["train"], parts["calibrate"], parts["evaluate"])
+        options = frozenset({"calibration"})
+    return Data(parts["train"], parts["calibrate"], parts["evaluate"], options)
 
 
 def first_batches(batches: Iterable[Any], count: int) -> list[Any]:

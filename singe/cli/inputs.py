@@ -12,10 +12,20 @@ from singe.cli.data import Data, Source
 from singe.cli.models import load_model
 from singe.cli.options import DataOptions, ModelOptions, numbers
 from singe.cli.output import Voice
-from singe.data import as_batch, find_device, first_samples, to_device
-from singe.errors import DataError, OptionError
+from singe.data import (
+    as_batch,
+    device_of,
+    example_batch,
+    find_device,
+    first_samples,
+    input_shapes,
+    to_device,
+)
+from singe.errors import DataError, ModelError, OptionError, first_line
+from singe.memory import is_out_of_memory
 
 LIBRARIES = ("torchvision", "timm")  # they build a head for the data's classes
+UNTOLD = ("config", "as_json", "quiet", "resume")  # how a command was run, not what it made
 
 
 @dataclass
@@ -57,18 +67,57 @@ def load_inputs(model: ModelOptions, data: DataOptions, seed: int, voice: Voice)
     network = load_model(model.model, model.weights, classes, voice.notice).to(device)
     found = None if source is None else source.read(network, data.reading(seed))
     example = _zeros(data) if found is None else _inputs(found)
-    return Inputs(network, found, to_device(example, device))
+    inputs = Inputs(network, found, to_device(example, device))
+    _require_runs(inputs)
+    return inputs
 
 
-def given(*groups: Any) -> dict[str, Any]:
-    """All options that were set, for the report's settings."""
+def given(inputs: Inputs | None, *groups: Any) -> dict[str, Any]:
+    """All options that were set and had a say, for the report's settings."""
     found = {}
     for group in groups:
-        for field in fields(group):
-            value = getattr(group, field.name)
+        names = [f.name for f in fields(group) if f.name not in UNTOLD]
+        if isinstance(group, DataOptions):
+            applied = _applied(group, inputs)
+            names = [name for name in names if name in applied]
+        for name in names:
+            value = getattr(group, name)
             if value is not None and value != []:
-                found[field.name] = value if isinstance(value, int | float | str) else str(value)
+                found[name] = value if isinstance(value, int | float | str) else str(value)
     return found
+
+
+def _applied(data: DataOptions, inputs: Inputs | None) -> set[str]:
+    """The options that had a say in what the model was run on."""
+    if inputs is None:
+        return set()
+    if inputs.data is not None:
+        return {"data", *inputs.data.options}
+    return {"image_size" if data.input_shape is None else "input_shape"}
+
+
+@torch.no_grad()
+def _require_runs(inputs: Inputs) -> None:
+    """Run the example through the model: an image of the wrong size is better told here.
+
+    Raises:
+        ModelError: it fails; the message says what shape was tried, and what sets it.
+    """
+    batch = example_batch(inputs.example, device_of(inputs.model))
+    try:
+        batch.call(inputs.model)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        shapes = " and ".join(" x ".join(map(str, shape)) for shape in input_shapes(batch))
+        hint = "--input-shape sets their shape"
+        if inputs.data is not None:
+            sized = "image_size" in inputs.data.options
+            hint = "--image-size sets their size" if sized else "as --data has them"
+        raise ModelError(
+            f"{type(inputs.model).__name__} does not run on inputs of {shapes}: "
+            f"{first_line(error) or type(error).__name__} ({hint})"
+        ) from error
 
 
 def _inputs(data: Data) -> Any:

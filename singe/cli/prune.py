@@ -109,7 +109,9 @@ def prune(
         "metric_after_removal": removed,
         "recalibrated": recalibrated,
         "latency": latency,
-        "settings": given(model, data, scoring, budget, common),
+        "settings": given(inputs, model, data, scoring, budget, common)
+        | {k: str(v) for k, v in (("scores", scores), ("plan", plan)) if v is not None}
+        | {"recalibrate": recalibrate},
         "versions": finish.versions(),
     }
     content["lead"] = _lead(content, str(done))
