@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
@@ -47,12 +48,16 @@ class Timing:
 class Latency:
     """One comparison: median milliseconds of both networks, and the median of their ratios.
 
-    The ratio is taken run by run, so that what slows the whole machine down cancels.
+    The ratio is taken run by run, so that what slows the whole machine down cancels. The quartiles say
+    how far each median is to be trusted.
     """
 
     ms: float
     reference_ms: float
     share: float
+    ms_quartiles: tuple[float, float]
+    reference_quartiles: tuple[float, float]
+    share_quartiles: tuple[float, float]
 
 
 class Stopwatch:
@@ -77,15 +82,19 @@ class Stopwatch:
         pairs: list[tuple[float, float]] = []
         with _threads(self.timing.threads):
             for run in range(-self.timing.warmup, runs or self.timing.runs):
-                ours = _seconds(lambda: self._batch.call(candidate))
-                theirs = _seconds(lambda: self._batch.call(self._reference))
+                pair = (
+                    _seconds(lambda: self._batch.call(candidate)),
+                    _seconds(lambda: self._batch.call(self._reference)),
+                )
                 if run >= 0:
-                    pairs.append((ours, theirs))
+                    pairs.append(pair)
+        ours = [1e3 * seconds for seconds, _ in pairs]
+        theirs = [1e3 * seconds for _, seconds in pairs]
+        ratios = [a / b for a, b in pairs]
         return Latency(
-            1e3 * statistics.median(ours for ours, _ in pairs),
-            1e3 * statistics.median(theirs for _, theirs in pairs),
-            statistics.median(ours / theirs for ours, theirs in pairs),
-        )
+            statistics.median(ours), statistics.median(theirs), statistics.median(ratios),
+            quartiles(ours), quartiles(theirs), quartiles(ratios),
+        )  # fmt: skip
 
     @torch.no_grad()
     def layer_seconds(self, model: nn.Module) -> dict[str, float]:
@@ -119,6 +128,12 @@ class Stopwatch:
                 self._batch.call(twin)
         # A layer that is called several times counts with all its calls.
         return {n: statistics.median(t) * len(t) / self.timing.runs for n, t in times.items()}
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """The first and the third."""
+    low, high = np.quantile(values, (0.25, 0.75))
+    return float(low), float(high)
 
 
 def resized(batch: Batch, size: int) -> Batch:

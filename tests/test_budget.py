@@ -23,7 +23,7 @@ from singe import latency
 from singe.budget import RANKINGS
 from singe.cost import CostModel, CostState
 from singe.data import example_batch
-from singe.latency import Stopwatch, Timing, resized
+from singe.latency import Stopwatch, Timing, quartiles, resized
 from singe.limits import limits_of, rounded_down
 from singe.plan import Plan
 from singe.scores import fingerprint
@@ -399,11 +399,30 @@ def test_the_stopwatch(clock):
     watch = Stopwatch(model, batch, Timing(batch_size=3, runs=5))
     quick = clone(model)
     quick.per_channel = 2e-4
-    assert watch.compare(quick).share == pytest.approx(0.2)
+    found = watch.compare(quick)
+    assert found.share == pytest.approx(0.2)
+    assert found.share_quartiles == pytest.approx((0.2, 0.2))
     assert watch.reference_ms == pytest.approx(40)
     for bad in ({"runs": 0}, {"batch_size": 0}, {"warmup": -1}, {"threads": 0}):
         with pytest.raises(singe.OptionError, match="Timing"):
             Timing(**bad)
+
+
+def test_quartiles_of_what_was_timed(clock):
+    class Uneven(Slow):
+        def forward(self, x):
+            type(self).passes += 1
+            Slow.now += 0.001 * (type(self).passes % 5)  # 0 to 4 ms more, in turn
+            return super().forward(x)
+
+    Uneven.passes = 0
+    model, x = Slow().eval(), torch.randn(2, *IMAGE)
+    watch = Stopwatch(model, example_batch(x, CPU), Timing(runs=5, warmup=0))
+    found = watch.compare(Uneven().eval())
+    assert (found.ms, *found.ms_quartiles) == pytest.approx((42, 41, 43))
+    assert found.reference_quartiles == pytest.approx((40, 40))
+    assert (found.share, *found.share_quartiles) == pytest.approx((1.05, 1.025, 1.075))
+    assert quartiles([3.0]) == (3.0, 3.0)
 
 
 def test_real_time_passes():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import re
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -174,6 +175,22 @@ def test_prune_from_scores_leaves_a_model_that_loads(tmp_path):
     )  # fmt: skip
     assert again["after"] == told["after"]
     assert set(again["files"]) == {"weights", "plan"}
+
+
+def test_latency_is_told_with_its_spread(tmp_path):
+    words = ("prune", *MODEL, "--input-shape", "3,8,8", "--criterion", "magnitude", "--macs", 0.5,
+             "--out", tmp_path, "--export", "none", "--no-report", "--timing-runs", 4,
+             "--timing-threads", 1, "--timing-batch", 3)  # fmt: skip
+    found = json.loads(run(*words, "--json"))["latency"]
+    assert (found["runs"], found["batch_size"], found["device"]) == (4, 3, "cpu, 1 thread")
+    for name in ("before", "after", "ratio"):
+        low, high = found[f"{name}_quartiles"]
+        assert 0 < low <= found[name] <= high
+    number = r"[\d.]+ \([\d.]+-[\d.]+\)"
+    told = (
+        rf"latency +{number} -> {number} ms, ratio {number}: median \(quartiles\) of 4 runs in turn"
+    )
+    assert re.search(told + ", batch 3, cpu, 1 thread", run(*words))
 
 
 def test_prune_without_data_takes_the_shape_that_was_scored(tmp_path):

@@ -36,7 +36,9 @@ CONTENT = {
         "overlap": [[1.0, 0.4], [0.4, 1.0]], "accuracy": {"singe": 0.7, "taylor": 0.6},
         "accuracy_title": "accuracy at macs 0.5",
     },
-    "latency": {"before": 2.0, "after": 1.0, "batch_size": 1, "device": "cpu", "runs": 15},
+    "latency": {"before": 2.0, "after": 1.0, "batch_size": 1, "device": "cpu", "runs": 15,
+                "before_quartiles": [1.5, 6.0], "after_quartiles": [0.9, 1.2], "ratio": 0.4,
+                "ratio_quartiles": [0.25, 0.5]},
     "integrand": {
         "path": "layer", "criterion": "singe", "ylabel": "gradient variation",
         "units": [
@@ -85,7 +87,7 @@ def test_everything_is_in_one_file(written):
     assert len(page.addresses) == 2 * len(SECTIONS)  # light and dark of each
     assert all(a.startswith("data:image/png;base64,") for a in page.addresses)
     for words in ("A <model> & more", "Stopped early: 1 < 2.", "60 (60.0%)", "90.0% before",
-                  "2 ms before, 2.00 x faster", "torch"):  # fmt: skip
+                  "2 ms before, 2.50 x faster (quartiles 2.00 to 4.00)", "torch"):  # fmt: skip
         assert words in page.text
     names = {p.name for p in (path.parent / "pictures").iterdir()}
     assert names == {f"{s[0]}{e}.png" for s in SECTIONS for e in ("", "-dark")}
@@ -142,6 +144,19 @@ def test_without_any_metric_the_rounds_are_a_table(tmp_path):
     page = Page(write_report(tmp_path, content).read_text())
     assert "units removed" in page.text
     assert not (tmp_path / "pictures" / "accuracy.png").exists()
+
+
+def test_latency_is_drawn_with_its_spread_where_it_is_known():
+    latency = dict(CONTENT["latency"])
+    with LIGHT.applied():
+        (axes,) = plots.latency({"latency": latency}, LIGHT).axes
+        assert [list(line.get_xdata()) for line in axes.lines] == [[1.5, 6.0], [0.9, 1.2]]
+        assert axes.get_xlim()[1] > 6
+    for key in ("before_quartiles", "after_quartiles", "ratio", "ratio_quartiles"):
+        del latency[key]
+    with LIGHT.applied():
+        (axes,) = plots.latency({"latency": latency}, LIGHT).axes
+        assert axes.get_xlim() == (0, 2.5)
 
 
 def test_odd_numbers_are_drawn():

@@ -26,7 +26,6 @@ from singe.cli.prune import make_plan
 from singe.comparison import compare as agreement
 from singe.compress import accuracy
 from singe.errors import OptionError
-from singe.latency import Timing
 from singe.report import write_report
 from singe.scores import Scores
 
@@ -140,7 +139,7 @@ def _accuracies(
     for name, scores in named.items():
         voice.step(f"pruning by {name}")
         twin = Inputs(copy.deepcopy(inputs.model), data, inputs.example)
-        plan = make_plan(twin, scores, budget, Timing(batch_size=budget.timing_batch))
+        plan = make_plan(twin, scores, budget)
         done = singe.prune(twin.model, plan, twin.example)
         if steps:
             if data.train is None:

@@ -37,7 +37,6 @@ from singe.criteria import choose
 from singe.data import as_batch, device_of
 from singe.errors import ExportError, OptionError
 from singe.graph import private_copy
-from singe.latency import Timing
 from singe.objectives import logits_of
 from singe.report import write_report
 from singe.scores import Scores
@@ -78,14 +77,13 @@ def compress(
             )
     inputs = load_inputs(model, data, common.seed, voice)
     options = scoring.arguments()
-    timing = Timing(batch_size=budget.timing_batch)
     if tuning.accuracy_floor is not None and not 0 <= tuning.accuracy_floor <= 1:
         raise OptionError(f"--accuracy-floor is a share, 0 to 1, got {tuning.accuracy_floor:g}")
     found = inputs.require_data("compress")
     if found.train is None:
         raise OptionError("compress needs training data: the loader gave no `train` part")
     if output.dry_run:
-        _show_plan(inputs, options, budget, tuning, timing, common, voice)
+        _show_plan(inputs, options, budget, tuning, common, voice)
         return
     output.out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
@@ -112,7 +110,7 @@ def compress(
     original = copy.deepcopy(inputs.model)
     limits = budget.arguments()
     if budget.latency is not None:
-        limits["timing"] = timing
+        limits["timing"] = budget.timing()
     checkpoint = output.out / CHECKPOINT
     done = singe.compress(
         inputs.model, **shared, **chosen, **limits, **options,
@@ -121,7 +119,7 @@ def compress(
     if not tuning.resume:  # or they are of this very run
         remove_results(output.out)
     files = finish.write_model(inputs, done.plan, output.out)
-    latency = finish.time_both(original, inputs.model, inputs.example, timing)
+    latency = finish.time_both(original, inputs.model, inputs.example, budget.timing())
     content = _content(done, latency) | {
         "title": f"{model.model}, compressed",
         "settings": given(inputs, model, data, scoring, budget, tuning, common),
@@ -221,13 +219,12 @@ def _show_plan(
     options: dict[str, Any],
     budget: BudgetOptions,
     tuning: TuningOptions,
-    timing: Timing,
     common: CommonOptions,
     voice: Voice,
 ) -> None:
     """The whole budget in one shot: what would go by the first scores, and how long a run takes."""
     scores = run_score(inputs, options, common.seed, voice)
-    plan = make_plan(inputs, scores, budget, timing)
+    plan = make_plan(inputs, scores, budget)
     rounds = tuning.rounds or (len(scores) if tuning.order == "layerwise" else DEFAULT_ROUNDS)
     per_round = DEFAULT_STEPS if tuning.finetune_steps is None else tuning.finetune_steps
     steps = tuning.warmup_steps + rounds * per_round + (tuning.final_steps or 0)

@@ -54,13 +54,17 @@ def write_exports(
 
 
 def time_both(original: nn.Module, pruned: nn.Module, example: Any, timing: Timing) -> dict:
-    """Median forward of both networks, as a report wants it."""
+    """Medians and quartiles of both networks' forward and of their ratio, as a report wants them."""
     device = device_of(pruned)
     found = Stopwatch(original, example_batch(example, device), timing).compare(pruned)
-    threads = f", {_threads()}" if device.type == "cpu" else ""
+    threads = f", {_threads(timing.threads)}" if device.type == "cpu" else ""
     return {
         "before": found.reference_ms,
+        "before_quartiles": list(found.reference_quartiles),
         "after": found.ms,
+        "after_quartiles": list(found.ms_quartiles),
+        "ratio": found.share,
+        "ratio_quartiles": list(found.share_quartiles),
         "batch_size": timing.batch_size,
         "runs": timing.runs,
         "device": f"{device}{threads}",
@@ -153,6 +157,6 @@ def versions() -> dict[str, str]:
     }
 
 
-def _threads() -> str:
-    count = torch.get_num_threads()
+def _threads(count: int | None = None) -> str:
+    count = count or torch.get_num_threads()
     return f"{count} thread{'s' if count > 1 else ''}"

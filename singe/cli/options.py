@@ -20,6 +20,7 @@ from singe.cli.models import PRETRAINED, SOURCES
 from singe.criteria import CRITERIA, NORMS, PATHS, POWERS, choose
 from singe.errors import OptionError
 from singe.export import check_onnx
+from singe.latency import Timing
 from singe.scoring import score
 
 
@@ -206,7 +207,17 @@ class BudgetOptions:
     ] = None
     timing_batch: Annotated[
         int, _option(_BUDGET, "Batch size that latency is measured with.", min=1)
-    ] = 1
+    ] = Timing.batch_size
+    timing_runs: Annotated[
+        int, _option(_BUDGET, "Timed passes of each network; the median counts.", min=1)
+    ] = Timing.runs
+    timing_threads: Annotated[
+        int | None,
+        _option(_BUDGET, "CPU threads while timing. (default: as torch has them)", min=1),
+    ] = None
+
+    def timing(self) -> Timing:
+        return Timing(self.timing_batch, self.timing_runs, threads=self.timing_threads)
 
     def target(self) -> dict[str, float]:
         """The targets that were given; the library checks that it is one."""

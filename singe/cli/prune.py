@@ -28,7 +28,6 @@ from singe.cli.score import run_score
 from singe.compress import accuracy
 from singe.data import device_of, read_batches
 from singe.errors import ExportError, OptionError
-from singe.latency import Timing
 from singe.plan import Plan
 from singe.report import si, write_report
 from singe.scores import Scores
@@ -82,12 +81,11 @@ def prune(
     inputs = load_inputs(model, data, common.seed, voice)
     options = scoring.arguments()
     found = Scores.load(scores, inputs.model) if scores is not None else None
-    timing = Timing(batch_size=budget.timing_batch)
     if plan is not None:
         made = Plan.load(plan)
     else:
         found = found or run_score(inputs, options, common.seed, voice)
-        made = make_plan(inputs, found, budget, timing)
+        made = make_plan(inputs, found, budget)
     if output.dry_run:
         told = {"plan": dict(made), "meta": made.meta}
         voice.result(told, made.explain() if made.meta else f"{made!r}")
@@ -99,7 +97,7 @@ def prune(
     removed = _accuracy(inputs)
     recalibrated = recalibrate and made.n_units > 0 and _recalibrate(inputs, common.seed)
     after = _accuracy(inputs) if recalibrated else removed
-    latency = finish.time_both(original, inputs.model, inputs.example, timing)
+    latency = finish.time_both(original, inputs.model, inputs.example, budget.timing())
     remove_results(output.out)
     files = finish.write_model(inputs, made, output.out)
     content: dict[str, Any] = {
@@ -140,11 +138,11 @@ def _scored_shape(scores: Path | None) -> str | None:
     return ",".join(map(str, shapes[0])) if len(shapes) == 1 else None
 
 
-def make_plan(inputs: Inputs, scores: Scores, budget: BudgetOptions, timing: Timing) -> Plan:
+def make_plan(inputs: Inputs, scores: Scores, budget: BudgetOptions) -> Plan:
     """:func:`singe.plan` with the options of the command line."""
     options = budget.arguments()
     if budget.latency is not None:
-        options["timing"] = timing
+        options["timing"] = budget.timing()
     return singe.plan(inputs.model, scores, inputs.example, **options)
 
 
@@ -175,7 +173,7 @@ def _lead(content: dict[str, Any], done: str) -> str:
 
 def describe(summary: dict[str, Any]) -> str:
     """A few lines: cost and accuracy before and after, and where everything is."""
-    before, after, latency = summary["before"], summary["after"], summary["latency"]
+    before, after = summary["before"], summary["after"]
     lines = [
         f"{name:<11} {si(before[key])} -> {si(after[key])} ({after[key] / before[key]:.1%})"
         for key, name in (("macs", "MACs"), ("params", "parameters"))
@@ -186,9 +184,17 @@ def describe(summary: dict[str, Any]) -> str:
             steps.insert(1, summary["metric_after_removal"])
             remark = " (BatchNorm statistics set again)"
         lines.append(f"{'accuracy':<11} " + " -> ".join(f"{m:.1%}" for m in steps) + remark)
-    lines.append(
-        f"{'latency':<11} {latency['before']:.3g} -> {latency['after']:.3g} ms "
-        f"(batch {latency['batch_size']}, {latency['device']})"
-    )
+    lines.append(f"{'latency':<11} {_describe_latency(summary['latency'])}")
     lines += [f"{kind:<11} {path}" for kind, path in summary["files"].items()]
     return "\n".join(lines)
+
+
+def _describe_latency(latency: dict[str, Any]) -> str:
+    before, after, ratio = (
+        "{:.3g} ({:.3g}-{:.3g})".format(latency[key], *latency[f"{key}_quartiles"])
+        for key in ("before", "after", "ratio")
+    )
+    return (
+        f"{before} -> {after} ms, ratio {ratio}: median (quartiles) of {latency['runs']} runs in turn, "
+        f"batch {latency['batch_size']}, {latency['device']}"
+    )

@@ -6,7 +6,9 @@ The content is plain data (it is also written as JSON), each part optional but `
 - ``before``: ``{"macs", "params", "metric"}`` and ``rounds``: as ``CompressReport.to_dict()["rounds"]``.
 - ``groups``: group name -> ``{"scores": [...], "removed": [unit, ...]}``; ``score_name``.
 - ``criteria``: what :func:`singe.comparison.compare` returns.
-- ``latency``: ``{"before": ms, "after": ms, "batch_size", "device", "runs"}``, medians.
+- ``latency``: ``{"before": ms, "after": ms, "batch_size", "device", "runs"}``, medians; beside them
+  ``ratio``, the median of after / before run by run, and ``before_quartiles``, ``after_quartiles``,
+  ``ratio_quartiles``: ``[first, third]``.
 - ``integrand``: what :func:`singe.integrand.along_the_path` returns.
 - ``notes``: sentences to show on top.
 """
@@ -84,7 +86,7 @@ SECTIONS = (
      "All on the same calibration data and units. Overlap: the share of the lowest units that two "
      "criteria have in common; the share itself would be expected by chance."),
     ("latency", "Latency", ("latency",),
-     "Warm forwards in evaluation mode, the two networks in turn, medians."),
+     "Warm forwards in evaluation mode, the two networks in turn, medians. Lines end at the quartiles."),
 )  # fmt: skip
 
 
@@ -115,9 +117,17 @@ def _headline(content: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
         remark = "" if was is None else f"{was:.1%} before"
         values["accuracy"] = (f"{after['metric']:.1%}", remark)
     if content.get("latency"):
-        was, now = content["latency"]["before"], content["latency"]["after"]
-        values["latency"] = (f"{now:.3g} ms", f"{was:.3g} ms before, {was / now:.2f} x faster")
+        values["latency"] = _latency_card(content["latency"])
     return values
+
+
+def _latency_card(latency: Mapping[str, Any]) -> tuple[str, str]:
+    was, now = latency["before"], latency["after"]
+    remark = f"{was:.3g} ms before, {1 / latency.get('ratio', now / was):.2f} x faster"
+    if "ratio_quartiles" in latency:
+        low, high = latency["ratio_quartiles"]
+        remark += f" (quartiles {1 / high:.2f} to {1 / low:.2f})"
+    return f"{now:.3g} ms", remark
 
 
 def _rounds_table(content: Mapping[str, Any]) -> str:

@@ -132,15 +132,19 @@ def criteria(content: dict[str, Any], theme: Theme) -> Any:
 
 
 def latency(content: dict[str, Any], theme: Theme) -> Any:
-    """Bars: the median forward before and after."""
+    """Bars: the median forward before and after, with a line from quartile to quartile."""
     found = content["latency"]
     figure, axes = _figure(7.2, 1.9)
+    longest = 0.0
     for row, (key, color) in enumerate((("before", theme.accent), ("after", theme.kept))):
+        low, high = found.get(f"{key}_quartiles", (found[key], found[key]))
         axes.barh(row, found[key], 0.6, color=color)
-        axes.text(found[key], row, f"  {found[key]:.3g} ms", va="center")
+        axes.plot((low, high), (row, row), color=theme.ink, linewidth=1.7)
+        axes.text(max(found[key], high), row, f"  {found[key]:.3g} ms", va="center")
+        longest = max(longest, found[key], high)
     axes.set_yticks((0, 1), ("before", "after"))
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.25 * max(found["before"], found["after"]))
+    axes.set_xlim(0, 1.25 * longest)
     axes.set_xlabel(f"milliseconds per forward, batch {found['batch_size']}, {found['device']}")
     return figure
 
