@@ -25,7 +25,7 @@ CRITERIA: dict[str, dict[str, Any]] = {
     "random": {"criterion": "random"},
     "magnitude": {"criterion": "magnitude"},
     "taylor": {"criterion": "taylor"},
-    "singe (layer)": {"criterion": "singe", "path": "layer"},
+    "singe (layer)": {"criterion": "singe", "path": "layer", "p": "fisher"},
     "singe (network)": {"criterion": "singe", "path": "network"},
 }
 LATENCY_BATCH = 32

@@ -31,7 +31,7 @@ from singe.cli.options import (
 )
 from singe.cli.output import Voice
 from singe.cli.prune import describe, make_plan
-from singe.cli.score import run_score
+from singe.cli.score import for_pruning, run_score
 from singe.compress import CompressReport, Round
 from singe.criteria import choose
 from singe.data import as_batch, device_of
@@ -76,7 +76,7 @@ def compress(
                 "give another"
             )
     inputs = load_inputs(model, data, common.seed, voice)
-    options = scoring.arguments()
+    options = for_pruning(scoring.arguments())
     if tuning.accuracy_floor is not None and not 0 <= tuning.accuracy_floor <= 1:
         raise OptionError(f"--accuracy-floor is a share, 0 to 1, got {tuning.accuracy_floor:g}")
     found = inputs.require_data("compress")

@@ -107,8 +107,10 @@ class SharedScoreOptions:
         str | None, _option(_SCORING, "Number of nodes, or a rule." + _default(score, "quadrature"))
     ] = None
     p: Annotated[
-        str | None, _option(_SCORING, ", ".join(map(str, POWERS)) + "." + _default(score, "p"))
-    ] = None
+        str | None,
+        _option(_SCORING, ", ".join(map(str, POWERS)) + ". (default: 1; where prune and compress score on"
+                " the layer path: fisher)"),
+    ] = None  # fmt: skip
     norm: Annotated[
         str | None, _option(_SCORING, ", ".join(NORMS) + "." + _default(score, "norm"))
     ] = None

@@ -24,7 +24,7 @@ from singe.cli.options import (
     ScoreOptions,
 )
 from singe.cli.output import Voice
-from singe.cli.score import run_score
+from singe.cli.score import for_pruning, run_score
 from singe.compress import accuracy
 from singe.data import device_of, read_batches
 from singe.errors import ExportError, OptionError
@@ -79,7 +79,7 @@ def prune(
             voice.notice(f"no data: inputs are taken to be 3 x {data.image_size} x {data.image_size}; "
                          "set --input-shape to change that")  # fmt: skip
     inputs = load_inputs(model, data, common.seed, voice)
-    options = scoring.arguments()
+    options = for_pruning(scoring.arguments())
     found = Scores.load(scores, inputs.model) if scores is not None else None
     if plan is not None:
         made = Plan.load(plan)

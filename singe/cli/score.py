@@ -21,6 +21,7 @@ from singe.cli.options import (
 )
 from singe.cli.output import Voice
 from singe.criteria import as_criterion
+from singe.request import power_for_pruning
 from singe.scores import Scores, ScoreTable
 
 
@@ -57,6 +58,11 @@ def score(
         f"{seconds:.1f} s. Scores: {out}"
         + (f". Left out: {len(rejected)} (--json says why)" if rejected else ""),
     )
+
+
+def for_pruning(options: dict[str, Any]) -> dict[str, Any]:
+    """Scoring options with the ``p`` that a network is pruned by, unless they have one."""
+    return {"p": power_for_pruning(options)} | options
 
 
 def run_score(inputs: Inputs, options: dict[str, Any], seed: int, voice: Voice) -> Any:
