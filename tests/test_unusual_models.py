@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import CLASSES, assert_close, make_batches, randomise, run_engine
 from helpers_networks import residual
 from torch import Tensor, nn
@@ -189,3 +191,22 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch) -> None:
         scores.save(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+class Pooled(nn.Module):
+    """Global pooling as a function, as many models write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 6, 3, padding=1)
+        self.head = nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.adaptive_avg_pool2d(self.b(self.a(x).relu()).relu(), 1).flatten(1))
+
+
+def test_global_pooling_is_no_reason_to_warn():
+    data = make_batches((3, 8, 8), [4, 4], dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        singe.score(Pooled().eval(), data, progress=False)
