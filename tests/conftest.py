@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -37,3 +38,23 @@ def gpu_problem() -> str:
     except RuntimeError as error:
         return f"torch cannot use the CUDA device: {error}"
     return native.cuda_problem(0)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with ``net.py`` and ``data.npz``: four classes of brightness, easy to learn."""
+    from helpers_cli import FACTORY
+
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "net.py").write_text(FACTORY)
+    draw = np.random.default_rng(0)
+    y = draw.integers(0, 4, 120)
+    x = draw.integers(0, 60, (120, 8, 8, 3)) + 50 * y[:, None, None, None]
+    np.savez(folder / "data.npz", x=x.astype(np.uint8), y=y)
+    return folder
+
+
+@pytest.fixture
+def inside(place, monkeypatch):
+    """The command runs there."""
+    monkeypatch.chdir(place)

@@ -1,94 +1,35 @@
-"""``singe score | prune | compress | compare`` on a tiny model and data: files, JSON, exit status."""
+"""``singe score | compress | compare`` on a tiny model and data: files, JSON, reports."""
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
-import re
-import sys
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from helpers import (
     one_thread,  # noqa: F401 - autouse
 )
-from helpers_loop import same_weights
+from helpers_cli import DATA, LOADER, MODEL, run, run_main
 from PIL import Image
-from safetensors.torch import save_model
-from typer.testing import CliRunner
 
 import singe
-from singe import cli
 from singe.cli.compress import time_left
-from singe.cli.data import Reading, Source
 from singe.cli.models import load_model
 from singe.cli.options import BudgetOptions, DataOptions, ScoreOptions, TuningOptions
-from singe.compress import accuracy, compress
-from singe.data import read_batches
+from singe.compress import compress
 from singe.errors import (
-    BudgetError,
     CheckpointError,
     ExportError,
-    ModelError,
     OptionError,
     SingeError,
 )
 from singe.export import load_pruned
-from singe.finetune import recalibrate
 
-FACTORY = """
-import torch
-from torch import nn
+pytestmark = pytest.mark.usefixtures("inside")
 
-def make():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4),
-    )
-"""
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with ``net.py`` and ``data.npz``: four classes of brightness, easy to learn."""
-    folder = tmp_path_factory.mktemp("work")
-    (folder / "net.py").write_text(FACTORY)
-    draw = np.random.default_rng(0)
-    y = draw.integers(0, 4, 120)
-    x = draw.integers(0, 60, (120, 8, 8, 3)) + 50 * y[:, None, None, None]
-    np.savez(folder / "data.npz", x=x.astype(np.uint8), y=y)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def inside(place, monkeypatch):
-    monkeypatch.chdir(place)
-
-
-def run(*words: object) -> str:
-    """Standard output of a command that must succeed."""
-    done = CliRunner().invoke(cli.app, [str(w) for w in words])
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    assert done.exit_code == 0, done.output
-    return done.stdout
-
-
-def run_main(monkeypatch, *words: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["singe", *map(str, words)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return int(stop.value.code or 0)
-
-
-MODEL = ("net.py:make", "--device", "cpu")
-DATA = ("--data", "data.npz", "--batch-size", 16)
 QUICK = ("--finetune-steps", 8, "--rounds", 2, "--lr", 0.05, "--no-augment")
 
 
@@ -151,119 +92,6 @@ def test_scores_without_data(tmp_path):
         run(*words)
 
 
-def test_prune_from_scores_leaves_a_model_that_loads(tmp_path):
-    run("score", *MODEL, *DATA, "--out", tmp_path / "s.st")
-    out = tmp_path / "out"
-    told = json.loads(
-        run("prune", *MODEL, *DATA, "--scores", tmp_path / "s.st", "--macs", 0.6, "--out", out,
-            "--json")
-    )  # fmt: skip
-    assert told["after"]["macs"] <= 0.6 * told["before"]["macs"]
-    assert set(told["files"]) == {"weights", "plan", "pt2", "report"}
-    model = load_pruned(load_model("net.py:make"), out)
-    x = torch.randn(3, 3, 8, 8)
-    assert torch.allclose(torch.export.load(told["files"]["pt2"]).module()(x), model(x), atol=1e-5)
-    assert "Why these channels went" in (out / "report.html").read_text()
-    # The plan replays on a fresh model; the report says the same.
-    plan = singe.Plan.load(out / "plan.json")
-    assert singe.prune(load_model("net.py:make"), plan, x).macs_after == told["after"]["macs"]
-    groups = json.loads((out / "report.json").read_text())["groups"]
-    assert {g: v["removed"] for g, v in groups.items() if v["removed"]} == dict(plan)
-    again = json.loads(
-        run("prune", *MODEL, *DATA, "--plan", out / "plan.json", "--out", tmp_path / "again",
-            "--export", "none", "--no-report", "--json")
-    )  # fmt: skip
-    assert again["after"] == told["after"]
-    assert set(again["files"]) == {"weights", "plan"}
-
-
-def test_latency_is_told_with_its_spread(tmp_path):
-    words = ("prune", *MODEL, "--input-shape", "3,8,8", "--criterion", "magnitude", "--macs", 0.5,
-             "--out", tmp_path, "--export", "none", "--no-report", "--timing-runs", 4,
-             "--timing-threads", 1, "--timing-batch", 3)  # fmt: skip
-    found = json.loads(run(*words, "--json"))["latency"]
-    assert (found["runs"], found["batch_size"], found["device"]) == (4, 3, "cpu, 1 thread")
-    for name in ("before", "after", "ratio"):
-        low, high = found[f"{name}_quartiles"]
-        assert 0 < low <= found[name] <= high
-    number = r"[\d.]+ \([\d.]+-[\d.]+\)"
-    told = (
-        rf"latency +{number} -> {number} ms, ratio {number}: median \(quartiles\) of 4 runs in turn"
-    )
-    assert re.search(told + ", batch 3, cpu, 1 thread", run(*words))
-
-
-def test_prune_without_data_takes_the_shape_that_was_scored(tmp_path):
-    run("score", *MODEL, *DATA, "--out", tmp_path / "s.st")
-    words = ("prune", *MODEL, "--scores", tmp_path / "s.st", "--macs", 0.6, "--dry-run", "--json")
-    planned = json.loads(run(*words))["meta"]["before"]["macs"]
-    with_data = json.loads(run(*words, *DATA))["meta"]["before"]["macs"]
-    assert planned == with_data
-    assert json.loads(run(*words, "--input-shape", "3,6,6"))["meta"]["before"]["macs"] < planned
-
-
-def test_prune_without_data_says_what_it_takes_for_inputs(monkeypatch, capsys):
-    words = ("prune", *MODEL, "--criterion", "magnitude", "--macs", 0.5, "--dry-run")
-    assert run_main(monkeypatch, *words) == 0
-    said = "no data: inputs are taken to be 3 x 224 x 224; set --input-shape to change that\n"
-    assert capsys.readouterr().err == said
-    assert run_main(monkeypatch, *words, "--input-shape", "3,8,8") == 0
-    assert capsys.readouterr().err == ""
-
-
-@pytest.fixture(scope="module")
-def trained(place):
-    """Weights of the tiny model after a few steps, and what the commands read of its data."""
-    model = load_model(f"{place / 'net.py'}:make")
-    data = Source(str(place / "data.npz")).read(model, Reading(batch_size=16, augment=False))
-    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.05, momentum=0.9)
-    for _ in range(10):
-        for x, y in data.train:
-            optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
-    save_model(model, str(place / "trained.safetensors"))
-    return model.eval(), data
-
-
-def test_prune_sets_the_statistics_of_batch_norm_again(trained, tmp_path):
-    """On the calibration samples, the same in every run; accuracy is told before it and after."""
-    words = ("prune", *MODEL, *DATA, "--weights", "trained.safetensors", "--macs", 0.5,
-             "--criterion", "magnitude", "--export", "none")  # fmt: skip
-    told = json.loads(run(*words, "--out", tmp_path / "a", "--json"))
-    model, data = copy.deepcopy(trained[0]), trained[1]
-    plan = singe.Plan.load(tmp_path / "a" / "plan.json")
-    singe.prune(model, plan, data.calibrate[0][0])
-    removed = accuracy(model, data.evaluate)
-    recalibrate(model, read_batches(data.calibrate, torch.device("cpu")))
-    assert accuracy(model, data.evaluate) > removed + 0.1, "or this tests nothing"
-    left = load_pruned(load_model("net.py:make"), tmp_path / "a")
-    assert same_weights(left, model)
-    assert told["recalibrated"]
-    assert told["metric_after_removal"] == removed
-    assert told["after"]["metric"] == accuracy(model, data.evaluate)
-    steps = f"{removed:.1%} -> {told['after']['metric']:.1%}"
-    assert steps in json.loads((tmp_path / "a" / "report.json").read_text())["lead"]
-    shown = run(*words, "--out", tmp_path / "b", "--no-report")
-    assert f"-> {steps} (BatchNorm statistics set again)" in shown
-    first, second = (tmp_path / name / "model.safetensors" for name in "ab")
-    assert first.read_bytes() == second.read_bytes()
-
-
-def test_prune_leaves_the_statistics_where_it_is_told_to(trained, tmp_path):
-    words = ("prune", *MODEL, *DATA, "--weights", "trained.safetensors", "--export", "none",
-             "--criterion", "magnitude")  # fmt: skip
-    for out, options in (("a", ("--macs", 0.5, "--no-recalibrate")), ("b", ("--macs", 1.0))):
-        told = json.loads(run(*words, *options, "--out", tmp_path / out, "--json"))
-        assert not told["recalibrated"]
-        assert told["metric_after_removal"] == told["after"]["metric"]
-        report = json.loads((tmp_path / out / "report.json").read_text())
-        assert "BatchNorm" not in report["lead"]
-        model = copy.deepcopy(trained[0])
-        singe.prune(model, singe.Plan.load(tmp_path / out / "plan.json"), torch.zeros(2, 3, 8, 8))
-        assert same_weights(load_pruned(load_model("net.py:make"), tmp_path / out), model)
-
-
 @pytest.mark.parametrize("command", ["prune", "compress"])
 def test_a_dry_run_writes_nothing(tmp_path, command):
     out = tmp_path / "out"
@@ -322,17 +150,6 @@ def test_prune_does_not_overwrite_a_run_of_compress(compressed, folder):
     run(*words, "--out", out, "--dry-run")
 
 
-def test_nothing_of_an_earlier_result_stays_beside_new_weights(tmp_path):
-    words = ("prune", *MODEL, "--input-shape", "3,8,8", "--criterion", "magnitude", "--macs", 0.5)
-    run(*words, "--out", tmp_path)
-    assert (tmp_path / "model.pt2").exists()
-    (tmp_path / "model.onnx").write_bytes(b"an earlier export")
-    (tmp_path / "mine.txt").write_text("not of this command")
-    run(*words, "--out", tmp_path, "--export", "none", "--no-report")
-    names = {path.name for path in tmp_path.iterdir() if path.is_file()}
-    assert names == {"model.safetensors", "plan.json", "mine.txt"}
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -363,12 +180,6 @@ def test_the_report_of_scores_from_a_file_is_about_them(tmp_path):
     assert "p=2" in integrand["ylabel"]
 
 
-LOADER = """
-import torch
-def make(): return [(torch.randn(4, 3, 8, 8), torch.arange(4))] * 3
-def parts(): return {"calibrate": make()}
-def grey(): return [(torch.randn(4, 1, 8, 8), torch.arange(4))]
-"""
 READ = {"data", "batch_size", "calibration", "workers", "held_out"}
 
 
@@ -398,24 +209,6 @@ def test_the_settings_of_a_report_are_those_that_had_a_say(place, tmp_path, data
     rest = settings.keys() - told
     assert rest >= {"model", "device", "criterion", "macs", "seed", "recalibrate"}
     assert not rest & {"as_json", "quiet", "config", "resume"}
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--input-shape", "1,8,8"), r"inputs of 1 x 8 x 8: .*3 channels.* \(--input-shape sets"),
-        (("--data", "grey.py:grey"), r"inputs of 1 x 8 x 8: .*3 channels.* \(as --data has them\)"),
-        (("--data", "pictures", "--image-size", 6), r"inputs of 3 x 6 x 6: .* \(--image-size sets"),
-    ],
-)
-def test_inputs_that_do_not_fit_the_model_are_told_with_their_option(place, options, message):
-    (place / "grey.py").write_text(LOADER)
-    (place / "large.py").write_text(FACTORY.replace("8, 12, 3", "8, 12, 9, dilation=2"))
-    for name in ("a", "b"):
-        (place / "pictures" / name).mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8)).save(place / "pictures" / name / "0.png")
-    with pytest.raises(ModelError, match=message):
-        run("score", "large.py:make", "--device", "cpu", *options, "--criterion", "magnitude")
 
 
 def test_warm_up_trains_as_it_was_told(tmp_path, monkeypatch):
@@ -477,77 +270,6 @@ def test_compare_files_and_criteria(tmp_path):
     assert "Overlap of the lowest 30%" in shown
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("compare",), "at least two"),
-        (("compare", "--macs", 0.5), "need --model"),
-        (("prune", *MODEL, *DATA), "exactly one"),
-        (("prune", *MODEL, *DATA, "--macs", 0.5, "--params", 0.5), "exactly one"),
-        (("prune", *MODEL, *DATA, "--macs", 0.5, "--plan", "p.json"), "--plan says"),
-        (("prune", *MODEL, *DATA, "--macs", 0.5, "--export", "tflite"), "tflite is not offered"),
-        (("score", *MODEL, *DATA, "--criterion", "tailor"), "tailor"),
-        (("score", *MODEL, *DATA, "--mean", "a,b"), "--mean"),
-        (("score", *MODEL, "--device", "abacus"), "abacus"),
-        (("compress", *MODEL, "--macs", 0.5), "compress needs data"),
-        (("compress", *MODEL, *DATA, "--macs", 0.5, "--optimizer", "lion"), "lion"),
-        (("prune", *MODEL, *DATA, "--macs", 0.5, "--min-keep", "a=b"), "--min-keep"),
-    ],
-)
-def test_wrong_use(words, message, tmp_path):
-    with pytest.raises(SingeError, match=message):
-        run(*words, *(() if words[0] == "compare" else ("--out", tmp_path / "out")))
-
-
-@pytest.mark.parametrize("command", ["prune", "compress", "compare", "demo"])
-@pytest.mark.parametrize(
-    ("out", "message"),
-    [("net.py", r"--out net\.py is a file; give a folder"),
-     ("net.py/out", r"--out net\.py/out: .* \(Not a directory\); give another"),
-     ("/proc/new/out", r"--out /proc/new/out: .* \(.+\); give another")],
-)  # fmt: skip
-def test_an_impossible_folder_is_found_before_the_work(command, out, message, monkeypatch):
-    monkeypatch.setattr("singe.cli.inputs.load_model", None)
-    monkeypatch.setattr("singe.demo.run_demo", None)
-    model = {"prune": MODEL, "compress": MODEL, "compare": ("--model", *MODEL), "demo": ()}
-    with pytest.raises(OptionError, match=message):
-        run(command, *model[command], "--out", out)
-
-
-@pytest.mark.parametrize(
-    ("out", "message"),
-    [("nowhere/s.st", r"--out nowhere/s\.st: there is no folder nowhere; make it"),
-     (".", r"--out \. is a folder; give a file, e\.g\. scores\.safetensors"),
-     ("/proc/s.st", r"--out /proc/s\.st: /proc cannot be written to \(.+\)")],
-)  # fmt: skip
-def test_score_makes_no_folder(out, message, monkeypatch):
-    monkeypatch.setattr("singe.cli.inputs.load_model", None)
-    with pytest.raises(OptionError, match=message):
-        run("score", *MODEL, *DATA, "--out", out)
-    assert not Path("nowhere").exists()
-
-
-def test_an_unreachable_budget_is_status_2_and_one_line(tmp_path, monkeypatch, capsys):
-    out = tmp_path / "out"
-    words = ("prune", *MODEL, *DATA, "--macs", 0.001, "--out", out)
-    assert run_main(monkeypatch, *words) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("error: ")
-    assert "smallest reachable" in captured.err
-    assert captured.err.count("\n") == 1
-    assert not out.exists()
-    with pytest.raises(BudgetError):
-        run(*words)
-
-
-def test_a_missing_exporter_is_found_before_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("singe.export.ONNX_MODULES", ("no_such_exporter",))
-    with pytest.raises(ExportError, match=r"pip install no_such_exporter"):
-        run("prune", *MODEL, *DATA, "--macs", 0.5, "--export", "onnx", "--out", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_model_that_cannot_be_exported_is_still_saved_and_reported(tmp_path, monkeypatch, capsys):
     def fail(*_):
         raise ExportError("cannot capture\nin many lines")
@@ -592,9 +314,6 @@ def test_quiet_says_nothing_but_the_result(tmp_path, monkeypatch, capsys):
     assert captured.err == ""
 
 
-# ---------------------------------------------------------------------- options from a file
-
-
 def test_a_file_holds_options_and_the_command_line_wins(tmp_path):
     config = tmp_path / "c.toml"
     config.write_text(
@@ -612,29 +331,6 @@ def test_a_file_holds_options_and_the_command_line_wins(tmp_path):
     )
     assert told["after"]["macs"] <= 0.8 * told["before"]["macs"]
     assert set(told["files"]) == {"weights", "plan"}
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("critereon = 'random'", "no option 'critereon'; did you mean criterion"),
-        ("[score]\nrounds = 3", r"\[score\] there is no option 'rounds'"),
-        ("score = 3", "must be a table"),
-        ("[compress]\nround = 2", r"\[compress\] there is no option 'round'; did you mean rounds"),
-        ("compress = 3", r"must be a table, \[compress\]"),
-        (
-            "[train]\nlr = 1",
-            r"no table \[train\]; .* \[score\], \[prune\], \[compress\], \[compare\]",
-        ),
-        ("[data]\npath = 'x'", r"no table \[data\]"),
-        ("[info]\njson = true", r"no table \[info\]"),  # it does not read any file
-        ("= 3", "cannot read the configuration"),
-    ],
-)
-def test_a_wrong_file(tmp_path, text, message):
-    (tmp_path / "c.toml").write_text(text)
-    with pytest.raises(OptionError, match=message):
-        run("score", *MODEL, "--config", tmp_path / "c.toml")
 
 
 def test_options_become_arguments():

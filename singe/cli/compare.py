@@ -22,7 +22,7 @@ from singe.cli.options import (
     SharedScoreOptions,
 )
 from singe.cli.output import Voice
-from singe.cli.prune import make_plan
+from singe.cli.prune import make_plan, set_statistics
 from singe.comparison import compare as agreement
 from singe.compress import accuracy
 from singe.errors import OptionError
@@ -131,7 +131,7 @@ def _accuracies(
     common: CommonOptions,
     voice: Voice,
 ) -> dict[str, Any]:
-    """Every scoring prunes a copy of its own to the same budget; after the same fine-tuning, if any."""
+    """Every scoring prunes a copy of its own to the same budget; BatchNorm set again, fine-tuned if asked."""
     data = inputs.require_data("accuracy at equal budgets")
     if data.evaluate is None:
         raise OptionError("accuracy at equal budgets needs held-out data")
@@ -141,6 +141,7 @@ def _accuracies(
         twin = Inputs(copy.deepcopy(inputs.model), data, inputs.example)
         plan = make_plan(twin, scores, budget)
         done = singe.prune(twin.model, plan, twin.example)
+        set_statistics(twin, common.seed)
         if steps:
             if data.train is None:
                 raise OptionError("--finetune-steps needs training data")

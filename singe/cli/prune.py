@@ -95,7 +95,7 @@ def prune(
     before = _accuracy(inputs)
     done = singe.prune(inputs.model, made, inputs.example)
     removed = _accuracy(inputs)
-    recalibrated = recalibrate and made.n_units > 0 and _recalibrate(inputs, common.seed)
+    recalibrated = recalibrate and made.n_units > 0 and set_statistics(inputs, common.seed)
     after = _accuracy(inputs) if recalibrated else removed
     latency = finish.time_both(original, inputs.model, inputs.example, budget.timing())
     remove_results(output.out)
@@ -153,7 +153,7 @@ def _accuracy(inputs: Inputs) -> float | None:
     return accuracy(inputs.model, inputs.data.evaluate)
 
 
-def _recalibrate(inputs: Inputs, seed: int) -> bool:
+def set_statistics(inputs: Inputs, seed: int) -> bool:
     """As the first round of compress does it; whether there was anything to set."""
     if inputs.data is None:
         return False

@@ -1,0 +1,134 @@
+"""Commands with mistakes in them: said before the work, in a line, with exit status 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers import (
+    one_thread,  # noqa: F401 - autouse
+)
+from helpers_cli import DATA, FACTORY, LOADER, MODEL, run, run_main
+from PIL import Image
+
+from singe.errors import (
+    BudgetError,
+    ExportError,
+    ModelError,
+    OptionError,
+    SingeError,
+)
+
+pytestmark = pytest.mark.usefixtures("inside")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--input-shape", "1,8,8"), r"inputs of 1 x 8 x 8: .*3 channels.* \(--input-shape sets"),
+        (("--data", "grey.py:grey"), r"inputs of 1 x 8 x 8: .*3 channels.* \(as --data has them\)"),
+        (("--data", "pictures", "--image-size", 6), r"inputs of 3 x 6 x 6: .* \(--image-size sets"),
+    ],
+)
+def test_inputs_that_do_not_fit_the_model_are_told_with_their_option(place, options, message):
+    (place / "grey.py").write_text(LOADER)
+    (place / "large.py").write_text(FACTORY.replace("8, 12, 3", "8, 12, 9, dilation=2"))
+    for name in ("a", "b"):
+        (place / "pictures" / name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(place / "pictures" / name / "0.png")
+    with pytest.raises(ModelError, match=message):
+        run("score", "large.py:make", "--device", "cpu", *options, "--criterion", "magnitude")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("compare",), "at least two"),
+        (("compare", "--macs", 0.5), "need --model"),
+        (("prune", *MODEL, *DATA), "exactly one"),
+        (("prune", *MODEL, *DATA, "--macs", 0.5, "--params", 0.5), "exactly one"),
+        (("prune", *MODEL, *DATA, "--macs", 0.5, "--plan", "p.json"), "--plan says"),
+        (("prune", *MODEL, *DATA, "--macs", 0.5, "--export", "tflite"), "tflite is not offered"),
+        (("score", *MODEL, *DATA, "--criterion", "tailor"), "tailor"),
+        (("score", *MODEL, *DATA, "--mean", "a,b"), "--mean"),
+        (("score", *MODEL, "--device", "abacus"), "abacus"),
+        (("compress", *MODEL, "--macs", 0.5), "compress needs data"),
+        (("compress", *MODEL, *DATA, "--macs", 0.5, "--optimizer", "lion"), "lion"),
+        (("prune", *MODEL, *DATA, "--macs", 0.5, "--min-keep", "a=b"), "--min-keep"),
+    ],
+)
+def test_wrong_use(words, message, tmp_path):
+    with pytest.raises(SingeError, match=message):
+        run(*words, *(() if words[0] == "compare" else ("--out", tmp_path / "out")))
+
+
+@pytest.mark.parametrize("command", ["prune", "compress", "compare", "demo"])
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [("net.py", r"--out net\.py is a file; give a folder"),
+     ("net.py/out", r"--out net\.py/out: .* \(Not a directory\); give another"),
+     ("/proc/new/out", r"--out /proc/new/out: .* \(.+\); give another")],
+)  # fmt: skip
+def test_an_impossible_folder_is_found_before_the_work(command, out, message, monkeypatch):
+    monkeypatch.setattr("singe.cli.inputs.load_model", None)
+    monkeypatch.setattr("singe.demo.run_demo", None)
+    model = {"prune": MODEL, "compress": MODEL, "compare": ("--model", *MODEL), "demo": ()}
+    with pytest.raises(OptionError, match=message):
+        run(command, *model[command], "--out", out)
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [("nowhere/s.st", r"--out nowhere/s\.st: there is no folder nowhere; make it"),
+     (".", r"--out \. is a folder; give a file, e\.g\. scores\.safetensors"),
+     ("/proc/s.st", r"--out /proc/s\.st: /proc cannot be written to \(.+\)")],
+)  # fmt: skip
+def test_score_makes_no_folder(out, message, monkeypatch):
+    monkeypatch.setattr("singe.cli.inputs.load_model", None)
+    with pytest.raises(OptionError, match=message):
+        run("score", *MODEL, *DATA, "--out", out)
+    assert not Path("nowhere").exists()
+
+
+def test_an_unreachable_budget_is_status_2_and_one_line(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    words = ("prune", *MODEL, *DATA, "--macs", 0.001, "--out", out)
+    assert run_main(monkeypatch, *words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert "smallest reachable" in captured.err
+    assert captured.err.count("\n") == 1
+    assert not out.exists()
+    with pytest.raises(BudgetError):
+        run(*words)
+
+
+def test_a_missing_exporter_is_found_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("singe.export.ONNX_MODULES", ("no_such_exporter",))
+    with pytest.raises(ExportError, match=r"pip install no_such_exporter"):
+        run("prune", *MODEL, *DATA, "--macs", 0.5, "--export", "onnx", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("critereon = 'random'", "no option 'critereon'; did you mean criterion"),
+        ("[score]\nrounds = 3", r"\[score\] there is no option 'rounds'"),
+        ("score = 3", "must be a table"),
+        ("[compress]\nround = 2", r"\[compress\] there is no option 'round'; did you mean rounds"),
+        ("compress = 3", r"must be a table, \[compress\]"),
+        (
+            "[train]\nlr = 1",
+            r"no table \[train\]; .* \[score\], \[prune\], \[compress\], \[compare\]",
+        ),
+        ("[data]\npath = 'x'", r"no table \[data\]"),
+        ("[info]\njson = true", r"no table \[info\]"),  # it does not read any file
+        ("= 3", "cannot read the configuration"),
+    ],
+)
+def test_a_wrong_file(tmp_path, text, message):
+    (tmp_path / "c.toml").write_text(text)
+    with pytest.raises(OptionError, match=message):
+        run("score", *MODEL, "--config", tmp_path / "c.toml")
