@@ -15,11 +15,11 @@ from singe.objectives import Objective
 TRIAL_SAMPLES = 4  # of a batch, to find out about the network and the data
 
 
-def first_few(batch: Batch) -> Batch | None:
+def first_few(batch: Batch, count: int = TRIAL_SAMPLES) -> Batch | None:
     """The first samples of a batch, labels and all, if there are several to take apart."""
-    if batch.size <= TRIAL_SAMPLES:
+    if batch.size <= count:
         return batch if batch.size > 1 else None
-    parts = cut(batch, TRIAL_SAMPLES, batch.size - TRIAL_SAMPLES)
+    parts = cut(batch, count, batch.size - count)
     return None if parts is None else parts[0]
 
 

@@ -3,6 +3,7 @@ computed that the criterion does not use."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -102,6 +103,7 @@ class FusedEngine:
         self.divisible = Divisible(self.objective, self.sweep.record)
         self.sample_bytes = 0.0  # activations of one sample, once they are known
         self.chunk = MAX_VARIANTS
+        self.most = sys.maxsize  # samples of a batch that fit, as far as it is known
         self.evaluated = 0  # samples times variants
 
     def run(self, batches: Iterable[Batch]) -> Result:
@@ -151,6 +153,7 @@ class FusedEngine:
             "keys": list(self.sums.gradients),
             "budget": self.budget,
             "chunk": self.chunk,
+            "most": self.most,
             "evaluated": self.evaluated,
             "sample_gates": self.sweep.sample_gates.known,
         }
@@ -164,7 +167,8 @@ class FusedEngine:
             self.decision.load(tensors)
         self.budget, self.chunk = header["budget"], header["chunk"]
         self.evaluated = header["evaluated"]
-        # Not in a state that was saved before there was p="fisher".
+        # Neither is in a state that was saved before they were there.
+        self.most = header.get("most", sys.maxsize)
         self.sweep.sample_gates.known = dict(header.get("sample_gates", {}))
 
     def variants_per_batch(self) -> int:
@@ -181,16 +185,18 @@ class FusedEngine:
             for job in self.jobs:
                 self._run_job(job, batch, None, fold, share)
             return
-        reference, at_least = None, 1
-        if self.max_memory is None:
+        reference = None
+        if self.max_memory is None and batch.size <= self.most:
             reference = self._record_if_it_fits(batch)
-            at_least = 1 if reference is not None else 2
         if reference is None or self._variants_that_fit() < 1:
-            if (pieces := self._pieces(batch, at_least)) is not None:
+            if (pieces := self._pieces(batch)) is not None:
                 for piece in pieces:
                     self._run_batch(piece, fold, share * piece.size / batch.size)
                 return
-            reference = self.sweep.record(batch)
+            reference = self._record_if_it_fits(batch)
+            if reference is None:
+                self._run_batch(batch, fold, share)  # in smaller pieces, now that this is known
+                return
         if self.updates is not None and self.updates.needs_trial:
             self.updates.try_out(first_samples(batch, TRIAL_SAMPLES))
             reference = self.sweep.record(batch)
@@ -213,6 +219,7 @@ class FusedEngine:
         """
         return (
             self.definition.path == "network"
+            and batch.size <= self.most
             and self.definition.criterion.integrand in ("variation", "gradient")
             and not self.objective.needs_reference
             and self.autocast is None  # there the remembered prefix is in full precision
@@ -221,36 +228,55 @@ class FusedEngine:
         )
 
     def _record_if_it_fits(self, batch: Batch) -> Any:
-        """Outputs of the plain pass, or None where it runs out of memory."""
+        """Outputs of the plain pass, or None where it turns out that so many samples do not fit."""
         try:
             return self.sweep.record(batch)
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) or batch.size > self.most:  # known, and not to be helped
                 raise
-        self.network.cache.clear()
+        self.most = batch.size // 2
         self._free()  # not in ``except``, where the failed pass's tensors are still there
         return None
 
-    def _pieces(self, batch: Batch, at_least: int = 1) -> list[Batch] | None:
+    def _pieces(self, batch: Batch) -> list[Batch] | None:
         """The batch in parts of which at least one variant fits, where cutting changes nothing."""
-        few = first_few(batch)
-        if few is None:
+        if not self._divisible(batch):
             return None
-        if not self.sample_bytes:
-            self.sweep.record(few)
-            self.sample_bytes = self.network.cache.bytes / few.size
         size = int(self._room_with_record() // max(1, (1 + ACTIVATION_COPIES) * self.sample_bytes))
-        count = max(at_least, -(-batch.size // max(1, size)))
-        if count == 1 or not self.divisible(few):
+        count = -(-batch.size // max(1, min(size, self.most)))
+        if count == 1:
             return None
         small, extra = divmod(batch.size, count)
         return cut(batch, *[small + 1] * extra, *[small] * (count - extra))
+
+    def _divisible(self, batch: Batch) -> bool:
+        """Whether samples can be told apart; what one of them takes is noted on the way."""
+        for count in (TRIAL_SAMPLES, 2):
+            few = first_few(batch, count)
+            if few is None:
+                return False
+            try:
+                if not self.sample_bytes:
+                    self.sweep.record(few)
+                    self.sample_bytes = self.network.cache.bytes / few.size
+                return self.divisible(few)
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or count == 2:
+                    raise
+            self._free()
+        raise AssertionError
 
     def _run_job(
         self, job: list[Variant], batch: Batch, reference: Any, fold: int, share: float
     ) -> None:
         done = 0
         while done < len(job):
+            if batch.size > self.most and (pieces := self._pieces(batch)) is not None:
+                for piece in pieces:
+                    own = self.sweep.record(piece)
+                    self._run_job(job[done:], piece, own, fold, share * piece.size / batch.size)
+                self.sweep.record(batch)  # for the jobs to come
+                return
             variants = job[done : done + self.chunk]
             lack = self._add(variants, batch, reference, fold)
             if lack is None:
@@ -259,14 +285,10 @@ class FusedEngine:
                 self.on_pass(share * len(variants))
             elif len(variants) > 1:
                 self.chunk = len(variants) // 2
-            elif (pieces := self._pieces(batch, 2)) is not None:
-                for piece in pieces:
-                    own = self.sweep.record(piece)
-                    self._run_job(job[done:], piece, own, fold, share * piece.size / batch.size)
-                self.sweep.record(batch)  # for the jobs to come
-                return
-            else:
+            elif batch.size > self.most:  # known, and it cannot be cut
                 raise lack
+            else:
+                self.most = batch.size // 2
 
     def _add(
         self, variants: list[Variant], batch: Batch, reference: Any, fold: int
@@ -284,6 +306,7 @@ class FusedEngine:
         return lack
 
     def _free(self) -> None:
+        """What a failed pass has left."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -23,6 +23,7 @@ from singe.files import replacing
 from singe.gates import registered
 from singe.graph import NORMS, ROWS, private_copy, unwrapped
 from singe.plan import Plan
+from singe.scores import fingerprint
 from singe.slim import slim_of, take_slim
 from singe.snapshot import Snapshot
 
@@ -67,16 +68,12 @@ def save_pruned(
 
 
 def _require_carried_out(model: nn.Module, plan: Plan) -> None:
-    """As far as the plan says how wide its layers were."""
-    modules = dict(model.named_modules())
-    for name, group in plan.meta.get("groups", {}).items():
-        weight = getattr(modules.get(name), "weight", None)
-        full = group["units"] * group["channels_per_unit"]
-        if group["removed"] and isinstance(weight, Tensor) and len(weight) == full:
-            raise ModelError(
-                f"{name} still has all of its {full} channels, of which the plan removes some: carry it out "
-                "before saving both, singe.prune(model, plan, example_inputs)"
-            )
+    """As far as the plan knows the model that it was made for."""
+    if plan.n_units and plan.meta.get("fingerprint") == fingerprint(model):
+        raise ModelError(
+            f"this {type(model).__name__} still has all that the plan removes; carry it out before saving "
+            "both, singe.prune(model, plan, example_inputs)"
+        )
 
 
 def load_pruned(model: nn.Module, path: str | PathLike[str]) -> nn.Module:

@@ -75,7 +75,9 @@ class Sweep:
             if isinstance(error, SingeError) or is_out_of_memory(error):
                 raise
             if not self.network.channels_last:
-                raise self._cannot_run(batch, error) from error
+                if type(error) is RuntimeError:  # torch's own; a model may raise what it likes
+                    raise self._cannot_run(batch, error) from error
+                raise
             self.network.set_channels_last(False)  # ``x.view(len(x), -1)``, for one
             return self.record(batch)
         self.objective.check(reference, batch)
@@ -179,9 +181,7 @@ class Sweep:
                     if key in gate_grads:
                         grad = gate_grads[key][where].unsqueeze(2)
                         computed.append((group, key, run, self._of_units(group, member, run, grad)))
-        # Added only now: running out of memory above must not leave half a pass in the sums.
-        for group, key, run, part in computed:
-            self._add_to_slots(group, key, run, part, fold)
+        self._add_all(computed, fold)
 
     def _add_squares(
         self, variants: Sequence[Variant], batch: Batch, reference: Any, fold: int
@@ -204,12 +204,16 @@ class Sweep:
         of_sites = found[0] if own else [torch.stack(each, 1) for each in zip(*found, strict=True)]
         grads = dict(zip(gates, of_sites, strict=True))  # [V, B, C]
         computed = [
-            (group, variants[where], self._squares(group, variants[where], where, grads))
+            (
+                group,
+                site_key(group.members[0]),
+                variants[where],
+                self._squares(group, variants[where], where, grads),
+            )
             for units, where in runs_of_groups(variants)
             for group, _ in units
         ]
-        for group, run, part in computed:
-            self._add_to_slots(group, site_key(group.members[0]), run, part, fold)
+        self._add_all(computed, fold)
 
     def _updates_of(self, variants: Sequence[Variant]) -> ChannelUpdates | None:
         """One-channel updates, if these variants can do with them."""
@@ -253,7 +257,7 @@ class Sweep:
             x = x.expand(len(variants), *x.shape)
             channels = self._channels_per_variant(member, variants).to(self.device)
             part = unit_row_gradients(module, x, grad.to(x.dtype), channels).flatten(1)
-        self._add_to_slots(group, member.name, variants, part, fold)
+        self._add_all([(group, member.name, variants, part)], fold)
 
     def _rows(
         self, group: Group, member: Member, variants: Sequence[Variant], x: Tensor, adjoint: Tensor
@@ -307,22 +311,33 @@ class Sweep:
         """[V, m]: the channels of the one unit that each variant moves."""
         return member.channels[[one.unit for one in variants]]
 
-    def _add_to_slots(
-        self, group: Group, key: str, variants: Sequence[Variant], grad: Tensor, fold: int
+    def _add_all(
+        self, computed: Sequence[tuple[Group, str, Sequence[Variant], Tensor]], fold: int
     ) -> None:
-        """Add [V, U, k], or [V, k] of one unit per variant, weighted where nodes are summed."""
+        """Parts of one pass, each into the sums of its group and site.
+
+        All memory is taken before anything is added: a pass that runs out of it leaves no half of itself.
+        """
+        slots = [(self._slot(group, key, part), part) for group, key, _, part in computed]
+        wide = [(sums[fold], part.to(sums.dtype)) for sums, part in slots]
+        for (_, _, variants, _), (sums, part) in zip(computed, wide, strict=True):
+            self._add_to(sums, variants, part)
+
+    def _slot(self, group: Group, key: str, part: Tensor) -> Tensor:
         slots = 1 if self.nodes_in_one else len(self.quadrature)
-        shape = (slots, group.n_units, grad.shape[-1])
-        sums = self.sums.slot((group.name, key), shape, self.network.open_gate(key))[fold]
-        grad = grad.to(sums.dtype)
+        shape = (slots, group.n_units, part.shape[-1])
+        return self.sums.slot((group.name, key), shape, self.network.open_gate(key))
+
+    def _add_to(self, sums: Tensor, variants: Sequence[Variant], part: Tensor) -> None:
+        """Add [V, U, k], or [V, k] of one unit per variant, weighted where nodes are summed."""
         if self.one_by_one and not self.nodes_in_one:  # every variant has a place of its own
             nodes = torch.tensor([one.node for one in variants], device=sums.device)
             units = torch.tensor([one.unit for one in variants], device=sums.device)
-            sums[nodes, units] += grad
+            sums[nodes, units] += part
             return
-        for one, part in zip(variants, grad, strict=True):
+        for one, own in zip(variants, part, strict=True):
             assert one.node is not None
             slot = 0 if self.nodes_in_one else one.node
             weight = self.quadrature.weights[one.node] if self.nodes_in_one else 1.0
             target = sums[slot, one.unit] if self.one_by_one else sums[slot]
-            target.add_(part, alpha=weight)
+            target.add_(own, alpha=weight)

@@ -335,7 +335,7 @@ def test_residual_networks():
         ({"criterion": "taylor"}, 1),
         ({"objective": lambda outputs, batch: F.cross_entropy(outputs, batch[1])}, 1),
     ],
-    ids=str,
+    ids=["usual", "kl", "1", "network", "outside", "taylor", "callable"],
 )
 def test_the_power_of_its_scores(options, p):
     """Samples by themselves on the layer path, where every loss is known to be one per sample."""

@@ -21,6 +21,7 @@ from torch import nn
 
 from singe import memory, units, verification
 from singe.data import cut
+from singe.sums import Sums
 from singe.sweep import Sweep
 
 
@@ -117,20 +118,58 @@ class Limited(nn.Module):
         return self.body(x)
 
 
+@pytest.mark.parametrize("most", [2, 4])
 @pytest.mark.parametrize("gradients_only", [False, True], ids=["plain", "variants"])
 @pytest.mark.parametrize(
     "options",
     [{}, {"path": "network"}, {"path": "neuron"}, {"p": "fisher"}, {"objective": "kl"}],
     ids=str,
 )
-def test_a_batch_that_does_not_fit_is_halved(options, gradients_only):
+def test_a_batch_that_does_not_fit_is_halved(options, gradients_only, most):
     case = CASES["residual"]
     data = case.batches((10, 11))
     roomy = Limited(case.model(), 100, gradients_only)
     graph = units.find_groups(roomy, batch_of(data[0]))
     whole = run_engine(roomy, data, graph=graph, **options)
-    small = run_engine(Limited(case.model(), 4, gradients_only), data, graph=graph, **options)
+    tight = Limited(case.model(), most, gradients_only)
+    small = run_engine(tight, data, graph=graph, **options)
     assert_close(small.scores, whole.scores, 1e-12)
+    small = run_engine(tight, data, graph=graph, max_memory=10**9, **options)
+    assert_close(small.scores, whole.scores, 1e-12)
+
+
+def test_what_did_not_fit_is_not_tried_again():
+    """The first batch shows it; the others are cut before anything runs."""
+    case, failed = CASES["residual"], []
+
+    class Counted(Limited):
+        def forward(self, x):
+            if len(x) > self.most:
+                failed.append(len(x))
+            return super().forward(x)
+
+    data = case.batches((8,) * 6)
+    graph = units.find_groups(Limited(case.model(), 100, True), batch_of(data[0]))
+    run_engine(Counted(case.model(), 4, False), data, graph=graph)
+    assert failed == [8]
+
+
+def test_sums_are_made_before_anything_is_added(monkeypatch):
+    """A pass that runs out of memory while its sums are made is repeated, and counts once."""
+    case, made = CASES["residual"], []
+    model, data = case.model(), case.batches((6, 5))
+    expected = run_engine(model, data)
+    slot = Sums.slot
+
+    def short(self, key, *rest):
+        made.append(key)
+        if len(made) == 3:
+            full()
+        return slot(self, key, *rest)
+
+    monkeypatch.setattr(Sums, "slot", short)
+    assert_close(run_engine(model, data).scores, expected.scores, 1e-12)
+    assert len(made) > 3
 
 
 @pytest.mark.parametrize("gradients_only", [False, True], ids=["plain", "variants"])
