@@ -292,8 +292,8 @@ def require(reached: float, target: float, kind: str, full: float) -> None:
     if reached > target:
         unit = " ms" if kind == "latency" else ""
         advice = (
-            "raise the target or what limits it (max_pruning_ratio, min_keep, round_to, ignore), or score "
-            "more layers (a target up to 1 is a share of the model, a larger one an absolute number)"
+            "raise the target or max_pruning_ratio, lower min_keep or round_to, ignore less, or score more "
+            "layers (a target up to 1 is a share of the model, a larger one an absolute number)"
         )
         if kind == "latency" and reached >= full:
             advice = (

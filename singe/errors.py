@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-
 
 class SingeError(Exception):
     """Base class of all errors this package raises on purpose."""
@@ -52,9 +50,8 @@ def expect(argument: str, value: object, kind: type, wanted: str) -> None:
 
 
 def expect_count(name: str, value: object, least: int) -> None:
-    """Raise OptionError for what is no whole number of at least ``least``."""
-    whole = hasattr(value, "__index__") and not isinstance(value, bool)
-    if not whole or operator.index(value) < least:  # type: ignore[arg-type]
+    """Raise OptionError for what is no int of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise OptionError(f"{name} must be a whole number >= {least}, got {value!r}")
 
 

@@ -101,7 +101,7 @@ def default_optimizer(lr: float) -> OptimizerFactory:
     Raises:
         OptionError: ``lr`` is no positive number.
     """
-    if not 0.0 < lr < math.inf:
+    if not isinstance(lr, int | float) or not 0.0 < lr < math.inf:
         raise OptionError(f"lr must be a positive number, got {lr!r}")
     return lambda parameters: torch.optim.SGD(
         parameters, lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4

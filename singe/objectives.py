@@ -131,7 +131,7 @@ def check_classes(labels: Tensor, classes: int, where: str) -> None:
         values = sorted(set(labels[bad].tolist()))[:5]
         raise DataError(
             f"{where}: labels {values} are out of range for a model with {classes} outputs; labels "
-            f"must lie in [0, {classes - 1}]"
+            f"must lie in [0, {classes - 1}], or be {IGNORE_INDEX} where they shall not count"
         )
 
 

@@ -26,7 +26,7 @@ from singe.criteria import (
 )
 from singe.definition import Definition
 from singe.errors import OptionError, expect
-from singe.objectives import Loss, Objective, as_objective
+from singe.objectives import KL, CrossEntropy, Loss, Objective, as_objective
 from singe.precision import OFFERED as LOWER
 from singe.quadrature import Quadrature, as_quadrature
 from singe.scores import Scores
@@ -82,7 +82,7 @@ class Request:
                 "checkpoint promises the same bits, and compile=True cannot keep that: its first passes "
                 "run plainly, and after a kill these are others; choose one of them"
             )
-        if not hasattr(self.seed, "__index__"):
+        if not isinstance(self.seed, int):
             raise OptionError(f"seed must be a whole number, got {self.seed!r}")
         memory = self.max_memory
         if memory is not None and not (isinstance(memory, Real) and 0 < memory < math.inf):
@@ -174,12 +174,13 @@ def power_for_pruning(options: Mapping[str, Any]) -> int | str:
     """The ``p`` for scores that a network is pruned by, where these options of a request leave it open.
 
     ``"fisher"`` on the layer path: ResNet-56 with 2.57 times fewer MACs and no training keeps 74.1 % with
-    it and 68.4 % with p=1, and after training it does no worse (docs/cifar10.md). Not where it cannot be
-    had: with ``norm="outside"``, with a ``tolerance``, and of a user's objective, which may give a mean.
+    it and 68.4 % with p=1, and after training they are level within the noise (docs/cifar10.md). Not where
+    it cannot be had: with ``norm="outside"``, with a ``tolerance``, and of a user's objective, which may give
+    a mean.
     """
     usual = {"criterion": "singe", "path": "layer", "norm": "inside", "tolerance": None}
-    named = isinstance(options.get("objective", "cross_entropy"), str)
-    return "fisher" if named and all(options.get(k, v) == v for k, v in usual.items()) else 1
+    known = isinstance(as_objective(options.get("objective", "cross_entropy")), CrossEntropy | KL)
+    return "fisher" if known and all(options.get(k, v) == v for k, v in usual.items()) else 1
 
 
 def check_float32(model: nn.Module, argument: str) -> None:

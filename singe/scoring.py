@@ -35,7 +35,7 @@ from singe.weight_scores import WeightScores
 # What to think of where every score is zero.
 WITHOUT_GRADIENT = {
     "kl": "; 'kl' is flat at mu = 1, integrate over the path",
-    "cross_entropy": "; labels of -100 count nothing: are all of them?",
+    "cross_entropy": " (a model that cannot learn, or labels that are all -100 and do not count)",
 }
 
 

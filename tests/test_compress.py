@@ -23,6 +23,7 @@ from torch import nn
 
 import singe
 from singe.compress import accuracy
+from singe.objectives import CrossEntropy
 
 # Torch-Pruning counts a linear layer's bias once per batch: its MACs per sample depend, by less than
 # this, on how many samples it is shown.
@@ -329,13 +330,14 @@ def test_residual_networks():
     [
         ({}, "fisher"),
         ({"objective": "kl"}, "fisher"),
+        ({"objective": CrossEntropy()}, "fisher"),
         ({"p": 1}, 1),
         ({"path": "network"}, 1),
         ({"norm": "outside"}, 1),
         ({"criterion": "taylor"}, 1),
         ({"objective": lambda outputs, batch: F.cross_entropy(outputs, batch[1])}, 1),
     ],
-    ids=["usual", "kl", "1", "network", "outside", "taylor", "callable"],
+    ids=["usual", "kl", "object", "1", "network", "outside", "taylor", "callable"],
 )
 def test_the_power_of_its_scores(options, p):
     """Samples by themselves on the layer path, where every loss is known to be one per sample."""

@@ -312,3 +312,18 @@ def test_channels_know_their_head():
     assert by_layer["blocks.0.attn.q_proj"].tolist() == [low] * 6 + [high] * 6
     assert by_layer["blocks.0.attn.k_proj"].tolist() == [low] * 2 + [high] * 2
     assert by_layer[name].tolist() == [low] * 2 + [high] * 2
+
+
+def test_heads_that_leave_as_many_rows_as_one_part_had(tmp_path):
+    """Two of three are gone: q, k and v have as many rows together as v had before."""
+    family = FAMILIES["fused"]
+    model, inputs = family.model(), family.batches()[0][0]
+    scores = singe.score(model, family.batches(), progress=False)
+    name = next(name for name in scores.meta["heads"] if len(scores[name]) == 3)
+    plan = singe.Plan({name: [0, 1]}, {"fingerprint": scores.meta["fingerprint"]})
+    rows = len(model.get_parameter(f"{name}.weight"))
+    singe.prune(model, plan, inputs)
+    assert len(model.get_parameter(f"{name}.weight")) == rows // 3
+    singe.save_pruned(model, tmp_path, plan)
+    loaded = singe.load_pruned(family.model(), tmp_path)
+    assert torch.equal(loaded(inputs), model(inputs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -69,14 +70,14 @@ def test_evaluation_labels_outside_the_classes():
 
 
 @pytest.mark.parametrize("name", ["rounds", "finetune_steps", "final_steps", "checkpoint_every"])
-@pytest.mark.parametrize("value", [1.5, -1, "2", True])
+@pytest.mark.parametrize("value", [1.5, -1, "2", True, np.int64(1), torch.tensor(1.5)], ids=str)
 def test_counts_are_whole_numbers(name, value):
     fails(
         lambda m: compress(m, **{name: value}), singe.OptionError, f"{name} must be a whole number"
     )
 
 
-@pytest.mark.parametrize("lr", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("lr", [0.0, -1.0, float("nan"), float("inf"), "0.1"])
 def test_a_learning_rate_that_cannot_be(lr):
     fails(lambda m: compress(m, lr=lr), singe.OptionError, "lr must be a positive number")
 
@@ -107,7 +108,7 @@ def test_arrays_in_place_of_tensors():
 
 def test_labels_that_count_nothing():
     batches = [(x, torch.full_like(y, -100)) for x, y in CASE.batches()]
-    with pytest.warns(UserWarning, match="labels of -100"):
+    with pytest.warns(UserWarning, match="labels that are all -100"):
         score(CASE.model(), batches)
 
 
@@ -138,11 +139,31 @@ def test_a_quantized_model():
         score(quantized, mlp.batches(dtype=torch.float32))
 
 
+def test_float_models_that_can_be_quantized_are_scored():
+    class Adds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+            self.add = torch.ao.nn.quantized.FloatFunctional()
+
+        def forward(self, x):
+            return self.head(self.add.add(self.a(x).relu(), self.b(x)))
+
+    assert score(Adds().double(), make_batches((6,), (3,)))
+
+
+def test_a_computed_tensor_that_a_model_keeps():
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)).double()
+    model.features = model[0](torch.rand(2, 6).double())
+    with pytest.raises(singe.ModelError, match=r": features is the result of a computation"):
+        score(model, make_batches((6,), (2,)))
+
+
 def test_masks_that_were_left_in_a_layer():
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)).double()
     torch_prune.random_unstructured(model[0], "weight", 0.5)
     model(torch.rand(2, 6).double())
-    with pytest.raises(singe.ModelError, match=r"0\.weight is computed .*prune\.remove"):
+    with pytest.raises(singe.ModelError, match=r"0\.weight is masked; .*prune\.remove"):
         score(model, make_batches((6,), (2,)))
 
 

@@ -132,8 +132,15 @@ def test_nothing_of_an_earlier_result_stays_beside_new_weights(tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"an earlier export")
     (tmp_path / "mine.txt").write_text("not of this command")
     run(*words, "--out", tmp_path, "--export", "none", "--no-report")
-    names = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    names = {path.name for path in tmp_path.iterdir()}
     assert names == {"model.safetensors", "plan.json", "mine.txt"}
+
+
+def test_files_that_are_not_of_a_result_are_left_alone(tmp_path):
+    (tmp_path / "report.html").write_text("the user's own")
+    words = ("prune", *MODEL, "--input-shape", "3,8,8", "--criterion", "magnitude", "--macs", 0.5)
+    run(*words, "--out", tmp_path, "--export", "none", "--no-report")
+    assert (tmp_path / "report.html").read_text() == "the user's own"
 
 
 def test_latency_is_told_with_its_spread(tmp_path):

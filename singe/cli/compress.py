@@ -17,7 +17,13 @@ from torch.optim import Optimizer
 
 import singe
 from singe.cli import finish
-from singe.cli.folders import holds_run, remove_results, require_folder
+from singe.cli.folders import (
+    CHECKPOINT,
+    WARMUP,
+    holds_run,
+    remove_results,
+    require_folder,
+)
 from singe.cli.groups import takes_groups
 from singe.cli.inputs import Inputs, given, load_inputs
 from singe.cli.options import (
@@ -43,7 +49,6 @@ from singe.scores import Scores
 
 EXIT_FLOOR = 3
 DEFAULT_ROUNDS, DEFAULT_STEPS = 5, 200  # of singe.compress, to tell the cost of a run beforehand
-CHECKPOINT, WARMUP = "checkpoint", "warmup"
 WARMUP_TOO = ("clip_grad_norm", "label_smoothing", "checkpoint_every")
 # Options that singe.compress takes under the same name.
 PASSED = (
@@ -116,8 +121,7 @@ def compress(
         inputs.model, **shared, **chosen, **limits, **options,
         checkpoint=checkpoint, on_round=time_left(tuning, checkpoint, voice),
     )  # fmt: skip
-    if not tuning.resume:  # or they are of this very run
-        remove_results(output.out)
+    remove_results(output.out)
     files = finish.write_model(inputs, done.plan, output.out)
     latency = finish.time_both(original, inputs.model, inputs.example, budget.timing())
     content = _content(done, latency) | {

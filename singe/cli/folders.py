@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -10,6 +11,7 @@ from singe.errors import OptionError
 
 EXPORTS = ("pt2", "onnx")  # model.KIND
 REPORT = ("report.html", "report.json")
+CHECKPOINT, WARMUP = "checkpoint", "warmup"  # of compress, in --out
 
 
 def require_folder(out: Path) -> None:
@@ -58,12 +60,18 @@ def require_place(out: Path) -> None:
 
 
 def holds_run(out: Path) -> bool:
-    """Whether a run of compress keeps its checkpoints in there."""
-    name = "checkpoint-*.safetensors"
-    return any(out.glob(name)) or any(out.glob(f"*/{name}"))
+    """Whether a run of compress keeps its checkpoints there, of the command or of Python."""
+    places = (out, out / CHECKPOINT, out / WARMUP)
+    return any(any(place.glob("checkpoint-*.safetensors")) for place in places)
 
 
 def remove_results(out: Path) -> None:
-    """Take away an earlier result's exports and report: beside new weights they would be of another model."""
+    """Take away an earlier result's exports and report: beside new weights they would be of another model.
+
+    Only beside a plan: a folder without one holds no result of ours.
+    """
+    if not (out / "plan.json").is_file():
+        return
+    shutil.rmtree(out / "pictures", ignore_errors=True)
     for name in (*(f"model.{kind}" for kind in EXPORTS), *REPORT):
         (out / name).unlink(missing_ok=True)
