@@ -240,31 +240,28 @@ class FusedEngine:
 
     def _pieces(self, batch: Batch) -> list[Batch] | None:
         """The batch in parts of which at least one variant fits, where cutting changes nothing."""
-        if not self._divisible(batch):
+        if (few := first_few(batch)) is None:
             return None
+        try:
+            return self._cut(batch, few)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        self._free()
+        fewer = first_few(batch, 2)
+        return None if fewer is None else self._cut(batch, fewer)
+
+    def _cut(self, batch: Batch, few: Batch) -> list[Batch] | None:
+        """:meth:`_pieces`, by what a few of its samples show."""
+        if not self.sample_bytes:
+            self.sweep.record(few)
+            self.sample_bytes = self.network.cache.bytes / few.size
         size = int(self._room_with_record() // max(1, (1 + ACTIVATION_COPIES) * self.sample_bytes))
         count = -(-batch.size // max(1, min(size, self.most)))
-        if count == 1:
+        if count == 1 or not self.divisible(few):
             return None
         small, extra = divmod(batch.size, count)
         return cut(batch, *[small + 1] * extra, *[small] * (count - extra))
-
-    def _divisible(self, batch: Batch) -> bool:
-        """Whether samples can be told apart; what one of them takes is noted on the way."""
-        for count in (TRIAL_SAMPLES, 2):
-            few = first_few(batch, count)
-            if few is None:
-                return False
-            try:
-                if not self.sample_bytes:
-                    self.sweep.record(few)
-                    self.sample_bytes = self.network.cache.bytes / few.size
-                return self.divisible(few)
-            except RuntimeError as error:
-                if not is_out_of_memory(error) or count == 2:
-                    raise
-            self._free()
-        raise AssertionError
 
     def _run_job(
         self, job: list[Variant], batch: Batch, reference: Any, fold: int, share: float
