@@ -3,9 +3,8 @@
     python -m benchmarks.without_training
 
 The network of ``singe demo`` is trained until no training image is wrong, so the gradient there
-(Taylor) has little left to say; along the path to the pruned network it has. Every criterion scores on
-the same 256 training images, the plan takes the same MACs, and the BatchNorms' statistics are set again
-on the same images.
+(Taylor) has little left to say. Every criterion scores on the same 256 training images, the plan takes
+the same MACs, and the BatchNorms' statistics are set again on the same images.
 """
 
 from __future__ import annotations

@@ -158,7 +158,7 @@ def compress(
         seed: of everything random, scoring with ``criterion="random"`` included.
         score_options: ``criterion``, ``path``, ``quadrature``, ``p``, ``norm``, ``layers``, ``ignore``,
             ``engine``, ``max_memory`` of :func:`singe.score`. ``p`` is ``"fisher"`` by default on the layer
-            path, with an objective given by name; else 1.
+            path, with the objectives "cross_entropy" and "kl"; else 1.
 
     Returns:
         A :class:`CompressReport`.

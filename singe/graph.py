@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -120,7 +120,7 @@ def expect_model(model: object) -> None:
         raise ModelError(
             "a TorchScript model cannot be changed; give the nn.Module it was made from"
         )
-    if meta := next((n for n, t in _tensors(model) if t.is_meta), None):
+    if meta := next((n for n, t in named_tensors(model) if t.is_meta), None):
         raise ModelError(
             f"{meta} is on the meta device, so it has no values; load the weights before"
         )
@@ -135,9 +135,10 @@ def expect_model(model: object) -> None:
         raise ModelError(f"{name} has no size yet; run the model once, model(inputs), before")
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """All parameters and buffers, by the names that the unwrapped model has for them."""
+    bare = unwrapped(model)
+    return [*bare.named_parameters(), *bare.named_buffers()]
 
 
 def private_copy(model: nn.Module, trainable: bool = False) -> nn.Module:

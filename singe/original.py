@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from singe.data import Batch
-from singe.graph import ModelGraph, unwrapped
+from singe.graph import ModelGraph, named_tensors
 from singe.latency import Stopwatch, Timing
 from singe.plan import Plan, full_cost
 from singe.removal import remove_units
@@ -68,7 +68,7 @@ class Original:
 
     def values(self) -> dict[str, Tensor]:
         """Copies of all parameters and buffers as they are now, in their layouts."""
-        return {name: t.detach().clone() for name, t in _tensors(self.model)}
+        return {name: t.detach().clone() for name, t in named_tensors(self.model)}
 
     def rebuild(self, kept: Mapping[str, Sequence[int]], values: Mapping[str, Tensor]) -> None:
         """Make the model what it was when ``kept`` were its units and ``values`` its tensors."""
@@ -77,17 +77,12 @@ class Original:
         removals = [(g, gone[g.name]) for g in self.graph.groups if g.name in gone]
         if removals:
             remove_units(self.model, self.batch, removals)
-        for name, tensor in _tensors(self.model):
+        for name, tensor in named_tensors(self.model):
             _fill(tensor, values[name])
 
     def restore(self) -> None:
         """Make the model what it was at first."""
         self._snapshot.restore()
-
-
-def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    bare = unwrapped(model)
-    return [*bare.named_parameters(), *bare.named_buffers()]
 
 
 def _fill(tensor: Tensor, value: Tensor) -> None:

@@ -24,7 +24,7 @@ from singe.graph import ModelGraph, expect_model, private_copy, unwrapped
 from singe.latency import Stopwatch, Timing
 from singe.limits import MAX_PRUNING_RATIO, Limits, Share, absolute, limits_of, target_of
 from singe.removal import remove_units
-from singe.scores import Scores, ScoreTable, require_units
+from singe.scores import Scores, expect_scores, require_units
 from singe.units import find_groups, small
 
 FORMAT = "singe-plan-1"
@@ -186,7 +186,7 @@ def plan(
         OptionError: not exactly one target, or a value out of range.
     """
     expect_model(model)
-    expect("scores", scores, ScoreTable, "what singe.score returned")
+    expect_scores(scores)
     require_units(scores)
     scores.check(model)
     if timing is not None:

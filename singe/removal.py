@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from singe.conv1d import Linears
 from singe.data import Batch
 from singe.dependencies import build_dependency_graph
-from singe.graph import Group, private_copy, unwrapped
+from singe.graph import Group, named_tensors, private_copy, unwrapped
 from singe.heads import remove_heads
 
 Removals = Sequence[tuple[Group, Sequence[int]]]
@@ -99,10 +99,7 @@ def kept_elements(model: nn.Module, batch: Batch, removals: Removals) -> dict[st
             tensor.data = numbers.view(tensor.shape)
 
     remove_units(twin, batch, removals, once_traced=number)
-    return {
-        name: tensor.detach().long()
-        for name, tensor in (*twin.named_parameters(), *twin.named_buffers())
-    }
+    return {name: tensor.detach().long() for name, tensor in named_tensors(twin)}
 
 
 def take(value: Tensor, kept: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from singe.errors import NonFiniteError, ScoresError
+from singe.errors import NonFiniteError, ScoresError, expect
 from singe.files import replacing
 from singe.graph import unwrapped
 
@@ -219,6 +219,11 @@ class Scores(ScoreTable):
         if model is not None:
             scores.check(model)
         return scores
+
+
+def expect_scores(scores: object, argument: str = "scores") -> None:
+    """Raise OptionError for what is no table of scores."""
+    expect(argument, scores, ScoreTable, "what singe.score returned")
 
 
 def require_units(scores: Mapping[str, Tensor]) -> None:

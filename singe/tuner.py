@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from singe.data import Batch, as_batch, device_of
 from singe.errors import ModelError, NonFiniteError, OptionError
 from singe.finetune import Training, in_mode
-from singe.graph import unwrapped
+from singe.graph import named_tensors, unwrapped
 from singe.objectives import class_dim, logits_of
 from singe.removal import take
 from singe.seeding import Stream, seed_all
@@ -223,9 +223,7 @@ class Tuner:
             tensor.copy_(values[name])
 
     def _floating(self) -> dict[str, Tensor]:
-        bare = unwrapped(self.model)
-        named = (*bare.named_parameters(), *bare.named_buffers())
-        return {name: t for name, t in named if t.is_floating_point()}
+        return {name: t for name, t in named_tensors(self.model) if t.is_floating_point()}
 
     # ------------------------------------------------------------------ removal and checkpoints
 

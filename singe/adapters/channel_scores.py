@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singe.errors import ModelError, ScoresError, expect
+from singe.errors import ModelError, ScoresError
 from singe.graph import unwrapped
-from singe.scores import Scores, ScoreTable, require_units
+from singe.scores import Scores, expect_scores, require_units
 
 
 def channel_scores(scores: Scores, model: nn.Module, check: bool = True) -> dict[str, Tensor]:
@@ -38,7 +38,7 @@ def channel_scores(scores: Scores, model: nn.Module, check: bool = True) -> dict
         OptionError: no scores.
         ScoresError: scores of another model.
     """
-    expect("scores", scores, ScoreTable, "what singe.score returned")
+    expect_scores(scores)
     require_units(scores)
     if check:
         scores.check(model)

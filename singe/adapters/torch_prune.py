@@ -35,10 +35,10 @@ from singe.adapters.weight_tables import (
 )
 from singe.conv1d import is_transposed
 from singe.data import device_of, example_batch
-from singe.errors import BudgetError, ModelError, OptionError, ScoresError, expect
+from singe.errors import BudgetError, ModelError, OptionError, ScoresError
 from singe.graph import BATCH_NORMS, Group, ModelGraph, unwrapped
 from singe.limits import check_ratio, floor_of
-from singe.scores import Scores, ScoreTable, require_units
+from singe.scores import Scores, expect_scores, require_units
 from singe.units import find_groups, small
 from singe.weight_scores import WeightScores
 
@@ -69,7 +69,7 @@ def local_structured(
 ) -> dict[str, list[int]]:
     """Mask the lowest share ``amount`` of every group; see :func:`global_structured`."""
     check_amount(amount)
-    expect("scores", scores, ScoreTable, "what singe.score returned")
+    expect_scores(scores)
     chosen = {
         name: sorted(values.argsort(stable=True)[: round(amount * len(values))].tolist())
         for name, values in scores.items()
@@ -109,7 +109,7 @@ def global_structured(
     """
     check_amount(amount)
     check_ratio(max_pruning_ratio)
-    expect("scores", scores, ScoreTable, "what singe.score returned")
+    expect_scores(scores)
     floors = {name: floor_of(len(values), max_pruning_ratio) for name, values in scores.items()}
     table = ranking(scores, keep=floors)
     total = sum(map(len, table.values()))

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from singe.adapters.ranking import Normalizer, ranking
 from singe.criteria import choose
-from singe.errors import BudgetError, OptionError, ScoresError, expect, expect_callable
+from singe.errors import BudgetError, OptionError, ScoresError, expect_callable
 from singe.graph import unwrapped
 from singe.limits import check_ratio, floor_of
-from singe.scores import Scores, ScoreTable, fingerprint
+from singe.scores import Scores, ScoreTable, expect_scores, fingerprint
 
 REDUCTIONS = ("sum", "mean", "max", "prod", "first", "gate", None)
 MISSING = ("skip", "error")
@@ -155,7 +155,7 @@ class Importance:
         round_to: int | None,
         missing: str,
     ) -> None:
-        expect("scores", scores, ScoreTable, "what singe.score returned")
+        expect_scores(scores)
         expect_callable(
             "rescore", rescore, "called with the pruned model, which returns its scores"
         )
@@ -309,7 +309,7 @@ class Importance:
         else:
             with torch.enable_grad():  # pruners call under no_grad
                 scores = self.rescore(model)
-            expect("what rescore returns", scores, ScoreTable, "what singe.score returned")
+            expect_scores(scores, "what rescore returns")
             scores.check(model)
             self._use(scores)
 

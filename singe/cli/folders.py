@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from singe.errors import OptionError
+from singe.export import PLAN
 
 EXPORTS = ("pt2", "onnx")  # model.KIND
 REPORT = ("report.html", "report.json")
@@ -70,7 +71,7 @@ def remove_results(out: Path) -> None:
 
     Only beside a plan: a folder without one holds no result of ours.
     """
-    if not (out / "plan.json").is_file():
+    if not (out / PLAN).is_file():
         return
     shutil.rmtree(out / "pictures", ignore_errors=True)
     for name in (*(f"model.{kind}" for kind in EXPORTS), *REPORT):
