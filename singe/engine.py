@@ -3,7 +3,6 @@ computed that the criterion does not use."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -11,35 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from singe.batch_passes import BatchPasses
 from singe.channel_update import ChannelUpdates
-from singe.data import Batch, cut, device_of, first_samples, shapes_of
+from singe.data import Batch, device_of
 from singe.decision import EarlyDecision, hardest_first
 from singe.definition import Definition
-from singe.divisible import TRIAL_SAMPLES, Divisible, first_few
+from singe.divisible import first_few
 from singe.errors import DataError, OptionError
 from singe.graph import ModelGraph, unwrapped
-from singe.memory import PeakMemory, free_memory, is_out_of_memory
-from singe.network import Network, site_key
-from singe.passes import Variant, all_variants, gates_of, merged
+from singe.memory import PeakMemory
+from singe.network import Network
+from singe.passes import Variant, all_variants, gates_of
 from singe.precision import lower
 from singe.reduction import Reduction
 from singe.result import Result, unit_sets
+from singe.room import Room
 from singe.score_checkpoint import ScoreCheckpoint
 from singe.sums import Sums, set_of_units
 from singe.sweep import Sweep
 from singe.variants import variant
 from singe.weight_scores import by_parameter, row_scales
-
-MAX_VARIANTS = 64  # per pass; beyond that a pass only takes more memory
-# On a CPU a larger pass is a slower one once it outgrows the caches: ResNet-20, layer path, 4 nodes,
-# seconds with 4 / 2 / 1 variants per pass: 16 images (12 MB a variant) 0.62 / 0.72 / 0.72, 64 images
-# 2.1 / 2.1 / 2.2, 256 images 14.3 / 10.1 / 8.9.
-CPU_PASS_BYTES = 200 << 20
-ACTIVATION_COPIES = 3  # forward, what backward keeps, and the gradient
-# Groups share a pass while it is so small that starting operations costs more than running them.
-SHARED_PASS_BYTES = 2 << 20
-MAX_FOLDS = 16  # of the data, for error bars
-FOLD_BYTES = 256 << 20  # what their sums may take, unless max_memory says otherwise
 
 
 class FusedEngine:
@@ -53,8 +43,6 @@ class FusedEngine:
         decision: stops feeding units whose side of a cut is settled.
         checkpoint: where the state of the run is kept between batches.
         compile: run the passes through ``torch.compile``.
-        on_pass: called after every finished pass with the number of its variants (a share of it, where
-            a batch was cut).
     """
 
     def __init__(
@@ -68,18 +56,14 @@ class FusedEngine:
         decision: EarlyDecision | None = None,
         checkpoint: ScoreCheckpoint | None = None,
         compile: bool = False,
-        on_pass: Callable[[float], None] = lambda variants: None,
     ) -> None:
         self.model = unwrapped(model)
         self.groups = graph.groups
         self.definition = definition
         self.objective = definition.objective
-        self.max_memory = max_memory
-        self.n_batches = n_batches
         self.decision = decision
         self.checkpoint = checkpoint
         self.autocast = autocast
-        self.on_pass = on_pass
         self.device = device_of(model)
         self.network = Network(model, graph.groups, graph.folds)
         if autocast is not None:
@@ -90,24 +74,30 @@ class FusedEngine:
         one_by_one = definition.path == "neuron"
         # An update knows one gate for all samples.
         has_updates = one_by_one and not definition.each_sample
-        self.updates = ChannelUpdates(self.network, graph.groups) if has_updates else None
+        updates = ChannelUpdates(self.network, graph.groups) if has_updates else None
         self.sets = set_of_units(self.groups, definition.path)
         self.jobs = all_variants(self.groups, definition)
-        self.n_sets = 1 + max(int(index.max()) for index in self.sets.values())
-        self.sums = Sums(self._folds(), self.n_sets)
+        n_sets = 1 + max(int(index.max()) for index in self.sets.values())
+        self.room = Room(self.network, graph.groups, definition, self.device, max_memory)
+        # An early decision needs two folds: what was summed before, and the latest batch.
+        self.room.folds = self.room.folds_for(n_batches) if decision is None else 2
+        self.sums = Sums(self.room.folds, n_sets)
         scales = row_scales(self.network.module, graph.folds)
         self.reduction = Reduction(self.network, definition, self.sets, scales)
-        self.sweep = Sweep(self.network, self.updates, definition, self.sums, self.device, compile)
-        self.active = torch.ones(self.n_sets, dtype=torch.bool)
-        self.budget = max_memory or free_memory(self.device) // 4
-        self.divisible = Divisible(self.objective, self.sweep.record)
-        self.sample_bytes = 0.0  # activations of one sample, once they are known
-        self.chunk = MAX_VARIANTS
-        self.most = sys.maxsize  # samples of a batch that fit, as far as it is known
-        self.evaluated = 0  # samples times variants
+        self.sweep = Sweep(self.network, updates, definition, self.sums, self.device, compile)
+        active = torch.ones(n_sets, dtype=torch.bool)
+        self.passes = BatchPasses(self.sweep, definition, self.jobs, active, self.room)
 
-    def run(self, batches: Iterable[Batch]) -> Result:
-        """Score every unit; ``batches`` is read once."""
+    def run(
+        self, batches: Iterable[Batch], on_pass: Callable[[float], None] = lambda variants: None
+    ) -> Result:
+        """Score every unit; ``batches`` is read once.
+
+        Args:
+            on_pass: called after every finished pass with the number of its variants (a share of it,
+                where a batch was cut).
+        """
+        self.passes.on_pass = on_pass
         try:
             with PeakMemory(self.device) as peak:
                 result = self._run(batches)
@@ -121,8 +111,8 @@ class FusedEngine:
         finally:  # on a GPU what is remembered of the last batch is memory that others need
             self.network.clear()
             self.network.cache.clear()
-            if self.updates is not None:
-                self.updates.forget()
+            if self.sweep.updates is not None:
+                self.sweep.updates.forget()
         result.meta["peak_memory"] = peak.bytes
         return result
 
@@ -136,9 +126,9 @@ class FusedEngine:
             if self.checkpoint is not None and self.checkpoint.skips(batch, self):
                 continue
             if self.decision is None:
-                self._run_batch(batch, position % self.sums.folds)
-            elif self.active.any():
-                self._run_batch(batch, 1)
+                self.passes.run(batch, position % self.sums.folds)
+            elif self.passes.active.any():
+                self.passes.run(batch, 1)
                 self._decide(batch, to_come[position + 1 :])
             if self.checkpoint is not None:
                 self.checkpoint.save(self)
@@ -151,197 +141,28 @@ class FusedEngine:
         decided = {} if self.decision is None else self.decision.state()
         header = {
             "keys": list(self.sums.gradients),
-            "budget": self.budget,
-            "chunk": self.chunk,
-            "most": self.most,
-            "evaluated": self.evaluated,
+            **self.room.state(),
+            "evaluated": self.passes.evaluated,
             "sample_gates": self.sweep.sample_gates.known,
         }
-        return {**self.sums.state(), **decided, "active": self.active}, header
+        return {**self.sums.state(), **decided, "active": self.passes.active}, header
 
     def load_state(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
         """Take over what :meth:`state` gave."""
         self.sums.load(tensors, [(group, key) for group, key in header["keys"]], self.device)
-        self.active = tensors["active"].clone()
+        self.passes.active.copy_(tensors["active"])
         if self.decision is not None:
             self.decision.load(tensors)
-        self.budget, self.chunk = header["budget"], header["chunk"]
-        self.evaluated = header["evaluated"]
-        # Neither is in a state that was saved before they were there.
-        self.most = header.get("most", sys.maxsize)
+        self.room.load(header)
+        self.passes.evaluated = header["evaluated"]
+        # Not in a state that was saved before it was there.
         self.sweep.sample_gates.known = dict(header.get("sample_gates", {}))
 
     def variants_per_batch(self) -> int:
         """How many variants one batch takes: the unit of progress."""
         return sum(map(len, self.jobs))
 
-    # ------------------------------------------------------------------ what to run
-
-    def _run_batch(self, batch: Batch, fold: int, share: float = 1.0) -> None:
-        """All jobs of a batch; ``share`` of the user's batch, for the progress."""
-        if self._needs_no_record(batch):
-            self.sums.count(fold, self.active, batch.size, 0.0)
-            self.network.cache.clear()
-            for job in self.jobs:
-                self._run_job(job, batch, None, fold, share)
-            return
-        reference = None
-        if self.max_memory is None and batch.size <= self.most:
-            reference = self._record_if_it_fits(batch)
-        if reference is None or self._variants_that_fit() < 1:
-            if (pieces := self._pieces(batch)) is not None:
-                for piece in pieces:
-                    self._run_batch(piece, fold, share * piece.size / batch.size)
-                return
-            reference = self._record_if_it_fits(batch)
-            if reference is None:
-                self._run_batch(batch, fold, share)  # in smaller pieces, now that this is known
-                return
-        if self.updates is not None and self.updates.needs_trial:
-            self.updates.try_out(first_samples(batch, TRIAL_SAMPLES))
-            reference = self.sweep.record(batch)
-        loss = self.sweep.total(reference, batch, reference)
-        self.objective.require_finite(loss, batch)
-        self.sums.count(fold, self.active, batch.size, loss.item())
-        self.chunk = max(1, min(self.chunk, self._variants_that_fit()))
-        wanted = set(torch.nonzero(self.active).flatten().tolist())
-        active = [[one for one in job if one.index in wanted] for job in self.jobs]
-        shared = SHARED_PASS_BYTES // max(1, self.network.cache.bytes)
-        for job in merged(active, min(shared, self.chunk)):
-            self._run_job(job, batch, reference, fold, share)
-
-    def _needs_no_record(self, batch: Batch) -> bool:
-        """Whether the plain pass can be left out.
-
-        On the network path hardly anything lies before the gates, so nothing is gained by remembering
-        it; and the shapes at the gates are those of the last batch. Without this the path costs one
-        forward more than its S passes.
-        """
-        return (
-            self.definition.path == "network"
-            and batch.size <= self.most
-            and self.definition.criterion.integrand in ("variation", "gradient")
-            and not self.objective.needs_reference
-            and self.autocast is None  # there the remembered prefix is in full precision
-            and self.sweep.recorded_shapes == shapes_of(batch)
-            and self.chunk >= len(self.jobs[0])
-        )
-
-    def _record_if_it_fits(self, batch: Batch) -> Any:
-        """Outputs of the plain pass, or None where it turns out that so many samples do not fit."""
-        try:
-            return self.sweep.record(batch)
-        except RuntimeError as error:
-            if not is_out_of_memory(error) or batch.size > self.most:  # known, and not to be helped
-                raise
-        self.most = batch.size // 2
-        self._free()  # not in ``except``, where the failed pass's tensors are still there
-        return None
-
-    def _pieces(self, batch: Batch) -> list[Batch] | None:
-        """The batch in parts of which at least one variant fits, where cutting changes nothing."""
-        if (few := first_few(batch)) is None:
-            return None
-        try:
-            return self._cut(batch, few)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-        self._free()
-        fewer = first_few(batch, 2)
-        return None if fewer is None else self._cut(batch, fewer)
-
-    def _cut(self, batch: Batch, few: Batch) -> list[Batch] | None:
-        """:meth:`_pieces`, by what a few of its samples show."""
-        if not self.sample_bytes:
-            self.sweep.record(few)
-            self.sample_bytes = self.network.cache.bytes / few.size
-        size = int(self._room_with_record() // max(1, (1 + ACTIVATION_COPIES) * self.sample_bytes))
-        count = -(-batch.size // max(1, min(size, self.most)))
-        if count == 1 or not self.divisible(few):
-            return None
-        small, extra = divmod(batch.size, count)
-        return cut(batch, *[small + 1] * extra, *[small] * (count - extra))
-
-    def _run_job(
-        self, job: list[Variant], batch: Batch, reference: Any, fold: int, share: float
-    ) -> None:
-        done = 0
-        while done < len(job):
-            if batch.size > self.most and (pieces := self._pieces(batch)) is not None:
-                for piece in pieces:
-                    own = self.sweep.record(piece)
-                    self._run_job(job[done:], piece, own, fold, share * piece.size / batch.size)
-                self.sweep.record(batch)  # for the jobs to come
-                return
-            variants = job[done : done + self.chunk]
-            lack = self._add(variants, batch, reference, fold)
-            if lack is None:
-                done += len(variants)
-                self.evaluated += len(variants) * batch.size
-                self.on_pass(share * len(variants))
-            elif len(variants) > 1:
-                self.chunk = len(variants) // 2
-            elif batch.size > self.most:  # known, and it cannot be cut
-                raise lack
-            else:
-                self.most = batch.size // 2
-
-    def _add(
-        self, variants: list[Variant], batch: Batch, reference: Any, fold: int
-    ) -> RuntimeError | None:
-        """One pass. An error that says out of memory is returned, and nothing was added."""
-        try:
-            self.sweep.add(variants, batch, reference, fold)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            lack = error.with_traceback(None)  # whose frames hold the failed pass's tensors
-        else:
-            return None
-        self._free()
-        return lack
-
-    def _free(self) -> None:
-        """What a failed pass has left."""
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _sum_bytes(self) -> int:
-        """What one fold of the gradient sums takes."""
-        if self.definition.criterion.integrand == "loss":
-            return 0
-        slots = 1 if self.definition.nodes_in_one else len(self.definition.quadrature)
-        entries = 0
-        for group in self.groups:
-            for member in group.members:
-                site = self.network.sites[site_key(member)]
-                is_rows = site.kind == "rows" and not self.definition.gates_only
-                entries += member.channels.numel() * (site.row_size if is_rows else 1)
-        key = next(iter(self.network.sites))
-        return slots * entries * self.network.open_gate(key).element_size()
-
-    def _folds(self) -> int:
-        """As many folds as the data has batches and memory has room for; 1: no error bars.
-
-        An early decision needs two: what was summed before, and the latest batch.
-        """
-        if self.decision is not None:
-            return 2
-        limit = FOLD_BYTES if self.max_memory is None else self.max_memory // 4
-        folds = MAX_FOLDS if self.n_batches is None else min(MAX_FOLDS, self.n_batches)
-        return max(1, min(folds, limit // max(1, self._sum_bytes())))
-
-    def _room_with_record(self) -> int:
-        """Bytes left beside the sums. Sums that leave nothing count as half: they cannot be cut."""
-        return self.budget - min(self.sums.folds * self._sum_bytes(), self.budget // 2)
-
-    def _variants_that_fit(self) -> int:
-        per_variant = max(1, self.network.cache.bytes)
-        fits = (self._room_with_record() - per_variant) // (ACTIVATION_COPIES * per_variant)
-        if self.device.type == "cpu":
-            fits = min(fits, max(1, CPU_PASS_BYTES // per_variant))
-        return fits
+    # ------------------------------------------------------------------ early decision
 
     @torch.no_grad()
     def _hardest_first(self, batches: list[Batch]) -> list[Batch]:
@@ -351,7 +172,7 @@ class FusedEngine:
             moved = self._moved(batch, reference)
             losses.append(self.objective.of_each_sample(moved, batch, reference, "tolerance"))
             few = first_few(batch)
-            if batch.size > 1 and (few is None or not self.divisible(few)):
+            if batch.size > 1 and (few is None or not self.passes.divisible(few)):
                 raise DataError(
                     f"early decision sorts the samples, but those of batch {batch.index} cannot be "
                     "taken apart: its tensors must have one entry per sample, and the loss of a "
@@ -378,18 +199,18 @@ class FusedEngine:
         self.sums.merge()
         settled = self.decision.update(totals, own, batch.size, left)
         # A set of units goes on while any of them is open.
-        self.active.fill_(False)
+        self.passes.active.fill_(False)
         for name, done in settled.items():
-            self.active[self.sets[name][~done]] = True
+            self.passes.active[self.sets[name][~done]] = True
 
     # ------------------------------------------------------------------ what it amounts to
 
     def _result(self, n_samples: int) -> Result:
         result = Result.empty(self.groups, n_samples)
         result.meta = {
-            "variants_per_pass": self.chunk,
+            "variants_per_pass": self.room.chunk,
             "stacked": self.sweep.runner.stacked,
-            "evaluations": self.evaluated,
+            "evaluations": self.passes.evaluated,
         }
         if self.definition.each_sample:
             result.meta["sample_gates"] = all(self.sweep.sample_gates.known.values())

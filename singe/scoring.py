@@ -257,8 +257,7 @@ def _compute(
     total = None if looks is None else looks * fused.variants_per_batch()
     what = f"{definition.criterion.name}, {definition.path} path"
     with _progress(what, total, request.progress) as advance:
-        fused.on_pass = advance
-        return fused.run(data)
+        return fused.run(data, advance)
 
 
 def _decision(request: Request, model: nn.Module, graph: ModelGraph) -> EarlyDecision | None:

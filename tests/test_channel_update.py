@@ -18,7 +18,7 @@ from helpers import (
 from helpers_networks import CASES
 from torch import nn
 
-from singe import engine
+from singe import room
 from singe.channel_update import ChannelUpdates
 
 USED = {
@@ -36,7 +36,7 @@ USED = {
 @pytest.fixture(autouse=True)
 def a_pass_for_every_group(monkeypatch):
     """Groups as small as these would share a pass, and then all channels run."""
-    monkeypatch.setattr(engine, "SHARED_PASS_BYTES", 0)
+    monkeypatch.setattr(room, "SHARED_PASS_BYTES", 0)
 
 
 @pytest.fixture

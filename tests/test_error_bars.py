@@ -12,7 +12,7 @@ from helpers import (
 from helpers_networks import CASES
 
 import singe
-from singe import engine
+from singe import room
 
 OPTIONS = [
     {"criterion": "singe", "path": "layer"},
@@ -79,7 +79,7 @@ def test_a_small_last_batch_counts_for_little():
 
 
 def test_batches_beyond_the_folds_share_them(monkeypatch):
-    monkeypatch.setattr(engine, "MAX_FOLDS", 3)
+    monkeypatch.setattr(room, "MAX_FOLDS", 3)
     case = CASES["mlp"]
     model, batches = case.model(), case.batches((2,) * 7)
     folds = [
