@@ -1,7 +1,5 @@
 """Channel pruning by integrated gradient variation: score, prune, fine-tune."""
 
-from importlib.metadata import PackageNotFoundError, version
-
 from singe import adapters, quadrature
 from singe.attention import register_attention
 from singe.compress import CompressReport, compress
@@ -26,12 +24,10 @@ from singe.pruning import PruneReport, prune
 from singe.quadrature import Quadrature
 from singe.scores import Scores
 from singe.scoring import score
+from singe.versions import VERSION
 from singe.weight_scores import WeightScores
 
-try:
-    __version__ = version("singe")
-except PackageNotFoundError:  # a checkout that was never installed
-    __version__ = "0+unknown"
+__version__ = VERSION
 
 __all__ = [
     "BudgetError",

@@ -17,6 +17,7 @@ import singe
 from singe.compress import accuracy
 from singe.data import find_device
 from singe.errors import OptionError, SingeError
+from singe.versions import versions
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -235,7 +236,7 @@ def _run(settings: Settings, where: torch.device, notify: Callable[[str], None])
     return {
         "settings": asdict(settings) | {"latency_batch": LATENCY_BATCH},
         "device": str(where),
-        "versions": {"singe": singe.__version__, "torch": torch.__version__},
+        "versions": versions(),
         "held_out": sum(len(y) for _, y in held_out),
         "channels": channels,
         "runs": runs,

@@ -12,9 +12,9 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from singe import __version__
 from singe.errors import KernelError
 from singe.kernels import masked_forward, native
+from singe.versions import versions
 
 
 def collect() -> dict[str, Any]:
@@ -32,11 +32,7 @@ def collect() -> dict[str, Any]:
         name = f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}"
         devices.append({"device": f"cuda:{index}", "name": name})
     return {
-        "versions": {
-            "singe": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
+        "versions": versions() | {"python": platform.python_version()},
         "native": native.status(),
         "triton": _triton(),
         "torch_cuda": _torch_cuda(),

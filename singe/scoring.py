@@ -29,6 +29,7 @@ from singe.score_checkpoint import ScoreCheckpoint, digest_of_model
 from singe.scores import Scores, fingerprint
 from singe.seeding import random_state_kept
 from singe.units import find_groups
+from singe.versions import versions
 from singe.weight_groups import find_weight_groups
 from singe.weight_scores import WeightScores
 
@@ -219,7 +220,7 @@ def carry_out(
         "device": str(device),
         "rejected": graph.rejected,
         "heads": {g.name: g.heads.queries for g in graph.groups if g.heads is not None},
-        "versions": _versions(),
+        "versions": versions(),
         **result.meta,
     }
     criterion, objective = definition.criterion, definition.objective
@@ -300,7 +301,7 @@ def _saved(
         "batches": count,
         "device": str(device_of(model)),
         "threads": torch.get_num_threads(),
-        "versions": _versions(),
+        "versions": versions(),
     }
     return ScoreCheckpoint(request.checkpoint, signature)
 
@@ -320,9 +321,3 @@ def _progress(title: str, total: int | None, wanted: bool) -> Iterator[Callable[
                   disable=not (wanted and console.is_terminal)) as bar:  # fmt: skip
         task = bar.add_task(title, total=total)
         yield lambda count: bar.advance(task, count)
-
-
-def _versions() -> dict[str, str]:
-    from singe import __version__
-
-    return {"singe": __version__, "torch": torch.__version__}

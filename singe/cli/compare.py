@@ -92,7 +92,7 @@ def compare(
             "lead": f"{result['units']} units in {len(next(iter(named.values())))} groups.",
             "criteria": result,
             "settings": given(inputs, model, data, scoring, budget, common),
-            "versions": finish.versions(),
+            "versions": finish.environment(),
         }
         files["report"] = str(write_report(out, content))
     shown = [*_table(result, "spearman", "Rank correlation (Spearman), all units")]

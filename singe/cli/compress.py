@@ -127,7 +127,7 @@ def compress(
     content = _content(done, latency) | {
         "title": f"{model.model}, compressed",
         "settings": given(inputs, model, data, scoring, budget, tuning, common),
-        "versions": finish.versions(),
+        "versions": finish.environment(),
         "accuracy_floor": tuning.accuracy_floor,
     }
     number = 0 if tuning.order == "layerwise" else 1  # of the first scoring of all groups

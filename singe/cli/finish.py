@@ -23,6 +23,7 @@ from singe.integrand import along_the_path, telling_units
 from singe.latency import Stopwatch, Timing
 from singe.plan import Plan
 from singe.scores import Scores
+from singe.versions import versions
 
 PICTURE_SAMPLES = 64  # the integrand of a few units is drawn from so many
 BASELINES = ("taylor", "magnitude")  # one pass and none: a comparison that costs next to nothing
@@ -148,10 +149,8 @@ def label(scores: Scores) -> str:
     return f"{name}, {scores.meta['path']} path" if with_path else name
 
 
-def versions() -> dict[str, str]:
-    return {
-        "singe": singe.__version__,
-        "torch": torch.__version__,
+def environment() -> dict[str, str]:
+    return versions() | {
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {_threads()}",
     }

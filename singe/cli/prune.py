@@ -110,7 +110,7 @@ def prune(
         "settings": given(inputs, model, data, scoring, budget, common)
         | {k: str(v) for k, v in (("scores", scores), ("plan", plan)) if v is not None}
         | {"recalibrate": recalibrate},
-        "versions": finish.versions(),
+        "versions": finish.environment(),
     }
     content["lead"] = _lead(content, str(done))
     if found is not None:
