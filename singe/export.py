@@ -39,7 +39,8 @@ def save_pruned(
     """Write ``model.safetensors`` and, with a plan, ``plan.json`` into ``folder`` (made if missing).
 
     The weights' header holds the size of every layer, so :func:`load_pruned` needs no plan; the plan
-    is there to read and to replay with :func:`singe.prune`.
+    is there to read and to replay with :func:`singe.prune`. It also knows what the original was like,
+    and a model unlike that (another number of classes) is not taken for it.
 
     Args:
         model: pruned or not; tied weights are written once.
@@ -57,7 +58,10 @@ def save_pruned(
         _require_carried_out(inner, plan)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    header = {"format": FORMAT, "model": type(inner).__name__, "layers": _layers(inner)}
+    original = None if plan is None else plan.meta.get("fingerprint")
+    header = {
+        "format": FORMAT, "model": type(inner).__name__, "layers": _layers(inner), "original": original,
+    }  # fmt: skip
     written = {"weights": folder / WEIGHTS}
     with replacing(written["weights"]) as partial, _stored(inner, _cut_buffers(inner)):
         save_model(inner, str(partial), metadata={"singe": json.dumps(header)})
@@ -97,6 +101,12 @@ def load_pruned(model: nn.Module, path: str | PathLike[str]) -> nn.Module:
     file = file / WEIGHTS if file.is_dir() else file
     header = _read_header(file)
     inner = unwrapped(model)
+    if header.get("original") not in (None, fingerprint(inner)):
+        raise ModelError(
+            f"{file} was pruned from a {header.get('model')} with other parameters or shapes than this "
+            f"{type(inner).__name__}; build it with the arguments of the original (as many classes), "
+            "unpruned"
+        )
     with Snapshot(model) as snapshot:
         try:
             with safe_open(str(file), framework="pt") as content:

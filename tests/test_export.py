@@ -136,16 +136,28 @@ def test_buffers_outside_the_state_dict_that_were_cut_are_kept(tmp_path):
         load_pruned(build(), tmp_path)
 
 
-def test_another_architecture_is_refused_and_left_alone(tmp_path):
+@pytest.mark.parametrize("with_plan", [True, False])
+def test_another_architecture_is_refused_and_left_alone(with_plan, tmp_path):
     model, plan = pruned(convnet, X)
-    save_pruned(model, tmp_path, plan)
+    save_pruned(model, tmp_path, plan if with_plan else None)
+    why = "pruned from a Sequential with other" if with_plan else "does not fit"
     for other in (Tied(), nn.Sequential(nn.Linear(3, 3)), convnet().append(nn.Linear(4, 4))):
         before = copy.deepcopy(other.state_dict())
-        with pytest.raises(ModelError, match="does not fit"):
+        with pytest.raises(ModelError, match=why):
             load_pruned(other, tmp_path)
         after = other.state_dict()
         assert list(before) == list(after)
         assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_a_model_of_other_classes_does_not_get_the_saved_head(tmp_path):
+    build = torchvision_models().mobilenet_v2
+    model, plan = pruned(lambda: build(num_classes=5), X)
+    save_pruned(model, tmp_path, plan)
+    other = build(num_classes=7)
+    with pytest.raises(ModelError, match="as many classes"):
+        load_pruned(other, tmp_path)
+    assert other.classifier[1].out_features == 7
 
 
 @pytest.mark.parametrize("content", [b"", b"not safetensors", None])
