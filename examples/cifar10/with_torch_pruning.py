@@ -55,6 +55,7 @@ IMPORTANCES: dict[str, tuple[bool, Callable[[nn.Module, Batches], Importance]]] 
     "SInGE, network path": (True, by_singe(path="network")),
     "SInGE, network path, outside": (True, by_singe(path="network", norm="outside")),
     "SInGE, layer path": (True, by_singe(path="layer")),
+    "SInGE, layer path, p=fisher": (True, by_singe(path="layer", p="fisher")),
     "SInGE, network path, normalizer=mean": (True, by_singe(path="network", normalizer="mean")),
     "SInGE, network path, outside, normalizer=mean": (
         True,
