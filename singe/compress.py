@@ -45,6 +45,7 @@ from singe.tuner import Tuner
 __all__ = ["CompressReport", "Round", "accuracy", "compress"]
 
 CALIBRATION_SAMPLES = 256  # taken from the training data when no calibration data is given
+LR, TEMPERATURE = 0.01, 2.0
 LEAST_MEMORY = 64 << 20  # bytes for scoring, even where the system reports none free
 
 
@@ -74,12 +75,12 @@ def compress(
     finetune: FinetuneFunction | None = None,
     optimizer: OptimizerFactory | None = None,
     scheduler: SchedulerFactory | None = None,
-    lr: float = 0.01,
+    lr: float = LR,
     clip_grad_norm: float | None = None,
     autocast: torch.dtype | None = None,
     label_smoothing: float = 0.0,
     distill: float = 0.0,
-    temperature: float = 2.0,
+    temperature: float = TEMPERATURE,
     ema: float | None = None,
     recalibrate: bool = True,
     objective: str | Loss | Objective = "cross_entropy",
@@ -200,8 +201,12 @@ def compress(
     if calibrate is not None:
         check_reiterable(calibrate, "calibrate")
     measure = as_evaluate(evaluate)
-    if accuracy_floor is not None and measure is None:
-        raise OptionError("accuracy_floor needs evaluate=, the metric that shall not fall below it")
+    if accuracy_floor is not None:
+        if measure is None:
+            raise OptionError(
+                "accuracy_floor needs evaluate=, the metric that shall not fall below it"
+            )
+        accuracy_floor = float(accuracy_floor)
     kind, value = target_of(macs=macs, params=params, channels=channels, latency=latency)
     training = Training(
         optimizer or default_optimizer(lr),
@@ -217,6 +222,8 @@ def compress(
         own = {
             "ema": ema, "autocast": autocast, "clip_grad_norm": clip_grad_norm,
             "label_smoothing": label_smoothing, "optimizer": optimizer, "scheduler": scheduler,
+            "finetune_objective": finetune_objective != "cross_entropy", "lr": lr != LR,
+            "temperature": temperature != TEMPERATURE,
         }  # fmt: skip
         if given := [name for name, value in own.items() if value]:
             raise OptionError(

@@ -39,8 +39,7 @@ def save_pruned(
     """Write ``model.safetensors`` and, with a plan, ``plan.json`` into ``folder`` (made if missing).
 
     The weights' header holds the size of every layer, so :func:`load_pruned` needs no plan; the plan
-    is there to read and to replay with :func:`singe.prune`. It also knows what the original was like,
-    and a model unlike that (another number of classes) is not taken for it.
+    is there to read and to replay with :func:`singe.prune`.
 
     Args:
         model: pruned or not; tied weights are written once.
@@ -51,17 +50,19 @@ def save_pruned(
         What was written: ``{"weights": path, "plan": path}``.
 
     Raises:
-        ModelError: ``model`` still has what ``plan`` removes.
+        ModelError: ``model`` still has what ``plan`` removes, or state that is no tensor.
     """
     inner = unwrapped(model)
+    if extra := [k for k, t in inner.state_dict().items() if not isinstance(t, Tensor)]:
+        raise ModelError(
+            f"safetensors files hold tensors only, and {', '.join(extra)} (get_extra_state) is none; save "
+            "that beside it, and call save_pruned on a model without"
+        )
     if plan is not None:
         _require_carried_out(inner, plan)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    original = None if plan is None else plan.meta.get("fingerprint")
-    header = {
-        "format": FORMAT, "model": type(inner).__name__, "layers": _layers(inner), "original": original,
-    }  # fmt: skip
+    header = {"format": FORMAT, "model": type(inner).__name__, "layers": _layers(inner)}
     written = {"weights": folder / WEIGHTS}
     with replacing(written["weights"]) as partial, _stored(inner, _cut_buffers(inner)):
         save_model(inner, str(partial), metadata={"singe": json.dumps(header)})
@@ -101,12 +102,6 @@ def load_pruned(model: nn.Module, path: str | PathLike[str]) -> nn.Module:
     file = file / WEIGHTS if file.is_dir() else file
     header = _read_header(file)
     inner = unwrapped(model)
-    if header.get("original") not in (None, fingerprint(inner)):
-        raise ModelError(
-            f"{file} was pruned from a {header.get('model')} with other parameters or shapes than this "
-            f"{type(inner).__name__}; build it with the arguments of the original (as many classes), "
-            "unpruned"
-        )
     with Snapshot(model) as snapshot:
         try:
             with safe_open(str(file), framework="pt") as content:
@@ -272,6 +267,8 @@ def _resize(model: nn.Module, layers: dict[str, dict[str, Any]], stored: set[str
             if shape is None or list(tensor.shape) == shape:
                 continue
             full_name = _full_name(name, key)
+            if any(new > old for new, old in zip(shape, tensor.shape, strict=False)):
+                raise KeyError(f"{full_name} is larger there, which pruning does not make it")
             if key in module._non_persistent_buffers_set and full_name not in stored:
                 raise KeyError(f"{full_name} has another size, and the file does not hold it")
             new = replaced.get(id(tensor))

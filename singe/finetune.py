@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -134,18 +135,23 @@ def in_mode(model: nn.Module, training: bool | None) -> Iterator[None]:
 def recalibrate(model: nn.Module, batches: Iterable[Batch]) -> bool:
     """Set the BatchNorms' running statistics to the mean over ``batches``; nothing else moves.
 
-    Batches of a single sample are passed over (their variance is not defined), and so is everything
-    in a model without such norms.
+    Batches of a single sample are passed over where there are others. Where there are none they count,
+    unless a norm sees a single value per channel, whose variance is not defined: then a warning says that
+    all stays as it is.
 
     Returns:
-        Whether there was anything to set.
+        Whether anything was set.
     """
     norms: list[Any] = [
         m for m in model.modules() if isinstance(m, BATCH_NORMS) and m.running_mean is not None
     ]
-    usable = [batch for batch in batches if batch.size > 1] if norms else []
+    if not norms:
+        return False
+    given = list(batches)
+    usable = [batch for batch in given if batch.size > 1] or given
     if not usable:
         return False
+    before = [{k: t.clone() for k, t in norm.named_buffers()} for norm in norms]
     momenta = [norm.momentum for norm in norms]
     with in_mode(model, training=False):
         for norm in norms:
@@ -155,6 +161,18 @@ def recalibrate(model: nn.Module, batches: Iterable[Batch]) -> bool:
         try:
             for batch in usable:
                 batch.call(model)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            for norm, buffers in zip(norms, before, strict=True):
+                for name, tensor in norm.named_buffers():
+                    tensor.copy_(buffers[name])
+            warnings.warn(
+                "the BatchNorms keep the statistics of the larger network: calibration batches of one sample "
+                "have no variance; give them two samples or more",
+                stacklevel=2,
+            )
+            return False
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum

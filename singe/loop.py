@@ -92,7 +92,7 @@ class Loop:
     def _survey(self) -> None:
         """What is the same in every process that works on this run."""
         pruning = self.pruning
-        seed_all(self.seed, "survey")
+        seed_all(self.seed, "survey", loader=self.calibrate)
         example = first_batch(self.calibrate, device_of(self.model))
         graph = find_groups(self.model, small(example), self.request.layers, self.request.ignore)
         timing = pruning.timing if pruning.kind == "latency" else None
@@ -158,8 +158,9 @@ class Loop:
             gone = set(units)
             self.kept[name] = [k for u, k in enumerate(self.kept[name]) if u not in gone]
         if self.pruning.recalibrate:
-            seed_all(self.seed, "recalibrate", index)
-            recalibrate(self.model, read_batches(self.calibrate, device_of(self.model)))
+            seed_all(self.seed, "recalibrate", index, loader=self.calibrate)
+            if recalibrate(self.model, read_batches(self.calibrate, device_of(self.model))):
+                self.tuner.restart_statistics()
         self._scores, self._round_plan = scores, plan
         self.current = {
             "units": plan.n_units,
@@ -174,7 +175,7 @@ class Loop:
         self._save()
 
     def _score(self, request: Request, index: int) -> tuple[Scores, ModelGraph]:
-        seed_all(self.seed, "score", index)
+        seed_all(self.seed, "score", index, loader=self.calibrate)
         scores, graph = carry_out(request, self.model, self.calibrate)
         assert isinstance(scores, Scores)
         return scores, graph
@@ -266,7 +267,7 @@ class Loop:
         assert self.current is not None
         before = fingerprint(self.model)
         seed = derive(self.seed, "stage", index)
-        seed_all(self.seed, "stage", index)
+        seed_all(self.seed, "stage", index, loader=self.train)
         stage = Stage(
             index, self.rounds, self.current["steps"], seed, self.train, self.tuner.teacher
         )

@@ -22,12 +22,14 @@ def derive(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
 
 
-def seed_all(*parts: object) -> None:
-    """Seed torch (all devices), numpy and Python from ``parts``."""
+def seed_all(*parts: object, loader: Any = None) -> None:
+    """Seed torch (all devices), numpy and Python from ``parts``, and what ``loader`` shuffles with."""
     seed = derive(*parts)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - what augmentations draw from
     torch.manual_seed(seed)
+    for generator in _generators(loader):
+        generator.manual_seed(seed)
 
 
 @contextmanager

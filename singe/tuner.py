@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from singe.data import Batch, as_batch, device_of
 from singe.errors import ModelError, NonFiniteError, OptionError
 from singe.finetune import Training, in_mode
-from singe.graph import named_tensors, unwrapped
+from singe.graph import BATCH_NORMS, named_tensors, unwrapped
 from singe.objectives import class_dim, logits_of
 from singe.removal import take
 from singe.seeding import Stream, seed_all
@@ -247,6 +247,15 @@ class Tuner:
         self._gathered = {name: e for name, e in self._gathered.items() if e}
         if self.average is not None:
             self.average = {name: take(t, kept[name]) for name, t in self.average.items()}
+
+    def restart_statistics(self) -> None:
+        """BatchNorms' statistics were set anew: their averages, of a larger network, start from there."""
+        if self.average is None:
+            return
+        norms = {n for n, m in unwrapped(self.model).named_modules() if isinstance(m, BATCH_NORMS)}
+        for name, tensor in self._floating().items():
+            if name.rpartition(".")[0] in norms and name.endswith(("running_mean", "running_var")):
+                self.average[name] = tensor.detach().clone()
 
     @property
     def follows(self) -> bool:

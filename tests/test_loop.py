@@ -130,6 +130,9 @@ def test_a_finetune_function_of_the_users():
         ({"temperature": 0.0, "distill": 0.5}, "temperature must be positive"),
         ({"ema": 1.0}, r"ema must lie in \(0, 1\)"),
         ({"ema": 0.9, "finetune": lambda m, s: None}, "ema belong to the built-in training"),
+        ({"lr": 0.5, "finetune": lambda m, s: None}, "lr belong to the built-in training"),
+        ({"temperature": 9.0, "finetune_objective": lambda o, b: o.sum(), "finetune": lambda m, s: None},
+         "finetune_objective, temperature belong to the built-in"),
         ({"autocast": torch.bfloat16, "finetune": lambda m, s: None}, "autocast belong to the built-in"),
         ({"max_keep": 0.7, "round_to": 7}, "no number of channels there is a multiple of round_to=7"),
         ({"accuracy_floor": 0.5, "evaluate": lambda m: math.nan}, "nan, below accuracy_floor=0.5"),
@@ -381,6 +384,38 @@ def test_the_same_seed_gives_the_same_bits(seed):
     other = network()
     singe.compress(other, macs=0.6, seed=8, **{**OPTIONS, "train": loader(seed)})
     assert not same_weights(other, results[0])
+
+
+def test_calibration_data_is_drawn_by_the_seed_as_well():
+    """Not by what is left in the loader's generator, which a run that goes on has anew."""
+    results = []
+    for start in (1, 2):
+        model, calibrate = network(), loader(start)
+        held = calibrate.generator.get_state()
+        singe.compress(model, macs=0.6, seed=7, **{**OPTIONS, "calibrate": calibrate})
+        assert torch.equal(calibrate.generator.get_state(), held)
+        results.append(model)
+    assert same_weights(*results)
+
+
+def test_a_finetune_function_draws_by_the_seed_as_well():
+    def finetune(model, stage):
+        x, y = next(iter(stage.train))
+        loss = torch.nn.functional.cross_entropy(model(x), y)
+        for parameter, grad in zip(
+            model.parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True
+        ):
+            parameter.data.sub_(grad, alpha=0.1)
+
+    results = []
+    for start in (1, 2):
+        model = network()
+        options = {k: v for k, v in OPTIONS.items() if k != "lr"}
+        singe.compress(
+            model, macs=0.6, seed=7, **{**options, "train": loader(start), "finetune": finetune}
+        )
+        results.append(model)
+    assert same_weights(*results)
 
 
 @pytest.mark.parametrize("taken", [0, 1, 3, 4, 7])

@@ -52,6 +52,17 @@ def test_prune_from_scores_leaves_a_model_that_loads(tmp_path):
     assert set(again["files"]) == {"weights", "plan"}
 
 
+def test_scores_that_are_made_take_no_scoring_options_but_ignore(tmp_path):
+    run("score", *MODEL, *DATA, "--out", tmp_path / "s.st")
+    words = ("prune", *MODEL, *DATA, "--scores", tmp_path / "s.st", "--macs", 0.6, "--dry-run")
+    with pytest.raises(singe.OptionError, match="made already: leave out criterion, layers"):
+        run(*words, "--criterion", "magnitude", "--layer", "0")
+    first = next(iter(json.loads(run(*words, "--json"))["plan"]))
+    assert first not in json.loads(run(*words, "--ignore", first, "--json"))["plan"]
+    with pytest.raises(singe.SingeError, match="nosuchlayer"):
+        run(*words, "--ignore", "nosuchlayer")
+
+
 def test_prune_without_data_takes_the_shape_that_was_scored(tmp_path):
     run("score", *MODEL, *DATA, "--out", tmp_path / "s.st")
     words = ("prune", *MODEL, "--scores", tmp_path / "s.st", "--macs", 0.6, "--dry-run", "--json")

@@ -274,9 +274,55 @@ def test_recalibration_sets_the_statistics_of_the_calibration_data():
     assert model[1].momentum == 0.1
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), weights, strict=True))
     assert not any(m.training for m in model.modules())
-    again = clone(model)
-    assert not recalibrate(again, [batch_of((BATCHES[0][0][:1], BATCHES[0][1][:1]))])
-    assert same_weights(again, model), "a single sample has no variance"
+
+
+def test_recalibration_on_batches_of_one_sample():
+    """Passed over beside larger ones; alone they count, where they have a variance."""
+    conv = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()
+    alone, beside, plain = clone(conv), clone(conv), clone(conv)
+    ones = [batch_of((BATCHES[0][0][i : i + 1], BATCHES[0][1][i : i + 1])) for i in range(3)]
+    whole = [batch_of(b) for b in BATCHES]
+    assert recalibrate(beside, [*whole, ones[0]])
+    assert recalibrate(plain, whole)
+    assert same_weights(beside, plain)
+    assert recalibrate(alone, ones)
+    with torch.no_grad():
+        mean = alone[0](BATCHES[0][0][:3]).mean((0, 2, 3))
+    assert torch.allclose(alone[1].running_mean, mean, atol=1e-6)
+    flat = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)).eval()
+    before = clone(flat)
+    one = batch_of((torch.randn(1, 4), torch.zeros(1, dtype=torch.long)))
+    with pytest.warns(UserWarning, match="give them two samples or more"):
+        assert not recalibrate(flat, [one])
+    assert same_weights(flat, before)
+    assert flat[1].momentum == before[1].momentum
+    assert not any(m.training for m in flat.modules())
+
+
+def test_averaged_statistics_start_anew_with_those_they_are_averages_of():
+    """Those of the network before a removal would stay in the average for many steps."""
+    model = network()
+    tuner = tuner_of(model, ema=0.9)
+    tuner.start(2)
+    tuner.run()
+    assert tuner.average is not None
+    weights = {n: tuner.average[n].clone() for n, _ in model.named_parameters()}
+    assert not torch.equal(tuner.average["1.running_mean"], model[1].running_mean)
+    tuner.restart_statistics()
+    for name in ("1.running_mean", "1.running_var"):
+        assert torch.equal(tuner.average[name], model.get_buffer(name))
+    assert all(torch.equal(tuner.average[n], w) for n, w in weights.items())
+
+
+def test_recalibration_reaches_the_average(monkeypatch):
+    calls = []
+    restart = Tuner.restart_statistics
+    monkeypatch.setattr(Tuner, "restart_statistics", lambda t: (calls.append(t), restart(t)))
+    options = {**OPTIONS, "rounds": 3, "finetune_steps": 1, "macs": 0.6, "ema": 0.9}
+    singe.compress(network(), **options)
+    assert len(calls) == 3
+    singe.compress(network(), recalibrate=False, **options)
+    assert len(calls) == 3
 
 
 def test_recalibration_can_be_left_out():

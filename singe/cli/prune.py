@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,6 +68,11 @@ def prune(
         raise OptionError(
             "--plan says what goes: leave out --scores, scoring options and the budget"
         )
+    chosen = scoring.arguments()
+    if scores is not None and (late := sorted(chosen.keys() - {"ignore"})):
+        raise OptionError(
+            f"--scores are made already: leave out {', '.join(late)} (--ignore holds for the plan)"
+        )
     if not output.dry_run:
         require_folder(output.out)
         if holds_run(output.out):
@@ -79,13 +85,13 @@ def prune(
             voice.notice(f"no data: inputs are taken to be 3 x {data.image_size} x {data.image_size}; "
                          "set --input-shape to change that")  # fmt: skip
     inputs = load_inputs(model, data, common.seed, voice)
-    options = for_pruning(scoring.arguments())
+    options = for_pruning(chosen)
     found = Scores.load(scores, inputs.model) if scores is not None else None
     if plan is not None:
         made = Plan.load(plan)
     else:
         found = found or run_score(inputs, options, common.seed, voice)
-        made = make_plan(inputs, found, budget)
+        made = make_plan(inputs, found, budget, chosen.get("ignore", ()) if scores else ())
     if output.dry_run:
         told = {"plan": dict(made), "meta": made.meta}
         voice.result(told, made.explain() if made.meta else f"{made!r}")
@@ -138,9 +144,11 @@ def _scored_shape(scores: Path | None) -> str | None:
     return ",".join(map(str, shapes[0])) if len(shapes) == 1 else None
 
 
-def make_plan(inputs: Inputs, scores: Scores, budget: BudgetOptions) -> Plan:
+def make_plan(
+    inputs: Inputs, scores: Scores, budget: BudgetOptions, ignore: Iterable[str] = ()
+) -> Plan:
     """:func:`singe.plan` with the options of the command line."""
-    options = budget.arguments()
+    options = budget.arguments() | {"ignore": ignore}
     if budget.latency is not None:
         options["timing"] = budget.timing()
     return singe.plan(inputs.model, scores, inputs.example, **options)
@@ -157,7 +165,7 @@ def set_statistics(inputs: Inputs, seed: int) -> bool:
     """As the first round of compress does it; whether there was anything to set."""
     if inputs.data is None:
         return False
-    seed_all(seed, "recalibrate", 1)
+    seed_all(seed, "recalibrate", 1, loader=inputs.data.calibrate)
     batches = read_batches(inputs.data.calibrate, device_of(inputs.model))
     return finetune.recalibrate(inputs.model, batches)
 
