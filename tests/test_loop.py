@@ -399,6 +399,8 @@ def test_calibration_data_is_drawn_by_the_seed_as_well():
 
 
 def test_a_finetune_function_draws_by_the_seed_as_well():
+    """Whatever the last stage has left in the loader's generator."""
+
     def finetune(model, stage):
         x, y = next(iter(stage.train))
         loss = torch.nn.functional.cross_entropy(model(x), y)
@@ -406,6 +408,7 @@ def test_a_finetune_function_draws_by_the_seed_as_well():
             model.parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True
         ):
             parameter.data.sub_(grad, alpha=0.1)
+        stage.train.generator.manual_seed(start)
 
     results = []
     for start in (1, 2):
