@@ -15,11 +15,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from singe.criteria import choose
-from singe.data import Batch
+from singe.data import Batch, device_of, read_batches
 from singe.errors import OptionError
 from singe.graph import BATCH_NORMS
 from singe.objectives import CrossEntropy, Objective
 from singe.precision import OFFERED as LOWER
+from singe.seeding import seed_all
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
@@ -129,6 +130,12 @@ def in_mode(model: nn.Module, training: bool | None) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def set_statistics(model: nn.Module, data: Iterable[Any], seed: int, round: int) -> bool:
+    """:func:`recalibrate` on what a round of a run with this seed draws from ``data``."""
+    seed_all(seed, "recalibrate", round, loader=data)
+    return recalibrate(model, read_batches(data, device_of(model)))
 
 
 @torch.no_grad()

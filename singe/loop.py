@@ -17,10 +17,10 @@ from torch import nn
 
 from singe.checkpoint import Folder
 from singe.cost import count
-from singe.data import device_of, first_batch, read_batches
+from singe.data import device_of, first_batch
 from singe.errors import ModelError, OptionError
 from singe.evaluation import Evaluate
-from singe.finetune import FinetuneFunction, Stage, in_mode, recalibrate
+from singe.finetune import FinetuneFunction, Stage, in_mode, set_statistics
 from singe.graph import ModelGraph, unwrapped
 from singe.limits import Limits, absolute, limits_of
 from singe.original import Original
@@ -157,10 +157,10 @@ class Loop:
         for name, units in plan.items():
             gone = set(units)
             self.kept[name] = [k for u, k in enumerate(self.kept[name]) if u not in gone]
-        if self.pruning.recalibrate:
-            seed_all(self.seed, "recalibrate", index, loader=self.calibrate)
-            if recalibrate(self.model, read_batches(self.calibrate, device_of(self.model))):
-                self.tuner.restart_statistics()
+        if self.pruning.recalibrate and set_statistics(
+            self.model, self.calibrate, self.seed, index
+        ):
+            self.tuner.restart_statistics()
         self._scores, self._round_plan = scores, plan
         self.current = {
             "units": plan.n_units,

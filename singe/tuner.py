@@ -252,10 +252,10 @@ class Tuner:
         """BatchNorms' statistics were set anew: their averages, of a larger network, start from there."""
         if self.average is None:
             return
-        norms = {n for n, m in unwrapped(self.model).named_modules() if isinstance(m, BATCH_NORMS)}
-        for name, tensor in self._floating().items():
-            if name.rpartition(".")[0] in norms and name.endswith(("running_mean", "running_var")):
-                self.average[name] = tensor.detach().clone()
+        for path, norm in unwrapped(self.model).named_modules():
+            if isinstance(norm, BATCH_NORMS):
+                own = norm.named_buffers(path, recurse=False)
+                self.average |= {name: t.clone() for name, t in own if name in self.average}
 
     @property
     def follows(self) -> bool:

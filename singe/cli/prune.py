@@ -27,12 +27,10 @@ from singe.cli.options import (
 from singe.cli.output import Voice
 from singe.cli.score import for_pruning, run_score
 from singe.compress import accuracy
-from singe.data import device_of, read_batches
 from singe.errors import ExportError, OptionError
 from singe.plan import Plan
 from singe.report import si, write_report
 from singe.scores import Scores
-from singe.seeding import seed_all
 
 
 @takes_groups
@@ -165,9 +163,7 @@ def set_statistics(inputs: Inputs, seed: int) -> bool:
     """As the first round of compress does it; whether there was anything to set."""
     if inputs.data is None:
         return False
-    seed_all(seed, "recalibrate", 1, loader=inputs.data.calibrate)
-    batches = read_batches(inputs.data.calibrate, device_of(inputs.model))
-    return finetune.recalibrate(inputs.model, batches)
+    return finetune.set_statistics(inputs.model, inputs.data.calibrate, seed, round=1)
 
 
 def _lead(content: dict[str, Any], done: str) -> str:
