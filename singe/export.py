@@ -98,9 +98,7 @@ def load_pruned(model: nn.Module, path: str | PathLike[str]) -> nn.Module:
     Raises:
         ModelError: another architecture, or no such file; the model is unchanged then.
     """
-    file = Path(path)
-    file = file / WEIGHTS if file.is_dir() else file
-    header = _read_header(file)
+    file, header = _read_header(path)
     inner = unwrapped(model)
     with Snapshot(model) as snapshot:
         try:
@@ -213,7 +211,14 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
-def _read_header(file: Path) -> dict[str, Any]:
+def saved_sizes(path: str | PathLike[str], layer: str) -> dict[str, Any]:
+    """``out_features`` and the like of one layer of a saved model; empty where it has no such layer."""
+    return _read_header(path)[1]["layers"].get(layer, {}).get("sizes", {})
+
+
+def _read_header(path: str | PathLike[str]) -> tuple[Path, dict[str, Any]]:
+    file = Path(path)
+    file = file / WEIGHTS if file.is_dir() else file
     try:
         with safe_open(str(file), framework="pt") as content:
             header = json.loads((content.metadata() or {}).get("singe", "null"))
@@ -221,7 +226,7 @@ def _read_header(file: Path) -> dict[str, Any]:
         raise ModelError(f"cannot read a pruned model from {file}: {error}") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ModelError(f"{file} is no model that save_pruned wrote ({FORMAT})")
-    return header
+    return file, header
 
 
 def _cut_buffers(model: nn.Module) -> set[str]:

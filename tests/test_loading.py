@@ -197,12 +197,18 @@ def test_old_weights_lack_the_counts_of_batches(tmp_path):
     assert torch.equal(again.fc.weight, model.fc.weight)
 
 
-def test_a_pruned_model_with_other_classes_is_told(tmp_path):
+@pytest.mark.parametrize("asked", [5, 10, 12, None])
+def test_a_pruned_model_keeps_its_classes_and_others_are_told(asked, tmp_path):
     model = load_model("torchvision:resnet18", None, 10)
     save_pruned(model, tmp_path / "pruned", singe.Plan({}))
     told: list[str] = []
-    load_model("torchvision:resnet18", str(tmp_path / "pruned"), 5, told.append)
-    assert "has 10 outputs, not 5" in told[0]
+    again = load_model("torchvision:resnet18", str(tmp_path / "pruned"), asked, told.append)
+    assert torch.equal(again.fc.weight, model.fc.weight)
+    assert [f"has 10 outputs, not {asked}" in line for line in told] == [True] * (asked in (5, 12))
+    with pytest.raises(ModelError, match="does not fit"):
+        load_model("torchvision:squeezenet1_0", str(tmp_path / "pruned"), asked)
+    with pytest.raises(ModelError, match="does not fit"):
+        load_model("torchvision:mobilenet_v2", str(tmp_path / "pruned"), asked)
 
 
 def test_timm_by_name():

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from singe.errors import ModelError, OptionError
-from singe.export import FORMAT, WEIGHTS, load_pruned
+from singe.export import FORMAT, WEIGHTS, load_pruned, saved_sizes
 from singe.gates import BATCH_NORMS
 
 PRETRAINED = "pretrained"
@@ -155,10 +155,16 @@ def _from_library(
         return build(num_classes)
     if weights != PRETRAINED:
         if _is_pruned(Path(weights)):
-            model = load_pruned(build(num_classes), weights)
-            if num_classes is not None and (classes := _outputs(model)) not in (None, num_classes):
-                notify(f"the pruned model in {weights} has {classes} outputs, not {num_classes}")
-            return model
+            model = build(num_classes)
+            last = _last_linear(model)
+            classes = last and saved_sizes(weights, last[0]).get("out_features")
+            if classes and classes != _outputs(model):
+                model = build(classes)  # only an original as wide can be cut to it
+                if num_classes is not None:
+                    notify(
+                        f"the pruned model in {weights} has {classes} outputs, not {num_classes}"
+                    )
+            return load_pruned(model, weights)
         state = read_state(Path(weights))
     else:
         # The library's own way: some of its files need their names mended, some models a setting.
@@ -185,10 +191,15 @@ def _from_library(
     return _load(model, state, weights, but=head)
 
 
+def _last_linear(model: nn.Module) -> tuple[str, nn.Linear] | None:
+    """The head of most classifiers, with its name."""
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    return layers[-1] if layers else None
+
+
 def _outputs(model: nn.Module) -> int | None:
-    """Outputs of the last linear layer, where there is one."""
-    last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
-    return last[0].out_features if last else None
+    last = _last_linear(model)
+    return last[1].out_features if last else None
 
 
 def _from_folder(folder: Path) -> nn.Module:
