@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import asdict, fields, replace
 from os import PathLike
 from typing import Any
 
@@ -17,35 +16,34 @@ from singe.checkpoint import Folder, digest_of
 from singe.criteria import choose
 from singe.data import as_batch, check_reiterable, device_of
 from singe.errors import CheckpointError, OptionError, expect_callable, expect_count
-from singe.evaluation import Evaluate, accuracy, as_evaluate
+from singe.evaluation import Evaluate, as_evaluate
 from singe.finetune import (
+    LR,
+    TEMPERATURE,
     FinetuneFunction,
     OptimizerFactory,
     SchedulerFactory,
-    Training,
-    cosine,
-    default_optimizer,
-    smoothed,
+    training_of,
 )
 from singe.gradients import check_changeable, gradients_on
 from singe.graph import expect_model, unwrapped
 from singe.latency import Timing
-from singe.limits import MAX_PRUNING_RATIO, Share, target_of
+from singe.limits import MAX_PRUNING_RATIO, Share, plain_share, target_of
 from singe.loop import Loop
 from singe.memory import free_memory
-from singe.objectives import Loss, Objective, as_objective
+from singe.objectives import Loss, Objective
 from singe.plan import Plan
 from singe.request import Request, check_float32, power_for_pruning
 from singe.rounds import SCHEDULES, CompressReport, Pruning, Round, Schedule
 from singe.scores import Scores
 from singe.seeding import Stream, derive, random_state_kept
+from singe.settings import as_json
 from singe.snapshot import Snapshot
+from singe.telling import Teller
 from singe.tuner import Tuner
 
-__all__ = ["CompressReport", "Round", "accuracy", "compress"]
-
 CALIBRATION_SAMPLES = 256  # taken from the training data when no calibration data is given
-LR, TEMPERATURE = 0.01, 2.0
+FINETUNE_STEPS = 200  # per round
 LEAST_MEMORY = 64 << 20  # bytes for scoring, even where the system reports none free
 
 
@@ -70,7 +68,7 @@ def compress(
     min_keep: Share | None = None,
     max_keep: Share | None = None,
     max_pruning_ratio: float = MAX_PRUNING_RATIO,
-    finetune_steps: int = 200,
+    finetune_steps: int = FINETUNE_STEPS,
     final_steps: int = 0,
     finetune: FinetuneFunction | None = None,
     optimizer: OptimizerFactory | None = None,
@@ -187,16 +185,19 @@ def compress(
         )
     expect_model(model)
     check_changeable(model)
-    expect_callable(
-        "optimizer", optimizer, "e.g. lambda parameters: torch.optim.SGD(parameters, 0.01)"
-    )
-    expect_callable("scheduler", scheduler, "lambda optimizer, steps: an LRScheduler")
     expect_callable("finetune", finetune, "lambda model, stage: the loss or None")
     choose("order", order, ("global", "layerwise"))
     choose("visit", visit, ("forward", "damage"))
     choose("ranking", ranking, RANKINGS)
     if not callable(schedule):
         choose("schedule", schedule, SCHEDULES)
+    if order == "layerwise" and schedule != "linear":
+        raise OptionError(
+            "schedule shares the budget out over the rounds of order='global'; layerwise, a first scoring "
+            "settles what each group loses"
+        )
+    if order == "global" and visit != "forward":
+        raise OptionError("visit is the order of the groups under order='layerwise'; give that too")
     check_reiterable(train, "train")
     if calibrate is not None:
         check_reiterable(calibrate, "calibrate")
@@ -208,48 +209,29 @@ def compress(
             )
         accuracy_floor = float(accuracy_floor)
     kind, value = target_of(macs=macs, params=params, channels=channels, latency=latency)
-    training = Training(
-        optimizer or default_optimizer(lr),
-        scheduler or cosine,
-        smoothed(as_objective(finetune_objective), label_smoothing),
-        clip_grad_norm,
-        autocast,
-        distill,
-        temperature,
-        ema,
-    )
-    if finetune is not None:
-        own = {
-            "ema": ema, "autocast": autocast, "clip_grad_norm": clip_grad_norm,
-            "label_smoothing": label_smoothing, "optimizer": optimizer, "scheduler": scheduler,
-            "finetune_objective": finetune_objective != "cross_entropy", "lr": lr != LR,
-            "temperature": temperature != TEMPERATURE,
-        }  # fmt: skip
-        if given := [name for name, value in own.items() if value]:
-            raise OptionError(
-                f"{', '.join(given)} belong to the built-in training; do that inside your finetune "
-                "function"
-            )
+    tuning: dict[str, Any] = {
+        "optimizer": optimizer, "scheduler": scheduler, "lr": lr, "clip_grad_norm": clip_grad_norm,
+        "autocast": autocast, "label_smoothing": label_smoothing, "distill": distill,
+        "temperature": temperature, "ema": ema,
+    }  # fmt: skip
+    training = training_of(finetune, objective=finetune_objective, **tuning)
     if autocast is not None:
         check_float32(model, "autocast")
     pruning = Pruning(
-        kind, value, rounds, schedule, order, visit, ranking, round_to, min_keep, max_keep,
-        max_pruning_ratio, timing or Timing(), recalibrate,
+        {kind: value}, rounds, schedule, order, visit, ranking, round_to,
+        plain_share(min_keep, "min_keep"), plain_share(max_keep, "max_keep"), max_pruning_ratio,
+        timing or Timing(), recalibrate,
     )  # fmt: skip
-    settings = {
-        "target": {kind: value}, "timing": asdict(pruning.timing), "rounds": rounds,
-        "schedule": _word(schedule), "order": order, "visit": visit, "ranking": ranking,
-        "round_to": round_to, "min_keep": min_keep,
-        "max_keep": max_keep, "max_pruning_ratio": max_pruning_ratio,
-        "finetune_steps": finetune_steps, "final_steps": final_steps, "finetune": _word(finetune),
-        "optimizer": _word(optimizer), "scheduler": _word(scheduler), "lr": lr,
-        "clip_grad_norm": clip_grad_norm, "autocast": None if autocast is None else str(autocast),
-        "label_smoothing": label_smoothing, "distill": distill, "temperature": temperature,
-        "ema": ema, "recalibrate": recalibrate, "objective": request.definition.objective.name,
-        "finetune_objective": training.objective.name, "accuracy_floor": accuracy_floor,
-        "seed": seed,
-        "score": {k: _plain(getattr(request, k), model) for k in sorted(score_options)},
-    }  # fmt: skip
+    settings = as_json(
+        {
+            **vars(pruning), "timing": asdict(pruning.timing), **tuning,
+            "finetune_steps": finetune_steps, "final_steps": final_steps, "finetune": finetune,
+            "objective": request.definition.objective.name,
+            "finetune_objective": training.objective.name, "accuracy_floor": accuracy_floor,
+            "seed": seed, "score": {k: getattr(request, k) for k in sorted(score_options)},
+        },
+        model,
+    )  # fmt: skip
     device = device_of(model)
     with random_state_kept(device, train, calibrate, evaluate), Snapshot(model) as snapshot:
         folder = _open(checkpoint, settings, model, resume)
@@ -263,7 +245,7 @@ def compress(
             model=model, snapshot=snapshot, pruning=pruning, request=request, tuner=tuner,
             calibrate=calibrate, train=train, measure=measure, floor=accuracy_floor,
             finetune=finetune, finetune_steps=finetune_steps, final_steps=final_steps, folder=folder,
-            checkpoint_every=checkpoint_every, on_round=on_round, progress=progress, seed=seed,
+            checkpoint_every=checkpoint_every, on_round=on_round, teller=Teller(progress), seed=seed,
         )  # fmt: skip
         report = loop.run(folder.newest() if folder and resume else None)
         snapshot.discard()
@@ -281,36 +263,6 @@ def _open(
             f"{folder.path} holds a run already; continue it with resume=True, or use another folder"
         )
     return folder
-
-
-def _word(value: Any) -> str | None:
-    """A function by its name: all that can be compared of it from run to run."""
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, functools.partial):
-        given = [_word_or_value(v) for v in value.args]
-        named = [f"{k}={_word_or_value(v)}" for k, v in sorted(value.keywords.items())]
-        return f"{_word(value.func)}({', '.join([*given, *named])}, ...)"
-    if is_dataclass(value):
-        return repr(value)
-    return getattr(value, "__qualname__", type(value).__qualname__)
-
-
-def _word_or_value(value: Any) -> str:
-    return str(_word(value)) if callable(value) else repr(value)
-
-
-def _plain(value: Any, model: nn.Module) -> Any:
-    """An option of scoring as JSON; modules by their names."""
-    if isinstance(value, nn.Module):
-        return next((n for n, m in unwrapped(model).named_modules() if m is value), repr(value))
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, set | frozenset):
-        return sorted(_plain(v, model) for v in value)
-    if isinstance(value, Iterable):
-        return [_plain(v, model) for v in value]
-    return _word_or_value(value)
 
 
 def _first_samples(batches: Iterable[Any], samples: int, seed: int) -> list[Any]:

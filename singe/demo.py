@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import singe
-from singe.compress import accuracy
 from singe.data import find_device
 from singe.errors import OptionError, SingeError
+from singe.evaluation import accuracy
 from singe.versions import versions
 
 Batches = list[tuple[Tensor, Tensor]]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from singe.data import check_reiterable, device_of, read_batches
 from singe.errors import DataError, OptionError
-from singe.finetune import in_mode
+from singe.modes import in_mode
 from singe.objectives import IGNORE_INDEX, check_classes, class_dim, logits_of
 
 Evaluate = Callable[[nn.Module], float]

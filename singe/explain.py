@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from singe.budget import Step
@@ -30,27 +31,62 @@ def explain_groups(
     are what would come back if only this group got its units back (savings of neighbours overlap, so
     they do not add up).
     """
-    gone = {name: len(units) for name, units in removed.items()}
-    after = cost(gone)
-    found: dict[str, dict[str, Any]] = {}
+    found = _sizes(groups.values(), removed, cost)
     for name, group in groups.items():
         values, units = scores[name].tolist(), set(removed.get(name, ()))
         cut, kept = [values[u] for u in units], [v for u, v in enumerate(values) if u not in units]
         total = sum(values)
-        restored = cost({n: k for n, k in gone.items() if n != name})
-        found[name] = {
-            "layers": list(group.layers),
-            "units": group.n_units,
-            "removed": len(units),
-            "kept": len(kept),
-            "channels_per_unit": group.root_channels.shape[1],
+        found[name] |= {
             "highest_removed": max(cut, default=None),
             "lowest_kept": min(kept),
             # Of scores that may be negative (signed, ablation) a share says nothing.
             "score_removed": sum(cut) / total if min(values) >= 0 and total > 0 else None,
+            "why": _why(name, group, len(units), steps[name], limits),
+        }
+    return found
+
+
+def explain_rounds(
+    groups: Sequence[Group],
+    removed: Mapping[str, Sequence[int]],
+    rounds: Sequence[Mapping[str, int]],
+    cost: CostModel,
+) -> dict[str, dict[str, Any]]:
+    """The same of what several rounds took; ``why`` says which. Scores are not told: each round had its own.
+
+    Args:
+        groups: of the original model.
+        removed: in all rounds together.
+        rounds: group -> number of units left, after every round.
+        cost: of the original model.
+    """
+    found = _sizes(groups, removed, cost)
+    for name, row in found.items():
+        left = [row["units"], *(kept[name] for kept in rounds)]
+        lost = [before - after for before, after in pairwise(left)]
+        told = [f"{units} in round {number}" for number, units in enumerate(lost, 1) if units]
+        row["why"] = ", ".join(told) or "keeps all"
+    return found
+
+
+def _sizes(
+    groups: Iterable[Group], removed: Mapping[str, Sequence[int]], cost: CostModel
+) -> dict[str, dict[str, Any]]:
+    """What is known of a group without its scores."""
+    gone = {name: len(units) for name, units in removed.items()}
+    after = cost(gone)
+    found = {}
+    for group in groups:
+        restored = cost({n: k for n, k in gone.items() if n != group.name})
+        taken = gone.get(group.name, 0)
+        found[group.name] = {
+            "layers": list(group.layers),
+            "units": group.n_units,
+            "removed": taken,
+            "kept": group.n_units - taken,
+            "channels_per_unit": group.root_channels.shape[1],
             "macs_saved": restored["macs"] - after["macs"],
             "params_saved": restored["params"] - after["params"],
-            "why": _why(name, group, len(units), steps[name], limits),
         }
     return found
 
@@ -86,35 +122,27 @@ def table(plan: Plan) -> str:
             f"{k} {before[k]:.4g} -> {after[k]:.4g} ({after[k] / before[k]:.2%})" for k in after
         ),
     ]
-    titles = (
-        "group",
-        "units",
-        "kept",
-        "score lost",
-        "highest out",
-        "lowest in",
-        "MACs saved",
-        "why",
-    )
-    cells = [
-        (
-            row["group"],
-            str(row["units"]),
-            str(row["kept"]),
-            "" if row["score_removed"] is None else f"{row['score_removed']:.1%}",
-            "" if row["highest_removed"] is None else f"{row['highest_removed']:.3g}",
-            f"{row['lowest_kept']:.3g}",
-            f"{row['macs_saved'] / before['macs']:.2%}",
-            row["why"],
-        )
-        for row in rows
-    ]
-    widths = [max(len(line[i]) for line in (titles, *cells)) for i in range(len(titles))]
-    lines = [
-        "  ".join(
-            text.ljust(width) if i in (0, len(titles) - 1) else text.rjust(width)
-            for i, (text, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in (titles, *cells)
-    ]
-    return "\n".join([*head, *lines])
+    columns = {
+        "group": [row["group"] for row in rows],
+        "units": [str(row["units"]) for row in rows],
+        "kept": [str(row["kept"]) for row in rows],
+        "score lost": [_told(row, "score_removed", ".1%") for row in rows],
+        "highest out": [_told(row, "highest_removed", ".3g") for row in rows],
+        "lowest in": [_told(row, "lowest_kept", ".3g") for row in rows],
+        "MACs saved": [f"{row['macs_saved'] / before['macs']:.2%}" for row in rows],
+        "why": [row["why"] for row in rows],
+    }
+    lines = [""] * (1 + len(rows))
+    for title, cells in columns.items():
+        if not any(cells):
+            continue
+        width = max(map(len, (title, *cells)))
+        for i, cell in enumerate((title, *cells)):
+            text = cell.ljust(width) if title in ("group", "why") else cell.rjust(width)
+            lines[i] = f"{lines[i]}  {text}" if lines[i] else text
+    return "\n".join([*head, *(line.rstrip() for line in lines)])
+
+
+def _told(row: Mapping[str, Any], key: str, form: str) -> str:
+    value = row.get(key)
+    return "" if value is None else format(value, form)

@@ -50,7 +50,8 @@ def save_pruned(
         What was written: ``{"weights": path, "plan": path}``.
 
     Raises:
-        ModelError: ``model`` still has what ``plan`` removes, or state that is no tensor.
+        ModelError: ``model`` still has what ``plan`` removes, or state that is no tensor; or ``folder``
+            is a file.
     """
     inner = unwrapped(model)
     if extra := [k for k, t in inner.state_dict().items() if not isinstance(t, Tensor)]:
@@ -61,6 +62,8 @@ def save_pruned(
     if plan is not None:
         _require_carried_out(inner, plan)
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ModelError(f"{folder} is a file; save_pruned writes a folder, give it another name")
     folder.mkdir(parents=True, exist_ok=True)
     header = {"format": FORMAT, "model": type(inner).__name__, "layers": _layers(inner)}
     written = {"weights": folder / WEIGHTS}
@@ -88,8 +91,9 @@ def load_pruned(model: nn.Module, path: str | PathLike[str]) -> nn.Module:
     optimizers afterwards.
 
     Args:
-        model: of the class and arguments the saved one was built with; changed in place, on its
-            device; ``requires_grad`` flags and modes are kept.
+        model: of the class and arguments the saved one was built with, as many classes included (of one
+            with more, the head becomes as narrow as the saved one); changed in place, on its device;
+            ``requires_grad`` flags and modes are kept.
         path: the folder, or the safetensors file itself.
 
     Returns:

@@ -1,11 +1,9 @@
-"""How what pruning left is fine-tuned: options, defaults, a user's own function, recalibration."""
+"""How what pruning left is fine-tuned: options, defaults, a user's own function."""
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +13,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from singe.criteria import choose
-from singe.data import Batch, device_of, read_batches
-from singe.errors import OptionError
-from singe.graph import BATCH_NORMS
-from singe.objectives import CrossEntropy, Objective
+from singe.errors import ModelError, OptionError, expect_callable
+from singe.modes import in_mode
+from singe.objectives import CrossEntropy, Loss, Objective, as_objective
 from singe.precision import OFFERED as LOWER
-from singe.seeding import seed_all
+from singe.scores import fingerprint
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
@@ -47,6 +44,8 @@ class Stage:
     teacher: nn.Module | None
 
 
+LR, TEMPERATURE = 0.01, 2.0
+
 FinetuneFunction = Callable[[nn.Module, Stage], float | None]
 
 
@@ -60,7 +59,7 @@ class Training:
     clip_grad_norm: float | None = None
     autocast: torch.dtype | None = None
     distill: float = 0.0
-    temperature: float = 2.0
+    temperature: float = TEMPERATURE
     ema: float | None = None
 
     def __post_init__(self) -> None:
@@ -78,6 +77,79 @@ class Training:
             raise OptionError(f"temperature must be positive, got {self.temperature!r}")
         if self.ema is not None and not 0.0 < self.ema < 1.0:
             raise OptionError(f"ema must lie in (0, 1), got {self.ema!r}")
+
+
+def call_finetune(finetune: FinetuneFunction, model: nn.Module, stage: Stage) -> float | None:
+    """Let a function of the user's train, in training mode; gradients do not stay.
+
+    Raises:
+        ModelError: it left other parameters, shapes, dtypes or devices.
+    """
+    before, kinds = fingerprint(model), _kinds(model)
+    with in_mode(model, training=True):
+        loss = finetune(model, stage)
+    for parameter in model.parameters():
+        parameter.grad = None
+    if fingerprint(model) != before:
+        raise ModelError(
+            "the finetune function changed names or shapes of the model's parameters; it must train the "
+            "given model in place"
+        )
+    if (now := _kinds(model)) != kinds:
+        raise ModelError(
+            f"the finetune function left the model in {', '.join(now)}, and it came in {', '.join(kinds)}; "
+            "put it back before returning (autocast leaves it as it is)"
+        )
+    return None if loss is None else float(loss)
+
+
+def _kinds(model: nn.Module) -> list[str]:
+    return sorted({f"{p.dtype} on {p.device}" for p in model.parameters()})
+
+
+def training_of(
+    finetune: FinetuneFunction | None,
+    *,
+    objective: str | Loss | Objective,
+    optimizer: OptimizerFactory | None,
+    scheduler: SchedulerFactory | None,
+    lr: float,
+    label_smoothing: float,
+    **options: Any,
+) -> Training:
+    """The training that :func:`singe.compress` was asked for.
+
+    Raises:
+        OptionError: a value out of range, or one that would not have a say.
+    """
+    if finetune is not None:
+        own = {
+            **options, "optimizer": optimizer, "scheduler": scheduler, "label_smoothing": label_smoothing,
+            "finetune_objective": objective != "cross_entropy", "lr": lr != LR,
+            "temperature": options["temperature"] != TEMPERATURE,
+            "distill": None,  # it has the teacher
+        }  # fmt: skip
+        if given := sorted(name for name, value in own.items() if value):
+            raise OptionError(
+                f"{', '.join(given)} belong to the built-in training; do that inside your finetune function"
+            )
+    elif options["temperature"] != TEMPERATURE and not options["distill"]:
+        raise OptionError("temperature is of the distillation: give distill=, its weight, as well")
+    if optimizer is not None and lr != LR:
+        raise OptionError(
+            f"lr is of the default optimizer; yours has its own: optimizer=lambda parameters: "
+            f"torch.optim.AdamW(parameters, {lr!r})"
+        )
+    expect_callable(
+        "optimizer", optimizer, "e.g. lambda parameters: torch.optim.SGD(parameters, 0.01)"
+    )
+    expect_callable("scheduler", scheduler, "lambda optimizer, steps: an LRScheduler")
+    return Training(
+        optimizer or default_optimizer(lr),
+        scheduler or cosine,
+        smoothed(as_objective(objective), label_smoothing),
+        **options,
+    )
 
 
 def smoothed(objective: Objective, label_smoothing: float) -> Objective:
@@ -113,74 +185,3 @@ def default_optimizer(lr: float) -> OptimizerFactory:
 def cosine(optimizer: Optimizer, steps: int) -> LRScheduler:
     """From the optimizer's own rate to 0 within ``steps``."""
     return LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
-
-
-@contextmanager
-def in_mode(model: nn.Module, training: bool | None) -> Iterator[None]:
-    """Training or evaluation mode in here (None: as it is); every module's own comes back afterwards.
-
-    A model that is in training mode already stays as it is: what was set to ``eval()`` inside it, a frozen
-    norm say, is not trained.
-    """
-    modes = {module: module.training for module in model.modules()}
-    if training is not None and not (training and model.training):
-        model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def set_statistics(model: nn.Module, data: Iterable[Any], seed: int, round: int) -> bool:
-    """:func:`recalibrate` on what a round of a run with this seed draws from ``data``."""
-    seed_all(seed, "recalibrate", round, loader=data)
-    return recalibrate(model, read_batches(data, device_of(model)))
-
-
-@torch.no_grad()
-def recalibrate(model: nn.Module, batches: Iterable[Batch]) -> bool:
-    """Set the BatchNorms' running statistics to the mean over ``batches``; nothing else moves.
-
-    Batches of a single sample are passed over where there are others. Where there are none they count,
-    unless a norm sees a single value per channel, whose variance is not defined: then a warning says that
-    all stays as it is.
-
-    Returns:
-        Whether anything was set.
-    """
-    norms: list[Any] = [
-        m for m in model.modules() if isinstance(m, BATCH_NORMS) and m.running_mean is not None
-    ]
-    if not norms:
-        return False
-    given = list(batches)
-    usable = [batch for batch in given if batch.size > 1] or given
-    if not usable:
-        return False
-    before = [{k: t.clone() for k, t in norm.named_buffers()} for norm in norms]
-    momenta = [norm.momentum for norm in norms]
-    with in_mode(model, training=False):
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # a plain mean over the batches
-            norm.train()
-        try:
-            for batch in usable:
-                batch.call(model)
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            for norm, buffers in zip(norms, before, strict=True):
-                for name, tensor in norm.named_buffers():
-                    tensor.copy_(buffers[name])
-            warnings.warn(
-                "the BatchNorms keep the statistics of the larger network: calibration batches of one sample "
-                "have no variance; give them two samples or more",
-                stacklevel=2,
-            )
-            return False
-        finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
-    return True

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -55,6 +57,24 @@ def floor_of(units: int, max_pruning_ratio: float) -> int:
 def rounded_down(share: float, units: int) -> int:
     """``share * units`` without what floats do to it: 0.29 of 100 are 29, not 28.999999999999996."""
     return math.floor(round(share * units, 9))
+
+
+def plain_share(given: Share | None, argument: str) -> float | dict[str, float] | None:
+    """Plain numbers, whatever they were given as (NumPy's, tensors of one element).
+
+    Raises:
+        OptionError: no number, or outside [0, 1].
+    """
+
+    def number(share: Any, where: str = "") -> float:
+        with suppress(TypeError, ValueError, RuntimeError):
+            if 0.0 <= float(share) <= 1.0:
+                return float(share)
+        raise OptionError(f"{argument}{where} must lie in [0, 1], got {share!r}")
+
+    if isinstance(given, Mapping):
+        return {name: number(share, f" of {name!r}") for name, share in given.items()}
+    return None if given is None else number(given)
 
 
 @dataclass(frozen=True)
@@ -149,14 +169,12 @@ def _depth(item: tuple[str, float]) -> int:
 
 
 def _shares(given: Share | None, graph: ModelGraph, argument: str) -> dict[str, float]:
-    if given is None:
-        return {}
-    shares = given if isinstance(given, Mapping) else {g.name: given for g in graph.groups}
-    result: dict[str, float] = {}
+    plain = plain_share(given, argument)
+    if not isinstance(plain, dict):
+        return {} if plain is None else {g.name: plain for g in graph.groups}
     # Containers first: a layer's own share goes before that of what it is in.
-    for name, share in sorted(shares.items(), key=_depth):
-        if not 0.0 <= float(share) <= 1.0:
-            raise OptionError(f"{argument} of {name!r} must lie in [0, 1], got {share!r}")
-        for group in _groups_of([name], graph, argument):
-            result[group] = float(share)
-    return result
+    return {
+        group: share
+        for name, share in sorted(plain.items(), key=_depth)
+        for group in _groups_of([name], graph, argument)
+    }

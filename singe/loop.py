@@ -7,31 +7,31 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from singe.checkpoint import Folder
 from singe.cost import count
 from singe.data import device_of, first_batch
-from singe.errors import ModelError, OptionError
+from singe.errors import OptionError
 from singe.evaluation import Evaluate
-from singe.finetune import FinetuneFunction, Stage, in_mode, set_statistics
+from singe.finetune import FinetuneFunction, Stage, call_finetune
 from singe.graph import ModelGraph, unwrapped
 from singe.limits import Limits, absolute, limits_of
+from singe.modes import in_mode
 from singe.original import Original
 from singe.plan import Plan, make_plan
+from singe.recalibration import set_statistics
 from singe.removal import Removals, kept_elements, remove_units
 from singe.request import Request
 from singe.rounds import CompressReport, Pruning, Round, describe, portions, target_after
-from singe.scores import Scores, fingerprint
+from singe.scores import Scores
 from singe.scoring import carry_out
 from singe.seeding import derive, seed_all
 from singe.snapshot import Snapshot
+from singe.telling import Teller
 from singe.tuner import Tuner
 from singe.units import find_groups, small
 
@@ -65,7 +65,7 @@ class Loop:
     folder: Folder | None
     checkpoint_every: int
     on_round: Callable[[Round, Scores, Plan], None] | None
-    progress: bool
+    teller: Teller
     seed: int
     kept: dict[str, list[int]] = field(default_factory=dict)
     visits: list[list[str]] | None = None
@@ -102,7 +102,7 @@ class Loop:
             round_to=pruning.round_to,
         )  # fmt: skip
         full = self.original.full
-        self.last = absolute(pruning.value, full[pruning.kind])
+        self.last = absolute(pruning.target[pruning.kind], full[pruning.kind])
         self.report = CompressReport(full["macs"], int(full["params"]), None)
         self.kept = self.original.everything()
 
@@ -242,17 +242,12 @@ class Loop:
             self._save()
 
     def _train(self, index: int) -> float | None:
-        title = f"round {index}/{self.rounds}: fine-tuning"
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-        hidden = not (self.progress and console.is_terminal)
-        last = time.perf_counter()
-        with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
-            task = bar.add_task(title, total=self.tuner.steps, completed=self.tuner.step)
+        title, last = f"round {index}/{self.rounds}: fine-tuning", time.perf_counter()
+        with self.teller.bar(title, self.tuner.steps, self.tuner.step) as advance:
 
             def after_step() -> None:
                 nonlocal last
-                bar.advance(task)
+                advance()
                 step = self.tuner.step
                 if step % self.checkpoint_every == 0 and step < self.tuner.steps:
                     assert self.current is not None
@@ -265,22 +260,12 @@ class Loop:
     def _finetune(self, index: int) -> float | None:
         assert self.finetune is not None
         assert self.current is not None
-        before = fingerprint(self.model)
         seed = derive(self.seed, "stage", index)
         seed_all(self.seed, "stage", index, loader=self.train)
         stage = Stage(
             index, self.rounds, self.current["steps"], seed, self.train, self.tuner.teacher
         )
-        with in_mode(self.model, training=True):
-            loss = self.finetune(self.model, stage)
-        for parameter in self.model.parameters():
-            parameter.grad = None
-        if fingerprint(self.model) != before:
-            raise ModelError(
-                "the finetune function changed names or shapes of the model's parameters; it must "
-                "train the given model in place"
-            )
-        return None if loss is None else float(loss)
+        return call_finetune(self.finetune, self.model, stage)
 
     def _roll_back(self, done: Round, index: int) -> None:
         self.report.abandoned = done
@@ -298,6 +283,8 @@ class Loop:
     def _finish(self) -> None:
         self.tuner.keep_average()
         self.finished = True
+        if self.original.watch is not None:  # timed once, not after every round
+            self._note_plan()
         self._save()
 
     # ------------------------------------------------------------------ checkpoints
@@ -363,10 +350,6 @@ class Loop:
 
     # ------------------------------------------------------------------ telling
 
-    @cached_property
-    def _console(self) -> Console:
-        return Console(stderr=True, quiet=not self.progress)
-
     def _metric(self) -> float | None:
         if self.measure is None:
             return None
@@ -375,22 +358,24 @@ class Loop:
 
     def _note_plan(self) -> None:
         """The plan of the whole run, as far as it has come."""
-        full, report = self.original.full, self.report
+        report = self.report
         left = float(sum(map(len, self.kept.values())))
+        after = {"macs": report.macs_after, "params": report.params_after, "channels": left}
+        if self.finished and self.original.watch is not None:
+            after["latency"] = self.original.latency()
         meta = {
             "target": {self.pruning.kind: self.last},
             "ranking": self.pruning.ranking,
             "criterion": self.request.criterion,
-            "before": {k: full[k] for k in ("macs", "params", "channels")},
-            "after": {"macs": report.macs_after, "params": report.params_after, "channels": left},
+            "before": self.original.full,
+            "after": after,
         }
-        self.report.plan = self.original.plan(self.kept, meta)
+        report.plan = self.original.plan(self.kept, meta, [r.kept for r in report.rounds])
 
     def _tell(self, done: Round, index: int) -> None:
-        text = f"round {index}/{self.rounds}: {describe(done, self.report)}"
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self.teller.line(f"round {index}/{self.rounds}: {describe(done, self.report)}")
         if self.report.stopped:
-            self._console.print(f"stopped: {self.report.stopped}", highlight=False, soft_wrap=True)
+            self.teller.line(f"stopped: {self.report.stopped}")
         if self.on_round is None:
             return
         if not hasattr(self, "_scores"):  # decided in the process that was continued

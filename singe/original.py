@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from singe.cost import CostModel
 from singe.data import Batch
+from singe.explain import explain_rounds
 from singe.graph import ModelGraph, named_tensors
 from singe.latency import Stopwatch, Timing
 from singe.plan import Plan, full_cost
@@ -48,6 +50,7 @@ class Original:
         self.batch = small(example)
         self.watch = None if timing is None else Stopwatch(model, example, timing)
         self.full = full_cost(model, graph, self.batch, self.watch)
+        self._cost = CostModel(model, graph, self.batch)
         self._snapshot = snapshot
         self._fingerprint = fingerprint(model)
 
@@ -62,9 +65,27 @@ class Original:
         }
         return {name: units for name, units in gone.items() if units}
 
-    def plan(self, kept: Mapping[str, Sequence[int]], meta: Mapping[str, Any]) -> Plan:
-        """What is gone as a plan for a fresh copy of the original."""
-        return Plan(self.missing(kept), {**meta, "fingerprint": self._fingerprint})
+    def plan(
+        self,
+        kept: Mapping[str, Sequence[int]],
+        meta: Mapping[str, Any],
+        rounds: Sequence[Mapping[str, int]],
+    ) -> Plan:
+        """What is gone as a plan for a fresh copy of the original.
+
+        Args:
+            kept: group -> its units that are left.
+            meta: what else is to be known of it.
+            rounds: group -> number of units left, after every round.
+        """
+        gone = self.missing(kept)
+        groups = explain_rounds(self.graph.groups, gone, rounds, self._cost)
+        return Plan(gone, {**meta, "fingerprint": self._fingerprint, "groups": groups})
+
+    def latency(self) -> float:
+        """Of the network as it is, in milliseconds on the scale of :attr:`full`."""
+        assert self.watch is not None
+        return self.watch.compare(self.model).share * self.full["latency"]
 
     def values(self) -> dict[str, Tensor]:
         """Copies of all parameters and buffers as they are now, in their layouts."""

@@ -20,8 +20,7 @@ Schedule = str | Callable[[float], float]
 class Pruning:
     """What shall go, and in which order; see :func:`singe.compress`."""
 
-    kind: str
-    value: float
+    target: dict[str, float]
     rounds: int | None
     schedule: Schedule
     order: str
@@ -33,6 +32,11 @@ class Pruning:
     max_pruning_ratio: float
     timing: Timing
     recalibrate: bool
+
+    @property
+    def kind(self) -> str:
+        """What the target is in: ``"macs"``, ``"params"``, ``"channels"`` or ``"latency"``."""
+        return next(iter(self.target))
 
 
 @dataclass

@@ -6,14 +6,15 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Snapshot:
     """Context manager: on an exception (Ctrl-C included) the model is restored.
 
-    Values, shapes, the very parameter objects, their ``.grad`` and ``requires_grad``, buffers, plain
-    attributes such as ``out_channels``, and modes are put back. Costs one copy of the parameters.
+    The very parameter objects with their values, shapes, dtypes and layouts, their ``.grad`` and
+    ``requires_grad``, buffers, plain attributes such as ``out_channels``, and modes are put back. Costs one
+    copy of the parameters.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -47,7 +48,10 @@ class Snapshot:
             module.__dict__.update({k: _shallow(v) for k, v in state.items()})
         with torch.no_grad():
             for tensor, value, requires_grad, grad, grad_value in self._values:
-                tensor.copy_(value)
+                if _form(tensor) == _form(value):
+                    tensor.copy_(value)
+                else:  # model.to(...) keeps the parameters and changes what is in them
+                    tensor.data = value.clone()
                 tensor.requires_grad_(requires_grad)
                 tensor.grad = grad
                 if grad is not None and grad_value is not None:
@@ -64,6 +68,10 @@ class Snapshot:
     ) -> None:
         if self._kept:
             self.restore()
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
 
 
 def _shallow(value: Any) -> Any:

@@ -14,8 +14,9 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from singe.data import Batch, as_batch, device_of
 from singe.errors import ModelError, NonFiniteError, OptionError
-from singe.finetune import Training, in_mode
+from singe.finetune import Training
 from singe.graph import BATCH_NORMS, named_tensors, unwrapped
+from singe.modes import in_mode
 from singe.objectives import class_dim, logits_of
 from singe.removal import take
 from singe.seeding import Stream, seed_all

@@ -331,6 +331,22 @@ def test_a_file_holds_options_and_the_command_line_wins(tmp_path):
     )
     assert told["after"]["macs"] <= 0.8 * told["before"]["macs"]
     assert set(told["files"]) == {"weights", "plan"}
+    told = json.loads(
+        run("prune", "--config", config, "--params", 0.8, "--out", tmp_path / "b", "--json")
+    )  # in place of the file's MACs
+    assert 0.7 < told["after"]["params"] / told["before"]["params"] <= 0.8
+
+
+def test_a_file_may_use_the_forms_of_toml(tmp_path):
+    config = tmp_path / "c.toml"
+    config.write_text(
+        'data = "data.npz"\nmodel = "net.py:make"\ndevice = "cpu"\nmean = [0.5, 0.5, 0.5]\nlayer = "3"\n'
+        "[prune]\nchannels = 0.75\nmin-keep = {3 = 0.75}\ndry-run = true\njson = true\n"
+    )
+    told = json.loads(run("prune", "--config", config))
+    (row,) = told["meta"]["groups"].values()
+    assert row["kept"] == -(-3 * row["units"] // 4)
+    assert row["why"] == "at its limit: min_keep"
 
 
 def test_options_become_arguments():

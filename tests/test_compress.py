@@ -22,7 +22,7 @@ from helpers_networks import CASES, residual
 from torch import nn
 
 import singe
-from singe.compress import accuracy
+from singe.evaluation import accuracy
 from singe.objectives import CrossEntropy
 
 # Torch-Pruning counts a linear layer's bias once per batch: its MACs per sample depend, by less than

@@ -170,6 +170,12 @@ def test_a_model_that_was_pruned_twice_is_rebuilt_from_its_class(tmp_path):
     assert torch.equal(load_pruned(convnet().eval(), tmp_path / "again")(X), again(X))
 
 
+def test_a_file_where_the_folder_should_be(tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(ModelError, match="taken is a file; save_pruned writes a folder"):
+        save_pruned(convnet(), tmp_path / "taken")
+
+
 class WithState(nn.Linear):
     def get_extra_state(self):
         return {"calls": 7}

@@ -109,11 +109,18 @@ def test_a_finetune_function_of_the_users():
     def ruins(m: nn.Module, stage: singe.Stage) -> None:
         m[16] = nn.Linear(3, 3)
 
-    model = network()
-    before = snapshot(model)
-    with pytest.raises(singe.ModelError, match="finetune function changed"):
-        singe.compress(model, macs=0.6, finetune=ruins, **OPTIONS)
-    assert_unchanged(model, before, versions=False)
+    def halves(m: nn.Module, stage: singe.Stage) -> None:
+        m.bfloat16()
+
+    for wrong, message in (
+        (ruins, "finetune function changed names or shapes"),
+        (halves, "left the model in torch.bfloat16 on cpu, and it came in torch.float32 on cpu"),
+    ):
+        model = network()
+        before = snapshot(model)
+        with pytest.raises(singe.ModelError, match=message):
+            singe.compress(model, macs=0.6, finetune=wrong, **OPTIONS)
+        assert_unchanged(model, before, versions=False)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +141,12 @@ def test_a_finetune_function_of_the_users():
         ({"temperature": 9.0, "finetune_objective": lambda o, b: o.sum(), "finetune": lambda m, s: None},
          "finetune_objective, temperature belong to the built-in"),
         ({"autocast": torch.bfloat16, "finetune": lambda m, s: None}, "autocast belong to the built-in"),
+        ({"lr": 0.5, "optimizer": torch.optim.AdamW}, "lr is of the default optimizer; yours has its own"),
+        ({"temperature": 9.0}, "temperature is of the distillation: give distill="),
+        ({"schedule": "cubic", "order": "layerwise"}, "schedule shares the budget out over the rounds of"),
+        ({"visit": "damage"}, "visit is the order of the groups under order='layerwise'"),
+        ({"min_keep": {"0": "half"}}, r"min_keep of '0' must lie in \[0, 1\], got 'half'"),
+        ({"max_keep": torch.ones(2)}, r"max_keep must lie in \[0, 1\], got tensor"),
         ({"max_keep": 0.7, "round_to": 7}, "no number of channels there is a multiple of round_to=7"),
         ({"accuracy_floor": 0.5, "evaluate": lambda m: math.nan}, "nan, below accuracy_floor=0.5"),
         ({"accuracy_floor": 0.5}, "accuracy_floor needs evaluate"),
@@ -227,6 +240,22 @@ def test_the_plan_of_the_run_rebuilds_the_network(order):
     assert model[0].out_channels % 2 == 0
 
 
+@pytest.mark.parametrize("order", ["global", "layerwise"])
+def test_the_plan_of_the_run_tells_what_each_round_took(order):
+    report = singe.compress(network(), macs=0.5, order=order, **OPTIONS)
+    for row in report.plan.rows():
+        assert row["kept"] == report.rounds[-1].kept[row["group"]]
+        assert row["removed"] == len(report.plan.get(row["group"], []))
+        told = [int(part.split()[0]) for part in row["why"].split(", ") if "round" in part]
+        assert sum(told) == row["removed"] > 0
+        assert row["macs_saved"] > 0
+    assert len({row["why"] for row in report.plan.rows()}) > 1
+    lines = report.plan.explain().splitlines()
+    assert lines[0].endswith(f"for at most {0.5 * report.macs_before:.4g} macs")
+    assert [line.split()[0] for line in lines[2:]] == ["group", *report.rounds[0].kept]
+    assert "lowest in" not in lines[2]  # every round had scores of its own
+
+
 def test_residual_streams_keep_their_indices_over_the_rounds():
     torch.manual_seed(0)
     model = randomise(residual())
@@ -252,7 +281,10 @@ def test_a_target_in_latency():
         model, latency=1000.0, timing=singe.Timing(runs=3), max_keep=0.8, **{**OPTIONS, "rounds": 1}
     )
     assert report.rounds[0].units_removed >= 8
-    assert "latency" in report.plan.meta["target"]
+    meta = report.plan.meta
+    assert meta["target"] == {"latency": 1000.0}
+    assert 0.0 < meta["after"]["latency"] < 1000.0
+    assert 0.0 < meta["before"]["latency"] < 1000.0
 
 
 @pytest.mark.parametrize("layers", [None, ["0", "4", "8"]])

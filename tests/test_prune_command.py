@@ -18,10 +18,10 @@ from safetensors.torch import save_model
 import singe
 from singe.cli.data import Reading, Source
 from singe.cli.models import load_model
-from singe.compress import accuracy
 from singe.data import read_batches
+from singe.evaluation import accuracy
 from singe.export import load_pruned
-from singe.finetune import recalibrate
+from singe.recalibration import recalibrate
 
 pytestmark = pytest.mark.usefixtures("inside")
 

@@ -19,8 +19,9 @@ from helpers_loop import BATCHES, OPTIONS, network, same_weights
 from torch import nn
 
 import singe
-from singe.finetune import Training, cosine, default_optimizer, recalibrate
+from singe.finetune import Training, cosine, default_optimizer
 from singe.objectives import CrossEntropy, as_objective
+from singe.recalibration import recalibrate
 from singe.removal import kept_elements, remove_units
 from singe.seeding import Stream
 from singe.tuner import Tuner

@@ -21,7 +21,7 @@ import cifar10
 from importances import SCORERS, by_singe
 
 import singe
-from singe.compress import accuracy
+from singe.evaluation import accuracy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.record import write

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 import singe
-from singe.compress import accuracy
+from singe.evaluation import accuracy
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from torch.nn.utils import prune
 
 import singe
 from singe.adapters import torch_prune
-from singe.compress import accuracy
+from singe.evaluation import accuracy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.record import write

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import singe
 from singe.adapters.torch_pruning import importance
-from singe.compress import accuracy
+from singe.evaluation import accuracy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.record import RESULTS, write

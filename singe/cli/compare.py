@@ -24,8 +24,8 @@ from singe.cli.options import (
 from singe.cli.output import Voice
 from singe.cli.prune import make_plan, set_statistics
 from singe.comparison import compare as agreement
-from singe.compress import accuracy
 from singe.errors import OptionError
+from singe.evaluation import accuracy
 from singe.report import write_report
 from singe.scores import Scores
 

@@ -38,17 +38,17 @@ from singe.cli.options import (
 from singe.cli.output import Voice
 from singe.cli.prune import describe, make_plan
 from singe.cli.score import for_pruning, run_score
-from singe.compress import CompressReport, Round
+from singe.compress import FINETUNE_STEPS, CompressReport, Round
 from singe.criteria import choose
 from singe.data import as_batch, device_of
 from singe.errors import ExportError, OptionError
 from singe.graph import private_copy
+from singe.loop import ROUNDS
 from singe.objectives import logits_of
 from singe.report import write_report
 from singe.scores import Scores
 
 EXIT_FLOOR = 3
-DEFAULT_ROUNDS, DEFAULT_STEPS = 5, 200  # of singe.compress, to tell the cost of a run beforehand
 WARMUP_TOO = ("clip_grad_norm", "label_smoothing", "checkpoint_every")
 # Options that singe.compress takes under the same name.
 PASSED = (
@@ -97,7 +97,6 @@ def compress(
         "calibrate": found.calibrate,
         "evaluate": found.evaluate,
         "optimizer": ChosenOptimizer(tuning.optimizer, tuning.lr, tuning.weight_decay),
-        "lr": tuning.lr,
         "autocast": tuning.autocast(),
         "seed": common.seed,
         "resume": tuning.resume,
@@ -167,7 +166,7 @@ def time_left(tuning: TuningOptions, checkpoint: Path, voice: Voice) -> Callable
     Args:
         checkpoint: folder of a run that is continued; its report knows the rounds that are over.
     """
-    rounds = tuning.rounds or (DEFAULT_ROUNDS if tuning.order != "layerwise" else None)
+    rounds = tuning.rounds or (ROUNDS if tuning.order != "layerwise" else None)
     last = time.perf_counter()
     report = checkpoint / "report.json"
     over = len(json.loads(report.read_text())["rounds"]) if report.is_file() else 0
@@ -229,8 +228,8 @@ def _show_plan(
     """The whole budget in one shot: what would go by the first scores, and how long a run takes."""
     scores = run_score(inputs, options, common.seed, voice)
     plan = make_plan(inputs, scores, budget)
-    rounds = tuning.rounds or (len(scores) if tuning.order == "layerwise" else DEFAULT_ROUNDS)
-    per_round = DEFAULT_STEPS if tuning.finetune_steps is None else tuning.finetune_steps
+    rounds = tuning.rounds or (len(scores) if tuning.order == "layerwise" else ROUNDS)
+    per_round = FINETUNE_STEPS if tuning.finetune_steps is None else tuning.finetune_steps
     steps = tuning.warmup_steps + rounds * per_round + (tuning.final_steps or 0)
     seconds = steps * seconds_per_step(inputs) + rounds * sum(scores.meta["seconds"].values())
     cost = {"rounds": rounds, "training_steps": steps, "estimated_seconds": seconds}

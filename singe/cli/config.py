@@ -37,10 +37,10 @@ def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
     root: Any = ctx.find_root().command
     commands = {name: _names(command) for name, command in root.commands.items()}
     commands = {name: known for name, known in commands.items() if "config" in known}
-    everybody = {name: key for names in commands.values() for name, key in names.items()}
+    everybody = {name: option for names in commands.values() for name, option in names.items()}
     tables = {name: content.pop(name, {}) for name in commands}
     for name, value in content.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and not _repeatable(everybody.get(name.replace("_", "-"))):
             raise OptionError(
                 f"{path}: there is no table [{name}]; the commands' tables are "
                 + ", ".join(f"[{command}]" for command in commands)
@@ -56,17 +56,17 @@ def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-def _names(command: Any) -> dict[str, str]:
-    """Every name of an option, without dashes at the front -> the parameter it sets."""
+def _names(command: Any) -> dict[str, Any]:
+    """Every name of an option, without dashes at the front -> typer's parameter."""
     found = {}
     for parameter in command.params:
         for name in (parameter.name, *parameter.opts):
-            found[name.lstrip("-").replace("_", "-")] = parameter.name
+            found[name.lstrip("-").replace("_", "-")] = parameter
     return found
 
 
 def _resolve(
-    table: dict[str, Any], known: dict[str, str], path: Path, where: str
+    table: dict[str, Any], known: dict[str, Any], path: Path, where: str
 ) -> dict[str, Any]:
     values = {}
     for key, value in table.items():
@@ -75,5 +75,20 @@ def _resolve(
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise OptionError(f"{path}: {where}there is no option {key!r}{hint}")
-        values[known[name]] = value
+        if isinstance(value, dict) and not _repeatable(known[name]):
+            raise OptionError(f"{path}: {where}{key} is one value, not a table")
+        values[known[name].name] = _as_typed(value, _repeatable(known[name]))
     return values
+
+
+def _repeatable(parameter: Any) -> bool:
+    return getattr(parameter, "multiple", False)
+
+
+def _as_typed(value: Any, repeatable: bool) -> Any:
+    """TOML's own forms as the command line has them: one value of several, a list, ``layer1 = 0.5``."""
+    if isinstance(value, dict):
+        value = [f"{name}={share}" for name, share in value.items()]
+    if repeatable:
+        return [str(part) for part in value] if isinstance(value, list) else [str(value)]
+    return ",".join(map(str, value)) if isinstance(value, list) else value

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import typer
@@ -20,6 +20,7 @@ from singe.cli.models import PRETRAINED, SOURCES
 from singe.criteria import CRITERIA, NORMS, PATHS, POWERS, choose
 from singe.errors import OptionError
 from singe.export import check_onnx
+from singe.finetune import LR
 from singe.latency import Timing
 from singe.scoring import score
 
@@ -181,6 +182,7 @@ class LongRunOptions:
 
 @dataclass
 class BudgetOptions:
+    RIVALS: ClassVar = ("macs", "params", "channels", "latency")
     macs: Annotated[
         float | None, _option(_BUDGET, "Keep this share (<= 1) or number of MACs per sample.")
     ] = None
@@ -223,8 +225,7 @@ class BudgetOptions:
 
     def target(self) -> dict[str, float]:
         """The targets that were given; the library checks that it is one."""
-        kinds = ("macs", "params", "channels", "latency")
-        return {k: getattr(self, k) for k in kinds if getattr(self, k) is not None}
+        return {k: getattr(self, k) for k in self.RIVALS if getattr(self, k) is not None}
 
     def arguments(self) -> dict[str, Any]:
         """What was chosen, as arguments of :func:`singe.plan` and :func:`singe.compress`."""
@@ -256,7 +257,7 @@ class TuningOptions:
         str | None, _option(_TUNING, "Layerwise: forward or damage. (default: forward)")
     ] = None
     optimizer: Annotated[str, _option(_TUNING, "sgd or adamw.")] = "sgd"
-    lr: Annotated[float, _option(_TUNING, "Learning rate; falls in a cosine every round.")] = 0.01
+    lr: Annotated[float, _option(_TUNING, "Learning rate; falls in a cosine every round.")] = LR
     weight_decay: Annotated[float, _option(_TUNING, "Of the optimizer.")] = 5e-4
     clip_grad_norm: Annotated[float | None, _option(_TUNING, "Clip gradients to this norm.")] = None
     amp: Annotated[bool, _option(_TUNING, "Fine-tune in mixed precision.")] = False

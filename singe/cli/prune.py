@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 import singe
-from singe import finetune
+from singe import recalibration
 from singe.cli import finish
 from singe.cli.folders import holds_run, remove_results, require_folder
 from singe.cli.groups import takes_groups
@@ -26,8 +26,8 @@ from singe.cli.options import (
 )
 from singe.cli.output import Voice
 from singe.cli.score import for_pruning, run_score
-from singe.compress import accuracy
 from singe.errors import ExportError, OptionError
+from singe.evaluation import accuracy
 from singe.plan import Plan
 from singe.report import si, write_report
 from singe.scores import Scores
@@ -163,7 +163,7 @@ def set_statistics(inputs: Inputs, seed: int) -> bool:
     """As the first round of compress does it; whether there was anything to set."""
     if inputs.data is None:
         return False
-    return finetune.set_statistics(inputs.model, inputs.data.calibrate, seed, round=1)
+    return recalibration.set_statistics(inputs.model, inputs.data.calibrate, seed, round=1)
 
 
 def _lead(content: dict[str, Any], done: str) -> str:

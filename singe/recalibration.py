@@ -1,0 +1,69 @@
+"""BatchNorm's running statistics, set again on data: those of the larger network do not fit any more."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from singe.data import Batch, device_of, read_batches
+from singe.graph import BATCH_NORMS
+from singe.modes import in_mode
+from singe.seeding import seed_all
+
+
+def set_statistics(model: nn.Module, data: Iterable[Any], seed: int, round: int) -> bool:
+    """:func:`recalibrate` on what a round of a run with this seed draws from ``data``."""
+    seed_all(seed, "recalibrate", round, loader=data)
+    return recalibrate(model, read_batches(data, device_of(model)))
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, batches: Iterable[Batch]) -> bool:
+    """Set the BatchNorms' running statistics to the mean over ``batches``; nothing else moves.
+
+    Batches of a single sample are passed over where there are others. Where there are none they count,
+    unless a norm sees a single value per channel, whose variance is not defined: then a warning says that
+    all stays as it is.
+
+    Returns:
+        Whether anything was set.
+    """
+    norms: list[Any] = [
+        m for m in model.modules() if isinstance(m, BATCH_NORMS) and m.running_mean is not None
+    ]
+    if not norms:
+        return False
+    given = list(batches)
+    usable = [batch for batch in given if batch.size > 1] or given
+    if not usable:
+        return False
+    before = [{k: t.clone() for k, t in norm.named_buffers()} for norm in norms]
+    momenta = [norm.momentum for norm in norms]
+    with in_mode(model, training=False):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain mean over the batches
+            norm.train()
+        try:
+            for batch in usable:
+                batch.call(model)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            for norm, buffers in zip(norms, before, strict=True):
+                for name, tensor in norm.named_buffers():
+                    tensor.copy_(buffers[name])
+            warnings.warn(
+                "the BatchNorms keep the statistics of the larger network: calibration batches of one sample "
+                "have no variance; give them two samples or more",
+                stacklevel=2,
+            )
+            return False
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+    return True
