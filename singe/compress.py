@@ -39,7 +39,6 @@ from singe.scores import Scores
 from singe.seeding import Stream, derive, random_state_kept
 from singe.settings import as_json
 from singe.snapshot import Snapshot
-from singe.telling import Teller
 from singe.tuner import Tuner
 
 CALIBRATION_SAMPLES = 256  # taken from the training data when no calibration data is given
@@ -245,7 +244,7 @@ def compress(
             model=model, snapshot=snapshot, pruning=pruning, request=request, tuner=tuner,
             calibrate=calibrate, train=train, measure=measure, floor=accuracy_floor,
             finetune=finetune, finetune_steps=finetune_steps, final_steps=final_steps, folder=folder,
-            checkpoint_every=checkpoint_every, on_round=on_round, teller=Teller(progress), seed=seed,
+            checkpoint_every=checkpoint_every, on_round=on_round, progress=progress, seed=seed,
         )  # fmt: skip
         report = loop.run(folder.newest() if folder and resume else None)
         snapshot.discard()

@@ -234,10 +234,11 @@ def cut(batch: Batch, *sizes: int) -> list[Batch] | None:
         return None
     leaves, spec = found
     device = next(t.device for t in leaves if t is not None)
-    parts = [
-        [t if t is None else t.split(list(sizes))[i] for t in leaves] for i in range(len(sizes))
+    split = [[None] * len(sizes) if t is None else t.split(list(sizes)) for t in leaves]
+    return [
+        as_batch(tree_unflatten(list(part), spec), batch.index, device)
+        for part in zip(*split, strict=True)
     ]
-    return [as_batch(tree_unflatten(part, spec), batch.index, device) for part in parts]
 
 
 def example_batch(example_inputs: Any, device: torch.device) -> Batch:

@@ -31,7 +31,7 @@ from singe.scores import Scores
 from singe.scoring import carry_out
 from singe.seeding import derive, seed_all
 from singe.snapshot import Snapshot
-from singe.telling import Teller
+from singe.telling import progress_bar, say
 from singe.tuner import Tuner
 from singe.units import find_groups, small
 
@@ -65,7 +65,7 @@ class Loop:
     folder: Folder | None
     checkpoint_every: int
     on_round: Callable[[Round, Scores, Plan], None] | None
-    teller: Teller
+    progress: bool
     seed: int
     kept: dict[str, list[int]] = field(default_factory=dict)
     visits: list[list[str]] | None = None
@@ -243,7 +243,8 @@ class Loop:
 
     def _train(self, index: int) -> float | None:
         title, last = f"round {index}/{self.rounds}: fine-tuning", time.perf_counter()
-        with self.teller.bar(title, self.tuner.steps, self.tuner.step) as advance:
+        steps, done = self.tuner.steps, self.tuner.step
+        with progress_bar(title, steps, self.progress, done) as advance:
 
             def after_step() -> None:
                 nonlocal last
@@ -373,9 +374,9 @@ class Loop:
         report.plan = self.original.plan(self.kept, meta, [r.kept for r in report.rounds])
 
     def _tell(self, done: Round, index: int) -> None:
-        self.teller.line(f"round {index}/{self.rounds}: {describe(done, self.report)}")
+        say(f"round {index}/{self.rounds}: {describe(done, self.report)}", self.progress)
         if self.report.stopped:
-            self.teller.line(f"stopped: {self.report.stopped}")
+            say(f"stopped: {self.report.stopped}", self.progress)
         if self.on_round is None:
             return
         if not hasattr(self, "_scores"):  # decided in the process that was continued

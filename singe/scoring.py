@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from typing import Any, Literal, overload
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from singe.data import check_reiterable, device_of, first_batch, input_shapes, read_batches
@@ -28,6 +25,7 @@ from singe.result import Result
 from singe.score_checkpoint import ScoreCheckpoint, digest_of_model
 from singe.scores import Scores, fingerprint
 from singe.seeding import random_state_kept
+from singe.telling import progress_bar
 from singe.units import find_groups
 from singe.versions import versions
 from singe.weight_groups import find_weight_groups
@@ -257,7 +255,7 @@ def _compute(
     looks = count if request.tolerance is None else None
     total = None if looks is None else looks * fused.variants_per_batch()
     what = f"{definition.criterion.name}, {definition.path} path"
-    with _progress(what, total, request.progress) as advance:
+    with progress_bar(what, total, request.progress) as advance:
         return fused.run(data, advance)
 
 
@@ -311,13 +309,3 @@ def _length(batches: Iterable[Any]) -> int | None:
         return len(batches)  # type: ignore[arg-type]
     except TypeError:  # no length, or a DataLoader over a dataset without one
         return None
-
-
-@contextmanager
-def _progress(title: str, total: int | None, wanted: bool) -> Iterator[Callable[[float], None]]:
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True,
-                  disable=not (wanted and console.is_terminal)) as bar:  # fmt: skip
-        task = bar.add_task(title, total=total)
-        yield lambda count: bar.advance(task, count)

@@ -1,34 +1,39 @@
-"""What the loop says while it runs: a line per round, a bar while it trains."""
+"""What a run says on standard error while it goes on, where that is wanted: lines, and a bar."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 
-class Teller:
-    """Speaks on standard error, or not at all.
+class Advance(Protocol):
+    def __call__(self, count: float = 1) -> None: ...
+
+
+def say(line: str, wanted: bool) -> None:
+    """One line, as it is."""
+    Console(stderr=True, quiet=not wanted).print(line, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def progress_bar(title: str, total: int | None, wanted: bool, done: int = 0) -> Iterator[Advance]:
+    """Gives what to call after every step; shown on a terminal only, and gone afterwards.
 
     Args:
-        progress: False for silence; the bar is for terminals only.
+        total: of all steps; None where it is not known.
+        done: steps that are over already.
     """
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    hidden = not (wanted and console.is_terminal)
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+        task = bar.add_task(title, total=total, completed=done)
 
-    def __init__(self, progress: bool) -> None:
-        self._console = Console(stderr=True, quiet=not progress)
-        self._bar = progress and self._console.is_terminal
+        def advance(count: float = 1) -> None:
+            bar.advance(task, count)
 
-    def line(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True)
-
-    @contextmanager
-    def bar(self, title: str, total: int, done: int) -> Iterator[Callable[[], None]]:
-        """Gives a function to call after every step."""
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-        with Progress(
-            *columns, console=self._console, transient=True, disable=not self._bar
-        ) as bar:
-            task = bar.add_task(title, total=total, completed=done)
-            yield lambda: bar.advance(task)
+        yield advance
