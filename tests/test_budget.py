@@ -116,6 +116,21 @@ def test_no_unit_can_come_back(kind):
         assert after[kind] > target
 
 
+@pytest.mark.parametrize("loss", [0.1, -0.1])
+def test_of_equal_scores_the_dearest_unit_goes_first(loss):
+    """Negative scores (criterion="signed") too: there the units are better gone, and the dear ones first."""
+    model, x = network()
+    cost = CostModel(model, *graph_of(model, x))
+    scores = random_scores(model, x)
+    left = {name: cost({name: 1})["macs"] for name in scores}
+    cheapest, dearest = max(left, key=left.get), min(left, key=left.get)
+    for values in scores.values():
+        values.fill_(loss)
+    plan = singe.plan(model, scores, x, ranking="cost", macs=0.9)
+    assert dearest in plan
+    assert cheapest not in plan
+
+
 def test_savings_are_marginal():
     """Removing one more unit saves what the cost model says it saves, and less once neighbours shrank."""
     model, x = network()
