@@ -1,62 +1,27 @@
-"""Rankings, limits and latency: what a plan takes, and that it takes no more than it may."""
+"""Rankings and limits: what a plan takes, and that it takes no more than it may."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
-from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import (
-    CPU,
     clone,
     one_thread,  # noqa: F401 - autouse
     randomise,
 )
-from helpers_networks import Residual, residual, vgg
+from helpers_budget import IMAGE, graph_of, lost, network, random_scores
+from helpers_networks import residual, vgg
 from torch import nn
 
 import singe
-from singe import latency
 from singe.budget import RANKINGS
 from singe.cost import CostModel, CostState
-from singe.data import example_batch
-from singe.latency import Stopwatch, Timing, quartiles, resized
-from singe.limits import limits_of, rounded_down
+from singe.latency import Timing
+from singe.limits import limits_of
 from singe.plan import Plan
-from singe.scores import fingerprint
-from singe.units import find_groups, small
-
-IMAGE = (3, 8, 8)
-
-
-def network(widths=(12, 16, 14), linear=20) -> tuple[nn.Module, torch.Tensor]:
-    torch.manual_seed(0)
-    return randomise(vgg(widths, linear)), torch.randn(2, *IMAGE)
-
-
-def graph_of(model, x):
-    batch = small(example_batch(x, CPU))
-    return find_groups(model, batch), batch
-
-
-def random_scores(model, x, seed=0, power=1) -> singe.Scores:
-    graph, _ = graph_of(model, x)
-    draw = torch.Generator().manual_seed(seed)
-    values = {
-        g.name: torch.rand(g.n_units, generator=draw) ** power
-        * (0.2 + torch.rand(1, generator=draw))
-        for g in graph.groups
-    }  # fmt: skip
-    layers = {g.name: g.layers for g in graph.groups}
-    return singe.Scores(values, layers, {"fingerprint": fingerprint(model), "criterion": "test"})
-
-
-def lost(plan, scores) -> float:
-    return sum(float(scores[name][units].sum()) for name, units in plan.items())
-
 
 # ---------------------------------------------------------------------- cost-aware ranking
 
@@ -282,194 +247,3 @@ def test_rounding_that_makes_a_target_unreachable_says_so():
     model, x = network()
     with pytest.raises(singe.BudgetError, match=r"smallest reachable is 1\.0000"):
         singe.plan(model, random_scores(model, x), x, macs=0.5, round_to=64)
-
-
-# ---------------------------------------------------------------------- a plan as data
-
-
-def test_a_plan_on_disk(tmp_path):
-    """One line per group, replayable on a fresh copy, refused by another model."""
-    model, x = network()
-    plan = singe.plan(model, random_scores(model, x), x, macs=0.5, ranking="cost")
-    path = tmp_path / "plan.json"
-    plan.save(path)
-    lines = path.read_text().splitlines()
-    for name, units in plan.items():
-        assert sum(line.startswith(f' "{name}": {json.dumps(units)}') for line in lines) == 1
-    loaded = singe.Plan.load(path)
-    assert dict(loaded) == dict(plan)
-    assert loaded.meta == plan.meta
-    assert loaded.explain() == plan.explain()
-    fresh, pruned = clone(model), clone(model)
-    singe.prune(fresh, loaded, x)
-    singe.prune(pruned, plan, x)
-    assert torch.equal(fresh(x), pruned(x))
-    with pytest.raises(singe.ScoresError, match="another model"):
-        singe.prune(network((12, 16, 15))[0], loaded, x)
-
-
-def test_the_explanation():
-    model, x = network()
-    scores = random_scores(model, x)
-    plan = singe.plan(model, scores, x, macs=0.4, ignore=["13"], max_pruning_ratio=0.5)
-    text = plan.explain()
-    assert "macs" in text.splitlines()[0]
-    for row in plan.rows():
-        name, units = row["group"], plan.get(row["group"], [])
-        assert (row["removed"], row["kept"]) == (len(units), len(scores[name]) - len(units))
-        if units:
-            assert row["highest_removed"] == float(scores[name][units].max())
-        assert row["lowest_kept"] >= (row["highest_removed"] or 0)
-        fewer = {n: u for n, u in plan.items() if n != name}
-        back = singe.prune(clone(model), Plan(fewer), x).params_after
-        assert row["params_saved"] == back - plan.meta["after"]["params"]
-        (line,) = [line for line in text.splitlines() if line.startswith(name + " ")]
-        assert line.endswith(row["why"])
-    why = {row["group"]: row["why"] for row in plan.rows()}
-    assert why["13"] == "keeps all: ignore"
-    assert "at its limit: max_pruning_ratio" in why.values()
-    assert "2 units go" in singe.Plan({"a": [0, 1]}).explain()
-
-
-def test_a_share_of_scores_below_zero_is_not_given():
-    model, x = network()
-    scores = random_scores(model, x)
-    for values in scores.values():
-        values -= values.median()
-    plan = singe.plan(model, scores, x, macs=0.4)
-    assert all(row["score_removed"] is None for row in plan.rows())
-    assert plan.explain().count("%") == 3 + len(plan.rows())  # costs in the head, MACs saved
-
-
-def test_shares_are_not_lost_to_rounding():
-    """0.29 * 100 is 28.999999999999996, and 0.07 * 100 is 7.000000000000001."""
-    assert [rounded_down(share / 100, 100) for share in range(101)] == list(range(101))
-    model, x = network((100, 8, 8))
-    scores = random_scores(model, x)
-    root = next(name for name, values in scores.items() if len(values) == 100)
-    for kept in (7, 29):
-        limits = {"min_keep": {root: kept / 100}, "max_keep": {root: kept / 100}}
-        assert len(singe.plan(model, scores, x, macs=0.99, **limits)[root]) == 100 - kept
-
-
-# ---------------------------------------------------------------------- latency
-
-
-class Slow(nn.Module):
-    """Takes time in proportion to its channels, by a clock of its own: the real one is too noisy."""
-
-    now = 0.0
-
-    def __init__(self, per_channel: float = 1e-3) -> None:
-        super().__init__()
-        self.conv, self.per_channel = nn.Conv2d(3, 40, 1), per_channel
-        self.head = nn.Linear(40, 4)
-
-    def forward(self, x):
-        x = self.conv(x)
-        Slow.now += self.per_channel * x.shape[1]
-        return self.head(x.mean((2, 3)))
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=lambda: Slow.now))
-
-
-@pytest.mark.parametrize("ranking", ["global", "cost"])
-@pytest.mark.parametrize("target", [0.6, 24.0])
-def test_a_latency_target_is_met_by_measurement(clock, ranking, target):
-    model, x = Slow().eval(), torch.randn(2, *IMAGE)
-    scores = random_scores(model, x)
-    plan = singe.plan(
-        model, scores, x, latency=target, ranking=ranking, timing=Timing(runs=3, warmup=1)
-    )
-    assert plan.meta["before"]["latency"] == pytest.approx(40)
-    assert plan.meta["target"]["latency"] == pytest.approx(24)
-    assert plan.meta["after"]["latency"] <= 24 + 1e-6
-    assert plan.n_units in (16, 17), "40 - 24 = 16 channels of a millisecond each"
-    assert plan.meta["timing"]["runs"] == 3
-    assert "latency 40" in plan.explain()
-
-
-def test_a_latency_out_of_reach(clock):
-    model, x = Slow().eval(), torch.randn(2, *IMAGE)
-    with pytest.raises(singe.BudgetError, match=r"ms latency cannot be met: .* is 0\.2500 of"):
-        singe.plan(model, random_scores(model, x), x, latency=0.05, timing=Timing(runs=3))
-
-
-def test_a_latency_that_removal_does_not_change(clock):
-    """As on a busy machine: no plan, the empty one least of all, and advice about the timing."""
-    model, x = Slow(per_channel=0.0).eval(), torch.randn(2, *IMAGE)
-    model.register_forward_hook(lambda *_: setattr(Slow, "now", Slow.now + 1e-3))
-    with pytest.raises(singe.BudgetError, match=r"no faster.*singe\.Timing"):
-        singe.plan(model, random_scores(model, x), x, latency=0.7, timing=Timing(runs=3))
-
-
-def test_the_stopwatch(clock):
-    model, x = Slow().eval(), torch.randn(2, *IMAGE)
-    batch = example_batch(x, CPU)
-    assert resized(batch, 5).args[0].shape == (5, *IMAGE)
-    assert torch.equal(resized(batch, 5).args[0][4], x[0])
-    watch = Stopwatch(model, batch, Timing(batch_size=3, runs=5))
-    quick = clone(model)
-    quick.per_channel = 2e-4
-    found = watch.compare(quick)
-    assert found.share == pytest.approx(0.2)
-    assert found.share_quartiles == pytest.approx((0.2, 0.2))
-    assert watch.reference_ms == pytest.approx(40)
-    for bad in ({"runs": 0}, {"batch_size": 0}, {"warmup": -1}, {"threads": 0}):
-        with pytest.raises(singe.OptionError, match="Timing"):
-            Timing(**bad)
-
-
-def test_quartiles_of_what_was_timed(clock):
-    class Uneven(Slow):
-        def forward(self, x):
-            type(self).passes += 1
-            Slow.now += 0.001 * (type(self).passes % 5)  # 0 to 4 ms more, in turn
-            return super().forward(x)
-
-    Uneven.passes = 0
-    model, x = Slow().eval(), torch.randn(2, *IMAGE)
-    watch = Stopwatch(model, example_batch(x, CPU), Timing(runs=5, warmup=0))
-    found = watch.compare(Uneven().eval())
-    assert (found.ms, *found.ms_quartiles) == pytest.approx((42, 41, 43))
-    assert found.reference_quartiles == pytest.approx((40, 40))
-    assert (found.share, *found.share_quartiles) == pytest.approx((1.05, 1.025, 1.075))
-    assert quartiles([3.0]) == (3.0, 3.0)
-
-
-def test_real_time_passes():
-    model, x = network()
-    batch = example_batch(x, CPU)
-    watch = Stopwatch(model, batch, Timing(runs=3))
-    found = watch.compare(model)
-    assert found.ms > 0
-    assert found.share > 0
-    seconds = watch.layer_seconds(model)
-    assert set(seconds) == {"0", "4", "8", "13", "16"}
-    assert all(s > 0 for s in seconds.values())
-
-
-def test_residual_blocks_are_groups_of_one_kind():
-    """The structure, not the name, decides what is compared with what."""
-    torch.manual_seed(0)
-    body = [nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1))
-            for _ in range(2)]  # fmt: skip
-    model = nn.Sequential(
-        nn.Conv2d(3, 6, 3),
-        *map(Residual, body),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(6, 4),
-    ).eval()
-    x = torch.randn(2, *IMAGE)
-    scores = random_scores(model, x)
-    tilted = singe.Scores(
-        {n: t * (50.0 if n == "1.body.0" else 1.0) for n, t in scores.items()},
-        scores.groups, scores.meta,
-    )  # fmt: skip
-    plan = singe.plan(model, tilted, x, ranking="isomorphic", channels=0.75)
-    assert "1.body.0" not in plan
-    assert len(plan["2.body.0"]) >= 3

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-import random
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
-    CPU,
     assert_unchanged,
-    batch_of,
     clone,
     one_thread,  # noqa: F401 - autouse
     randomise,
@@ -20,66 +16,10 @@ from helpers import (
 )
 from helpers_loop import BATCHES, OPTIONS, network, same_weights
 from helpers_networks import CASES, residual, vgg
-from helpers_trained import torchvision_models, trained_resnet20
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 import singe
-from singe.data import first_batch
-from singe.network import Network, set_gates
-from singe.removal import kept_elements, remove_units, take
 from singe.rounds import portions, target_after
-from singe.seeding import Stream
-from singe.units import find_groups
-
-# ---------------------------------------------------------------------- removal
-
-
-def gated_and_removed(model: nn.Module, x: torch.Tensor, **target) -> float:
-    """Largest difference of the outputs, relative to the largest output."""
-    data = [(x, torch.zeros(len(x), dtype=torch.long))]
-    scores = singe.score(model, data, criterion="random", progress=False)
-    plan = singe.plan(model, scores, x, ranking="local", **target)
-    graph = find_groups(model, batch_of(x), layers=list(scores))
-    gated = Network(model, graph.groups, graph.folds)
-    set_gates(gated, [(g, plan[g.name]) for g in graph.groups if g.name in plan], 0.0)
-    pruned = clone(model)
-    singe.prune(pruned, plan, x)
-    with torch.no_grad():
-        closed, removed = gated(batch_of(x)), pruned(x)
-        change = float((removed - model(x)).abs().max() / removed.abs().max())
-        assert change > 1e-3, "removing these units does nothing: the test would see no mistake"
-    return float((closed - removed).abs().max() / removed.abs().max())
-
-
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
-def test_pruned_outputs_equal_gated_outputs(name):
-    torch.manual_seed(0)
-    model = randomise(getattr(torchvision_models(), name)(weights=None, num_classes=10))
-    assert gated_and_removed(model, torch.randn(2, 3, 32, 32), channels=0.5) <= 1e-5
-
-
-def test_pruned_outputs_equal_gated_outputs_of_a_trained_network():
-    model = trained_resnet20().float()
-    assert gated_and_removed(model, torch.randn(4, 3, 32, 32), params=0.4) <= 1e-5
-
-
-@pytest.mark.parametrize("name", ["vgg", "residual", "depthwise", "pre_activation", "grouped"])
-def test_which_elements_removal_keeps(name):
-    """Every parameter and buffer of the pruned model is those elements of the original."""
-    case = CASES[name]
-    model = case.model()
-    batch = first_batch(case.batches(), CPU)
-    removals = [(g, [0, g.n_units // 2][: g.n_units - 1]) for g in find_groups(model, batch).groups]
-    before = snapshot(model)
-    kept = kept_elements(model, batch, removals)
-    assert_unchanged(model, before)
-    pruned = clone(model)
-    remove_units(pruned, batch, removals)
-    for name, tensor in pruned.state_dict().items():
-        assert torch.equal(take(model.state_dict()[name], kept[name]), tensor), name
-    cut = sum(t.shape != model.state_dict()[n].shape for n, t in pruned.state_dict().items())
-    assert cut > 1
 
 
 def test_a_finetune_function_of_the_users():
@@ -385,111 +325,3 @@ def test_a_first_round_below_the_floor_gives_the_model_as_it_was():
     assert report.macs_after == report.macs_before
     assert report.metric_after == 1.0
     assert_unchanged(model, before, versions=False)
-
-
-# ---------------------------------------------------------------------- randomness
-
-
-def loader(seed: int | None = None) -> DataLoader:
-    x, y = torch.cat([b[0] for b in BATCHES]), torch.cat([b[1] for b in BATCHES])
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    return DataLoader(TensorDataset(x, y), batch_size=5, shuffle=True, generator=generator)
-
-
-@pytest.mark.parametrize("seed", [None, 3])
-def test_the_same_seed_gives_the_same_bits(seed):
-    """Whatever the caller's generators hold; and they are as they were afterwards."""
-    results = []
-    for start in (1, 2):
-        torch.manual_seed(start)
-        random.seed(start)
-        np.random.seed(start)  # noqa: NPY002
-        model = network()
-        torch.manual_seed(start)
-        states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
-        singe.compress(model, macs=0.6, seed=7, **{**OPTIONS, "train": loader(seed)})
-        results.append(model)
-        assert torch.equal(torch.get_rng_state(), states[0])
-        assert random.getstate() == states[1]
-        assert np.random.get_state()[1].tolist() == states[2]  # noqa: NPY002
-    assert same_weights(*results)
-    other = network()
-    singe.compress(other, macs=0.6, seed=8, **{**OPTIONS, "train": loader(seed)})
-    assert not same_weights(other, results[0])
-
-
-def test_calibration_data_is_drawn_by_the_seed_as_well():
-    """Not by what is left in the loader's generator, which a run that goes on has anew."""
-    results = []
-    for start in (1, 2):
-        model, calibrate = network(), loader(start)
-        held = calibrate.generator.get_state()
-        singe.compress(model, macs=0.6, seed=7, **{**OPTIONS, "calibrate": calibrate})
-        assert torch.equal(calibrate.generator.get_state(), held)
-        results.append(model)
-    assert same_weights(*results)
-
-
-def test_a_finetune_function_draws_by_the_seed_as_well():
-    """Whatever the last stage has left in the loader's generator."""
-
-    def finetune(model, stage):
-        x, y = next(iter(stage.train))
-        loss = torch.nn.functional.cross_entropy(model(x), y)
-        for parameter, grad in zip(
-            model.parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True
-        ):
-            parameter.data.sub_(grad, alpha=0.1)
-        stage.train.generator.manual_seed(start)
-
-    results = []
-    for start in (1, 2):
-        model = network()
-        options = {k: v for k, v in OPTIONS.items() if k != "lr"}
-        singe.compress(
-            model, macs=0.6, seed=7, **{**options, "train": loader(start), "finetune": finetune}
-        )
-        results.append(model)
-    assert same_weights(*results)
-
-
-@pytest.mark.parametrize("taken", [0, 1, 3, 4, 7])
-@pytest.mark.parametrize("seed", [None, 3])
-def test_a_stream_returns_to_its_place(taken, seed):
-    """Shuffling, and noise that the data set draws, are those of a stream that never stopped."""
-
-    class Noisy(TensorDataset):
-        def __getitem__(self, index):
-            x, y = super().__getitem__(index)
-            return x + torch.randn(()) + np.random.rand() + random.random(), y  # noqa: NPY002
-
-    def noisy() -> DataLoader:
-        plain = loader(seed)
-        data = Noisy(*plain.dataset.tensors)
-        return DataLoader(data, batch_size=5, shuffle=True, generator=plain.generator)
-
-    whole = Stream(noisy(), seed=5)
-    expected = [whole.next()[0].float() for _ in range(8)]
-    assert len({float(x.sum()) for x in expected}) == 8
-    first = Stream(noisy(), seed=5)
-    for _ in range(taken):
-        first.next()
-        torch.randn(3)  # the model draws, too
-    second = Stream(noisy(), seed=5)
-    second.seek(first.state())
-    for index in range(taken, 8):
-        assert torch.equal(second.next()[0].float(), expected[index])
-
-
-def test_epochs_are_announced():
-    class Sampled(list):
-        epochs: list = []  # noqa: RUF012
-
-        def set_epoch(self, epoch):
-            self.epochs.append(epoch)
-
-    data = Sampled(BATCHES)
-    stream = Stream(data, 0)
-    for _ in range(7):
-        stream.next()
-    assert data.epochs == [0, 1, 2]

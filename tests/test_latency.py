@@ -1,0 +1,141 @@
+"""Budgets in measured time."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import (
+    CPU,
+    clone,
+    one_thread,  # noqa: F401 - autouse
+)
+from helpers_budget import IMAGE, network, random_scores
+from helpers_networks import Residual
+from torch import nn
+
+import singe
+from singe import latency
+from singe.data import example_batch
+from singe.latency import Stopwatch, Timing, quartiles, resized
+
+
+class Slow(nn.Module):
+    """Takes time in proportion to its channels, by a clock of its own: the real one is too noisy."""
+
+    now = 0.0
+
+    def __init__(self, per_channel: float = 1e-3) -> None:
+        super().__init__()
+        self.conv, self.per_channel = nn.Conv2d(3, 40, 1), per_channel
+        self.head = nn.Linear(40, 4)
+
+    def forward(self, x):
+        x = self.conv(x)
+        Slow.now += self.per_channel * x.shape[1]
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=lambda: Slow.now))
+
+
+@pytest.mark.parametrize("ranking", ["global", "cost"])
+@pytest.mark.parametrize("target", [0.6, 24.0])
+def test_a_latency_target_is_met_by_measurement(clock, ranking, target):
+    model, x = Slow().eval(), torch.randn(2, *IMAGE)
+    scores = random_scores(model, x)
+    plan = singe.plan(
+        model, scores, x, latency=target, ranking=ranking, timing=Timing(runs=3, warmup=1)
+    )
+    assert plan.meta["before"]["latency"] == pytest.approx(40)
+    assert plan.meta["target"]["latency"] == pytest.approx(24)
+    assert plan.meta["after"]["latency"] <= 24 + 1e-6
+    assert plan.n_units in (16, 17), "40 - 24 = 16 channels of a millisecond each"
+    assert plan.meta["timing"]["runs"] == 3
+    assert "latency 40" in plan.explain()
+
+
+def test_a_latency_out_of_reach(clock):
+    model, x = Slow().eval(), torch.randn(2, *IMAGE)
+    with pytest.raises(singe.BudgetError, match=r"ms latency cannot be met: .* is 0\.2500 of"):
+        singe.plan(model, random_scores(model, x), x, latency=0.05, timing=Timing(runs=3))
+
+
+def test_a_latency_that_removal_does_not_change(clock):
+    """As on a busy machine: no plan, the empty one least of all, and advice about the timing."""
+    model, x = Slow(per_channel=0.0).eval(), torch.randn(2, *IMAGE)
+    model.register_forward_hook(lambda *_: setattr(Slow, "now", Slow.now + 1e-3))
+    with pytest.raises(singe.BudgetError, match=r"no faster.*singe\.Timing"):
+        singe.plan(model, random_scores(model, x), x, latency=0.7, timing=Timing(runs=3))
+
+
+def test_the_stopwatch(clock):
+    model, x = Slow().eval(), torch.randn(2, *IMAGE)
+    batch = example_batch(x, CPU)
+    assert resized(batch, 5).args[0].shape == (5, *IMAGE)
+    assert torch.equal(resized(batch, 5).args[0][4], x[0])
+    watch = Stopwatch(model, batch, Timing(batch_size=3, runs=5))
+    quick = clone(model)
+    quick.per_channel = 2e-4
+    found = watch.compare(quick)
+    assert found.share == pytest.approx(0.2)
+    assert found.share_quartiles == pytest.approx((0.2, 0.2))
+    assert watch.reference_ms == pytest.approx(40)
+    for bad in ({"runs": 0}, {"batch_size": 0}, {"warmup": -1}, {"threads": 0}):
+        with pytest.raises(singe.OptionError, match="Timing"):
+            Timing(**bad)
+
+
+def test_quartiles_of_what_was_timed(clock):
+    class Uneven(Slow):
+        def forward(self, x):
+            type(self).passes += 1
+            Slow.now += 0.001 * (type(self).passes % 5)  # 0 to 4 ms more, in turn
+            return super().forward(x)
+
+    Uneven.passes = 0
+    model, x = Slow().eval(), torch.randn(2, *IMAGE)
+    watch = Stopwatch(model, example_batch(x, CPU), Timing(runs=5, warmup=0))
+    found = watch.compare(Uneven().eval())
+    assert (found.ms, *found.ms_quartiles) == pytest.approx((42, 41, 43))
+    assert found.reference_quartiles == pytest.approx((40, 40))
+    assert (found.share, *found.share_quartiles) == pytest.approx((1.05, 1.025, 1.075))
+    assert quartiles([3.0]) == (3.0, 3.0)
+
+
+def test_real_time_passes():
+    model, x = network()
+    batch = example_batch(x, CPU)
+    watch = Stopwatch(model, batch, Timing(runs=3))
+    found = watch.compare(model)
+    assert found.ms > 0
+    assert found.share > 0
+    seconds = watch.layer_seconds(model)
+    assert set(seconds) == {"0", "4", "8", "13", "16"}
+    assert all(s > 0 for s in seconds.values())
+
+
+def test_residual_blocks_are_groups_of_one_kind():
+    """The structure, not the name, decides what is compared with what."""
+    torch.manual_seed(0)
+    body = [nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1))
+            for _ in range(2)]  # fmt: skip
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3),
+        *map(Residual, body),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 4),
+    ).eval()
+    x = torch.randn(2, *IMAGE)
+    scores = random_scores(model, x)
+    tilted = singe.Scores(
+        {n: t * (50.0 if n == "1.body.0" else 1.0) for n, t in scores.items()},
+        scores.groups, scores.meta,
+    )  # fmt: skip
+    plan = singe.plan(model, tilted, x, ranking="isomorphic", channels=0.75)
+    assert "1.body.0" not in plan
+    assert len(plan["2.body.0"]) >= 3
