@@ -136,7 +136,7 @@ def export_pt2(model: nn.Module, example_inputs: Any, path: str | PathLike[str])
         ExportError: ``torch.export`` cannot capture this model.
     """
     program = _capture(model, _two_samples(model, example_inputs))
-    program.example_inputs = None
+    program._example_inputs = None  # the property refuses None in torch 2.6
     with replacing(path) as partial:
         renamed = partial.with_suffix(".pt2")  # torch warns about any other
         try:

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 class Advance(Protocol):
-    def __call__(self, count: float = 1) -> None: ...
+    def __call__(self, count: float = 1, title: str | None = None) -> None: ...
 
 
 def say(line: str, wanted: bool) -> None:
@@ -28,12 +28,14 @@ def progress_bar(title: str, total: int | None, wanted: bool, done: int = 0) -> 
         done: steps that are over already.
     """
     console = Console(stderr=True)
+    if not (wanted and console.is_terminal):  # rich < 15 prints an empty line for a disabled bar
+        yield lambda count=1, title=None: None
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    hidden = not (wanted and console.is_terminal)
-    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(title, total=total, completed=done)
 
-        def advance(count: float = 1) -> None:
-            bar.advance(task, count)
+        def advance(count: float = 1, title: str | None = None) -> None:
+            bar.update(task, advance=count, description=title)
 
         yield advance

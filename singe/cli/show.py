@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from singe.cli.folders import require_folder
 from singe.cli.output import print_json
+from singe.telling import progress_bar
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
@@ -35,15 +35,8 @@ def demo(
     settings = job.Settings(seeds=seeds, macs=macs)
     require_folder(out)
     out.mkdir(parents=True, exist_ok=True)
-    errors = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(
-        *columns, console=errors, transient=True, disable=not errors.is_terminal
-    ) as progress:
-        task = progress.add_task("loading", total=job.count_steps(settings) + 1)
-        result = job.run_demo(
-            settings, device, lambda step: progress.update(task, description=step, advance=1)
-        )
+    with progress_bar("loading", job.count_steps(settings) + 1, wanted=True) as advance:
+        result = job.run_demo(settings, device, lambda step: advance(title=step))
     picture = demo_report.write_picture(result, out)
     if as_json:
         print_json(result | {"picture": str(picture)})
