@@ -16,7 +16,9 @@ class Advance(Protocol):
 
 def say(line: str, wanted: bool) -> None:
     """One line, as it is."""
-    Console(stderr=True, quiet=not wanted).print(line, highlight=False, soft_wrap=True)
+    Console(stderr=True, quiet=not wanted).print(
+        line, highlight=False, markup=False, soft_wrap=True
+    )
 
 
 @contextmanager
@@ -31,7 +33,7 @@ def progress_bar(title: str, total: int | None, wanted: bool, done: int = 0) -> 
     if not (wanted and console.is_terminal):  # rich < 15 prints an empty line for a disabled bar
         yield lambda count=1, title=None: None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(title, total=total, completed=done)
 
