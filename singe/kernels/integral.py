@@ -50,7 +50,7 @@ def accumulate(
       KernelError: a shape, dtype, device or ``p`` that is not offered, overlapping memory, or
         ``SINGE_INTEGRAL=native`` where the compiled implementation cannot be used.
     """
-    name = str(p) if isinstance(p, int | str) else ""
+    name = str(p)
     if name not in NORM_CODES:
         raise KernelError(f'p is {p!r}; it can be 1, 2 or "sum"')
     torch.ops.singe.accumulate.default(
