@@ -20,7 +20,7 @@ from benchmarks.record import write
 from singe.data import read_batches
 from singe.demo import Settings, load_data, train_network
 from singe.evaluation import accuracy
-from singe.finetune import recalibrate
+from singe.recalibration import recalibrate
 
 SEEDS = 5
 MACS = (0.6, 0.5, 0.4)

@@ -269,7 +269,7 @@ class Search:
                 high = guess
             else:
                 low = guess
-            if abs(after - self.target) <= 0.01 * self.target:
+            if 0.0 <= self.target - after <= 0.01 * self.target:
                 break
             aim += self.target - after
         after_all = confirm(self.removed(high))

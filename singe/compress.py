@@ -34,7 +34,7 @@ from singe.memory import free_memory
 from singe.objectives import Loss, Objective
 from singe.plan import Plan
 from singe.request import Request, check_float32, power_for_pruning
-from singe.rounds import SCHEDULES, CompressReport, Pruning, Round, Schedule
+from singe.rounds import CompressReport, Pruning, Round, Schedule, check_order
 from singe.scores import Scores
 from singe.seeding import Stream, derive, random_state_kept
 from singe.settings import as_json
@@ -185,18 +185,9 @@ def compress(
     expect_model(model)
     check_changeable(model)
     expect_callable("finetune", finetune, "lambda model, stage: the loss or None")
-    choose("order", order, ("global", "layerwise"))
-    choose("visit", visit, ("forward", "damage"))
+    expect_callable("on_round", on_round, "lambda round, scores, plan: None")
     choose("ranking", ranking, RANKINGS)
-    if not callable(schedule):
-        choose("schedule", schedule, SCHEDULES)
-    if order == "layerwise" and schedule != "linear":
-        raise OptionError(
-            "schedule shares the budget out over the rounds of order='global'; layerwise, a first scoring "
-            "settles what each group loses"
-        )
-    if order == "global" and visit != "forward":
-        raise OptionError("visit is the order of the groups under order='layerwise'; give that too")
+    check_order(order, visit, schedule)
     check_reiterable(train, "train")
     if calibrate is not None:
         check_reiterable(calibrate, "calibrate")

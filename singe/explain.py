@@ -65,6 +65,7 @@ def explain_rounds(
         left = [row["units"], *(kept[name] for kept in rounds)]
         lost = [before - after for before, after in pairwise(left)]
         told = [f"{units} in round {number}" for number, units in enumerate(lost, 1) if units]
+        row |= dict.fromkeys(("highest_removed", "lowest_kept", "score_removed"))
         row["why"] = ", ".join(told) or "keeps all"
     return found
 
@@ -117,7 +118,8 @@ def table(plan: Plan) -> str:
     before, after = meta["before"], meta["after"]
     head = [
         f"{plan.n_units} of {before['channels']:.0f} units go, by {meta['criterion']} scores, "
-        f"ranking {meta['ranking']!r}, for at most {value:.4g} {kind}",
+        f"ranking {meta['ranking']!r}, for at most {value:.4g} {kind}"
+        + (" (not reached)" if after.get(kind, 0.0) > value else ""),
         "; ".join(
             f"{k} {before[k]:.4g} -> {after[k]:.4g} ({after[k] / before[k]:.2%})" for k in after
         ),

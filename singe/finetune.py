@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -100,7 +100,14 @@ def call_finetune(finetune: FinetuneFunction, model: nn.Module, stage: Stage) ->
             f"the finetune function left the model in {', '.join(now)}, and it came in {', '.join(kinds)}; "
             "put it back before returning (autocast leaves it as it is)"
         )
-    return None if loss is None else float(loss)
+    if isinstance(loss, Tensor):
+        loss = loss.detach()
+    try:
+        return None if loss is None else float(loss)
+    except (TypeError, ValueError, RuntimeError):
+        raise OptionError(
+            f"the finetune function must return a loss as one number, or None; got {loss!r}"
+        ) from None
 
 
 def _kinds(model: nn.Module) -> list[str]:
@@ -108,13 +115,15 @@ def _kinds(model: nn.Module) -> list[str]:
 
 
 def training_of(
-    finetune: FinetuneFunction | None,
+    finetune: FinetuneFunction | None = None,
     *,
-    objective: str | Loss | Objective,
-    optimizer: OptimizerFactory | None,
-    scheduler: SchedulerFactory | None,
-    lr: float,
-    label_smoothing: float,
+    objective: str | Loss | Objective = "cross_entropy",
+    optimizer: OptimizerFactory | None = None,
+    scheduler: SchedulerFactory | None = None,
+    lr: float = LR,
+    label_smoothing: float = 0.0,
+    distill: float = 0.0,
+    temperature: float = TEMPERATURE,
     **options: Any,
 ) -> Training:
     """The training that :func:`singe.compress` was asked for.
@@ -126,14 +135,13 @@ def training_of(
         own = {
             **options, "optimizer": optimizer, "scheduler": scheduler, "label_smoothing": label_smoothing,
             "finetune_objective": objective != "cross_entropy", "lr": lr != LR,
-            "temperature": options["temperature"] != TEMPERATURE,
-            "distill": None,  # it has the teacher
+            "temperature": temperature != TEMPERATURE,
         }  # fmt: skip
         if given := sorted(name for name, value in own.items() if value):
             raise OptionError(
                 f"{', '.join(given)} belong to the built-in training; do that inside your finetune function"
             )
-    elif options["temperature"] != TEMPERATURE and not options["distill"]:
+    elif temperature != TEMPERATURE and not distill:
         raise OptionError("temperature is of the distillation: give distill=, its weight, as well")
     if optimizer is not None and lr != LR:
         raise OptionError(
@@ -148,6 +156,8 @@ def training_of(
         optimizer or default_optimizer(lr),
         scheduler or cosine,
         smoothed(as_objective(objective), label_smoothing),
+        distill=distill,
+        temperature=temperature,
         **options,
     )
 

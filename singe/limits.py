@@ -68,11 +68,15 @@ def plain_share(given: Share | None, argument: str) -> float | dict[str, float] 
 
     def number(share: Any, where: str = "") -> float:
         with suppress(TypeError, ValueError, RuntimeError):
-            if 0.0 <= float(share) <= 1.0:
+            if not isinstance(share, str | bool) and 0.0 <= float(share) <= 1.0:
                 return float(share)
         raise OptionError(f"{argument}{where} must lie in [0, 1], got {share!r}")
 
     if isinstance(given, Mapping):
+        if wrong := [name for name in given if not isinstance(name, str)]:
+            raise OptionError(
+                f"{argument} maps names of groups, layers or containers to shares, got {wrong[0]!r}"
+            )
         return {name: number(share, f" of {name!r}") for name, share in given.items()}
     return None if given is None else number(given)
 

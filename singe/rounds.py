@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from singe.criteria import choose
 from singe.errors import OptionError
 from singe.latency import Timing
 from singe.limits import Share
@@ -14,6 +15,23 @@ from singe.plan import Plan
 
 SCHEDULES = ("linear", "cubic", "geometric")
 Schedule = str | Callable[[float], float]
+
+
+def check_order(
+    order: str = "global", visit: str = "forward", schedule: Schedule = "linear"
+) -> None:
+    """Raise OptionError for what is not offered, or would have no say."""
+    choose("order", order, ("global", "layerwise"))
+    choose("visit", visit, ("forward", "damage"))
+    if not callable(schedule):
+        choose("schedule", schedule, SCHEDULES)
+    if order == "layerwise" and schedule != "linear":
+        raise OptionError(
+            "schedule shares the budget out over the rounds of order='global'; layerwise, a first scoring "
+            "settles what each group loses"
+        )
+    if order == "global" and visit != "forward":
+        raise OptionError("visit is the order of the groups under order='layerwise'; give that too")
 
 
 @dataclass(frozen=True)

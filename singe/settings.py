@@ -40,4 +40,8 @@ def _name_of(function: Callable[..., Any]) -> str:
 
 
 def _name_or_value(value: Any) -> str:
-    return _name_of(value) if callable(value) else repr(value)
+    """Other objects by their type: what they print as may differ from process to process."""
+    if callable(value):
+        return _name_of(value)
+    plain = value is None or isinstance(value, bool | int | float | str)
+    return repr(value) if plain else type(value).__qualname__

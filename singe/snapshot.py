@@ -23,16 +23,8 @@ class Snapshot:
             for module in model.modules()
         ]
         tensors = [*model.parameters(), *model.buffers()]
-        self._values = [
-            (
-                t,
-                t.detach().clone(),
-                t.requires_grad,
-                t.grad,
-                None if t.grad is None else t.grad.clone(),
-            )
-            for t in tensors
-        ]
+        self._tensors = [(_Saved(t), t.requires_grad, t.grad) for t in tensors]
+        self._grads = [_Saved(t.grad) for t in tensors if t.grad is not None]
         self._kept = True
 
     def discard(self) -> None:
@@ -46,16 +38,13 @@ class Snapshot:
             module.__dict__.clear()
             # Copies again: what is changed after this must not reach the next restore.
             module.__dict__.update({k: _shallow(v) for k, v in state.items()})
-        with torch.no_grad():
-            for tensor, value, requires_grad, grad, grad_value in self._values:
-                if _form(tensor) == _form(value):
-                    tensor.copy_(value)
-                else:  # model.to(...) keeps the parameters and changes what is in them
-                    tensor.data = value.clone()
-                tensor.requires_grad_(requires_grad)
-                tensor.grad = grad
-                if grad is not None and grad_value is not None:
-                    grad.copy_(grad_value)
+        for saved in self._grads:
+            saved.restore()
+        for saved, requires_grad, grad in self._tensors:
+            saved.tensor.grad = None
+            saved.restore()
+            saved.tensor.requires_grad_(requires_grad)
+            saved.tensor.grad = grad
 
     def __enter__(self) -> Snapshot:
         return self
@@ -68,6 +57,20 @@ class Snapshot:
     ) -> None:
         if self._kept:
             self.restore()
+
+
+class _Saved:
+    """A tensor with its values, and the form they are in."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self._value, self._form = tensor, tensor.detach().clone(), _form(tensor)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        if _form(self.tensor) == self._form:
+            self.tensor.copy_(self._value)
+        else:  # model.to(...) keeps the parameters and changes what is in them
+            self.tensor.data = self._value.clone()
 
 
 def _form(tensor: Tensor) -> tuple[Any, ...]:

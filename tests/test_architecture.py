@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -48,6 +49,16 @@ def test_no_module_needs_one_that_needs_it():
     assert sum(map(len, needs.values())) > 200  # that the reading of imports finds them
     order = list(TopologicalSorter(needs).static_order())  # raises CycleError, which names them
     assert order.index("singe.errors") < order.index("singe.engine") < order.index("singe")
+
+
+def test_benchmarks_and_examples_import_what_there_is():
+    """They are run by hand: a name that has moved would be found by the next who needs it."""
+    for path in (*ROOT.glob("benchmarks/*.py"), *ROOT.glob("examples/**/*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "singe":
+                module = importlib.import_module(node.module)
+                for name in node.names:
+                    assert hasattr(module, name.name), f"{path.name}: {node.module}.{name.name}"
 
 
 def test_every_module_is_on_the_map():

@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import singe
 from singe.checkpoint import Folder, pack, unpack
+from singe.settings import as_json
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCHES = make_batches((3, 8, 8), (4, 4, 4), dtype=torch.float32)
@@ -454,3 +455,14 @@ def test_a_model_given_twice_is_not_confused_with_its_copy(tmp_path):
     report = compress(model, tmp_path)
     assert compress(twin, tmp_path).macs_after == report.macs_after
     assert same_weights(model, twin)
+
+
+def test_settings_know_functions_by_name_and_other_objects_by_type():
+    """An address in memory would make every process another run."""
+
+    def train(model, stage, loader, lr):
+        pass
+
+    told = {as_json(partial(train, loader=DataLoader([1]), lr=0.1), network()) for _ in range(2)}
+    assert len(told) == 1
+    assert told.pop().endswith("train(loader=DataLoader, lr=0.1, ...)")

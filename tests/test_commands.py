@@ -347,6 +347,14 @@ def test_a_file_may_use_the_forms_of_toml(tmp_path):
     (row,) = told["meta"]["groups"].values()
     assert row["kept"] == -(-3 * row["units"] // 4)
     assert row["why"] == "at its limit: min_keep"
+    for name in ("taylor", "magnitude"):
+        run("score", *MODEL, *DATA, "--criterion", name, "--out", tmp_path / f"{name}.st")
+    files = [str(tmp_path / f"{name}.st") for name in ("taylor", "magnitude")]
+    config.write_text(f"[compare]\nscores = {json.dumps(files)}\njson = true\n")
+    assert json.loads(run("compare", "--config", config))["names"] == ["taylor", "magnitude"]
+    config.write_text("[prune]\nmin-keep = {layer1.0.conv1 = 2}\n")  # tables in tables, to TOML
+    with pytest.raises(singe.OptionError, match=r"min_keep of 'layer1\.0\.conv1' must lie in"):
+        run("prune", *MODEL, *DATA, "--config", config, "--channels", 0.5, "--dry-run")
 
 
 def test_options_become_arguments():

@@ -26,10 +26,10 @@ class Slow(nn.Module):
 
     now = 0.0
 
-    def __init__(self, per_channel: float = 1e-3) -> None:
+    def __init__(self, per_channel: float = 1e-3, channels: int = 40) -> None:
         super().__init__()
-        self.conv, self.per_channel = nn.Conv2d(3, 40, 1), per_channel
-        self.head = nn.Linear(40, 4)
+        self.conv, self.per_channel = nn.Conv2d(3, channels, 1), per_channel
+        self.head = nn.Linear(channels, 4)
 
     def forward(self, x):
         x = self.conv(x)
@@ -56,6 +56,24 @@ def test_a_latency_target_is_met_by_measurement(clock, ranking, target):
     assert plan.n_units in (16, 17), "40 - 24 = 16 channels of a millisecond each"
     assert plan.meta["timing"]["runs"] == 3
     assert "latency 40" in plan.explain()
+
+
+@pytest.mark.parametrize("target", [0.5, 0.7, 0.9])
+@pytest.mark.parametrize("off", [-0.5, -0.1, 0.1, 0.5])
+def test_a_time_close_above_the_target_is_not_the_end_of_the_search(clock, off, target):
+    """Layers that are pruned at all cost a little more, or less, than their channels say."""
+    model, x = Slow(channels=200).eval(), torch.randn(2, *IMAGE)
+
+    def overhead(module, *_):
+        Slow.now += 1e-3 * off * (module.out_channels < 200)
+
+    model.conv.register_forward_hook(overhead)
+    plan = singe.plan(
+        model, random_scores(model, x), x, latency=target, timing=Timing(runs=3, warmup=1)
+    )
+    fewest = round(200 * (1 - target) + off)
+    assert fewest - 1 <= plan.n_units <= fewest + 4, "within 2 % of 200 units"
+    assert plan.meta["after"]["latency"] <= plan.meta["target"]["latency"]
 
 
 def test_a_latency_out_of_reach(clock):

@@ -49,6 +49,9 @@ def test_a_finetune_function_of_the_users():
     def ruins(m: nn.Module, stage: singe.Stage) -> None:
         m[16] = nn.Linear(3, 3)
 
+    with pytest.raises(singe.OptionError, match=r"must return a loss as one number.*got \[1, 2\]"):
+        singe.compress(network(), macs=0.6, finetune=lambda m, s: [1, 2], **OPTIONS)
+
     def halves(m: nn.Module, stage: singe.Stage) -> None:
         m.bfloat16()
 
@@ -57,6 +60,9 @@ def test_a_finetune_function_of_the_users():
         (halves, "left the model in torch.bfloat16 on cpu, and it came in torch.float32 on cpu"),
     ):
         model = network()
+        F.cross_entropy(
+            model(BATCHES[0][0]), BATCHES[0][1]
+        ).backward()  # what training leaves behind
         before = snapshot(model)
         with pytest.raises(singe.ModelError, match=message):
             singe.compress(model, macs=0.6, finetune=wrong, **OPTIONS)
@@ -85,6 +91,8 @@ def test_a_finetune_function_of_the_users():
         ({"temperature": 9.0}, "temperature is of the distillation: give distill="),
         ({"schedule": "cubic", "order": "layerwise"}, "schedule shares the budget out over the rounds of"),
         ({"visit": "damage"}, "visit is the order of the groups under order='layerwise'"),
+        ({"on_round": 5}, "on_round must be a callable"),
+        ({"min_keep": {0: 0.5}}, "min_keep maps names of groups, .* got 0"),
         ({"min_keep": {"0": "half"}}, r"min_keep of '0' must lie in \[0, 1\], got 'half'"),
         ({"max_keep": torch.ones(2)}, r"max_keep must lie in \[0, 1\], got tensor"),
         ({"max_keep": 0.7, "round_to": 7}, "no number of channels there is a multiple of round_to=7"),

@@ -50,6 +50,11 @@ def test_prune_from_scores_leaves_a_model_that_loads(tmp_path):
     )  # fmt: skip
     assert again["after"] == told["after"]
     assert set(again["files"]) == {"weights", "plan"}
+    # A dry run looks at the model as well.
+    words = ("--plan", out / "plan.json", "--dry-run", "--json")
+    assert json.loads(run("prune", *MODEL, *DATA, *words))["plan"] == dict(plan)
+    with pytest.raises(singe.SingeError):
+        run("prune", "torchvision:resnet18", "--input-shape", "3,32,32", *words)
 
 
 def test_scores_that_are_made_take_no_scoring_options_but_ignore(tmp_path):

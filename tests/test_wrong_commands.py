@@ -62,6 +62,25 @@ def test_wrong_use(words, message, tmp_path):
         run(*words, *(() if words[0] == "compare" else ("--out", tmp_path / "out")))
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "give exactly one target"),
+        (("--macs", 0.5, "--temperature", 3), "temperature is of the distillation"),
+        (("--macs", 0.5, "--visit", "damage"), "visit is the order of the groups"),
+        (("--macs", 0.5, "--min-keep", 3), r"min_keep must lie in \[0, 1\]"),
+        (("--macs", 0.5, "--criterion", "abacus"), "abacus"),
+        (("--macs", 0.5, "--lr", -1), "--lr must be a positive number"),
+        (("--macs", 0.5, "--weight-decay", -1), "--weight-decay must not be negative"),
+    ],
+)
+@pytest.mark.parametrize("how", [("--warmup-steps", 5), ("--dry-run",)])
+def test_wrong_options_are_found_before_a_warm_up_or_a_plan(words, message, how, tmp_path):
+    with pytest.raises(SingeError, match=message):
+        run("compress", *MODEL, "--data", "data.npz", *words, *how, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("command", ["prune", "compress", "compare", "demo"])
 @pytest.mark.parametrize(
     ("out", "message"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import singe
+from singe.budget import RANKINGS
 from singe.cli import finish
 from singe.cli.folders import (
     CHECKPOINT,
@@ -42,13 +44,18 @@ from singe.compress import FINETUNE_STEPS, CompressReport, Round
 from singe.criteria import choose
 from singe.data import as_batch, device_of
 from singe.errors import ExportError, OptionError
+from singe.finetune import training_of
 from singe.graph import private_copy
+from singe.limits import MAX_PRUNING_RATIO, check_ratio, plain_share, target_of
 from singe.loop import ROUNDS
 from singe.objectives import logits_of
 from singe.report import write_report
+from singe.request import Request
+from singe.rounds import check_order
 from singe.scores import Scores
 
 EXIT_FLOOR = 3
+TRAINING = ("clip_grad_norm", "label_smoothing", "distill", "temperature", "ema")
 WARMUP_TOO = ("clip_grad_norm", "label_smoothing", "checkpoint_every")
 # Options that singe.compress takes under the same name.
 PASSED = (
@@ -87,6 +94,10 @@ def compress(
     found = inputs.require_data("compress")
     if found.train is None:
         raise OptionError("compress needs training data: the loader gave no `train` part")
+    chosen = {n: getattr(tuning, n) for n in PASSED if getattr(tuning, n) is not None}
+    limits = budget.arguments()
+    _check(chosen, limits, options)
+    optimizer = ChosenOptimizer(tuning.optimizer, tuning.lr, tuning.weight_decay)
     if output.dry_run:
         _show_plan(inputs, options, budget, tuning, common, voice)
         return
@@ -96,14 +107,13 @@ def compress(
         "train": found.train,
         "calibrate": found.calibrate,
         "evaluate": found.evaluate,
-        "optimizer": ChosenOptimizer(tuning.optimizer, tuning.lr, tuning.weight_decay),
+        "optimizer": optimizer,
         "autocast": tuning.autocast(),
         "seed": common.seed,
         "resume": tuning.resume,
         "recalibrate": tuning.recalibrate,
         "progress": voice.progress,
     }
-    chosen = {n: getattr(tuning, n) for n in PASSED if getattr(tuning, n) is not None}
     if tuning.warmup_steps:
         voice.step(f"training for {tuning.warmup_steps} steps before pruning")
         singe.compress(
@@ -112,7 +122,6 @@ def compress(
             **{name: value for name, value in chosen.items() if name in WARMUP_TOO},
         )  # fmt: skip
     original = copy.deepcopy(inputs.model)
-    limits = budget.arguments()
     if budget.latency is not None:
         limits["timing"] = budget.timing()
     checkpoint = output.out / CHECKPOINT
@@ -160,6 +169,18 @@ def compress(
         raise ExportError("; ".join(failed))
 
 
+def _check(chosen: dict[str, Any], limits: dict[str, Any], options: dict[str, Any]) -> None:
+    """What singe.compress would refuse, before a warm-up is trained or a plan is shown."""
+    target_of(**{kind: limits.get(kind) for kind in BudgetOptions.RIVALS})
+    choose("ranking", limits.get("ranking", "cost"), RANKINGS)
+    for name in ("min_keep", "max_keep"):
+        plain_share(limits.get(name), name)
+    check_ratio(limits.get("max_pruning_ratio", MAX_PRUNING_RATIO))
+    check_order(**{n: chosen[n] for n in ("order", "visit", "schedule") if n in chosen})
+    training_of(**{n: chosen[n] for n in TRAINING if n in chosen})
+    Request(**options)
+
+
 def time_left(tuning: TuningOptions, checkpoint: Path, voice: Voice) -> Callable[..., None]:
     """For ``on_round``: says how long the rounds that are left will take, at the last one's pace.
 
@@ -192,6 +213,10 @@ class ChosenOptimizer:
 
     def __post_init__(self) -> None:
         choose("--optimizer", self.name, ("sgd", "adamw"))
+        if not 0.0 < self.lr < math.inf:
+            raise OptionError(f"--lr must be a positive number, got {self.lr:g}")
+        if not 0.0 <= self.weight_decay < math.inf:
+            raise OptionError(f"--weight-decay must not be negative, got {self.weight_decay:g}")
 
     def __call__(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         if self.name == "adamw":

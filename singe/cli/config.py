@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +83,22 @@ def _resolve(
 
 
 def _repeatable(parameter: Any) -> bool:
-    return getattr(parameter, "multiple", False)
+    return getattr(parameter, "multiple", False) or getattr(parameter, "nargs", 1) == -1
+
+
+def _flat(table: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """TOML takes the dots of ``layer1.0.conv1 = 0.5`` for tables in tables."""
+    for name, value in table.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}.{rest}", share) for rest, share in _flat(value))
+        else:
+            yield name, value
 
 
 def _as_typed(value: Any, repeatable: bool) -> Any:
     """TOML's own forms as the command line has them: one value of several, a list, ``layer1 = 0.5``."""
     if isinstance(value, dict):
-        value = [f"{name}={share}" for name, share in value.items()]
+        value = [f"{name}={share}" for name, share in _flat(value)]
     if repeatable:
         return [str(part) for part in value] if isinstance(value, list) else [str(value)]
     return ",".join(map(str, value)) if isinstance(value, list) else value

@@ -91,6 +91,8 @@ def prune(
         found = found or run_score(inputs, options, common.seed, voice)
         made = make_plan(inputs, found, budget, chosen.get("ignore", ()) if scores else ())
     if output.dry_run:
+        if plan is not None:  # that it can be carried out
+            singe.prune(copy.deepcopy(inputs.model), made, inputs.example)
         told = {"plan": dict(made), "meta": made.meta}
         voice.result(told, made.explain() if made.meta else f"{made!r}")
         return
