@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from singe.data import Batch, cut
 from singe.objectives import Objective
+from singe.tf32 import full_float32
 
 TRIAL_SAMPLES = 4  # of a batch, to find out about the network and the data
 
@@ -44,6 +45,7 @@ class Divisible:
             self._found = halves is not None and self._same_alone(few, halves[0])
         return self._found
 
+    @full_float32()
     def _same_alone(self, whole: Batch, half: Batch) -> bool:
         outputs = self._record(whole)
         losses = self._objective.per_sample(outputs, whole, outputs)

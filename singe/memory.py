@@ -50,11 +50,23 @@ def _cgroup_free() -> int:
     return UNLIMITED
 
 
+# What libraries say, in a plain RuntimeError, when they cannot get their working memory.
+GPU_TEXTS = (
+    "unable to find an engine to execute this computation",  # cuDNN
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+    "Triton Error [CUDA]: out of memory",
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA has an exception type of its own; the CPU allocator raises a plain RuntimeError."""
+    """CUDA has an exception type of its own; libraries and the CPU allocator raise plain RuntimeErrors."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     text = str(error)
+    if any(known in text for known in GPU_TEXTS):
+        return True
     return "DefaultCPUAllocator" in text and "allocate" in text
 
 

@@ -17,6 +17,7 @@ from singe.errors import ModelError
 from singe.graph import ModelGraph, is_inside, private_copy, unwrapped
 from singe.memory import is_out_of_memory
 from singe.network import Network, set_gates
+from singe.tf32 import full_float32
 from singe.verification import distance, float_outputs, tolerance_of, verified
 
 TRACE_SAMPLES = 2  # a batch of 1 would hide coupling along the batch dimension
@@ -61,6 +62,7 @@ def find_groups(
     return graph
 
 
+@full_float32()
 def checked_groups(
     model: nn.Module, batch: Batch, ignored: frozenset[str], wanted: Sequence[str] | None = None
 ) -> ModelGraph:

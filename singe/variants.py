@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from singe.compiled import PassCompiler
@@ -31,6 +32,11 @@ CHECKPOINTING = (
 def zero_probes(outputs: Sequence[Tensor], variants: int) -> list[Tensor]:
     """Zeros [V, *shape of output] without memory of their own; their gradients are the adjoints."""
     return [y.new_zeros(()).expand(variants, *y.shape).requires_grad_() for y in outputs]
+
+
+# Inside torch.vmap nothing seems to require a gradient, so on a GPU the other kernels of attention leave out
+# what their backward passes read (the log-sum-exp).
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 
 class VariantRunner:
@@ -125,7 +131,7 @@ class VariantRunner:
         run = torch.vmap(partial(self._run, batch, structure), randomness="same")
         self.network.cache.replay()
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), sdpa_kernel(ATTENTION):
                 # Of global average pooling in a channels-last network: [B, C, 1, 1], so no loss.
                 warnings.filterwarnings("ignore", r"There is a performance drop.*aten::as_strided_")
                 outputs, inputs = run(dict(gates), dict(probes), dict(overrides))

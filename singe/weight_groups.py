@@ -20,6 +20,7 @@ from singe.errors import ModelError
 from singe.graph import ROWS, Group, Member, ModelGraph, unwrapped
 from singe.network import Network, set_gates
 from singe.rows import TRANSPOSED, rows_of, weight_of
+from singe.tf32 import full_float32
 from singe.units import checked_groups, full_precision, inside, names_of, small
 from singe.verification import distance, float_outputs, tolerance_of, with_problems
 
@@ -119,6 +120,7 @@ def uncovered(name: str, module: nn.Module, groups: Sequence[Group]) -> list[Gro
 
 
 @torch.no_grad()
+@full_float32()
 def _not_gated(
     model: nn.Module, batch: Batch, graph: ModelGraph, alone: Sequence[Group]
 ) -> dict[str, str]:

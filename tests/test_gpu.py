@@ -6,10 +6,13 @@ import copy
 
 import pytest
 import torch
-from helpers import make_batches, randomise
+from helpers import batch_of, make_batches, randomise
 from helpers_networks import residual
+from torch import nn
 
 import singe
+from singe.data import as_batch
+from singe.units import find_groups
 
 pytestmark = pytest.mark.gpu
 
@@ -32,10 +35,12 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_equals_the_definition_on_the_cpu(options: dict, channels_last: bool) -> None:
+def test_equals_the_definition_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, options: dict, channels_last: bool
+) -> None:
     """1e-3 in float32: cuDNN's convolutions (TF32 off) round differently, ReLU kinks flip."""
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     model = randomise(residual())
     data = make_batches((3, 8, 8), [8, 8], dtype=torch.float32)
     expected = singe.score(copy.deepcopy(model).double(),
@@ -49,6 +54,44 @@ def test_equals_the_definition_on_the_cpu(options: dict, channels_last: bool) ->
     for name in scores:
         torch.testing.assert_close(scores[name], expected[name], rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(scores[name], again[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_the_groups_do_not_depend_on_the_precision_of_convolutions(
+    monkeypatch: pytest.MonkeyPatch, tf32: bool
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
+    model, x = randomise(residual()), torch.randn(2, 3, 8, 8)
+    expected = [g.name for g in find_groups(model, batch_of(x)).groups]
+    graph = find_groups(model.cuda(), as_batch(x, 0, torch.device("cuda")))
+    assert [g.name for g in graph.groups] == expected
+    assert torch.backends.cudnn.allow_tf32 is tf32
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.qkv, self.out = nn.Linear(8, 16), nn.Linear(16, 48), nn.Linear(16, 16)
+        self.mlp, self.head = nn.Linear(16, 24), nn.Linear(24, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return self.head(self.mlp(x).relu().mean(1))
+
+
+def test_attention_equals_the_definition() -> None:
+    torch.manual_seed(0)
+    model, x = Attention(), torch.randn(6, 5, 8)
+    data = [(x, torch.arange(6) % 4)]
+    expected = singe.score(
+        copy.deepcopy(model).double(), [(x.double(), data[0][1])], engine="naive"
+    )
+    scores = singe.score(model.cuda(), data)
+    for name in expected:
+        torch.testing.assert_close(scores[name], expected[name], rtol=1e-3, atol=1e-5)
 
 
 def test_compress_on_the_gpu() -> None:

@@ -1,0 +1,37 @@
+"""Comparisons are made in full float32, and the user's settings come back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from singe.memory import GPU_TEXTS, is_out_of_memory
+from singe.tf32 import full_float32
+
+
+@full_float32()
+def fail_inside() -> None:
+    assert not torch.backends.cudnn.allow_tf32
+    assert torch.get_float32_matmul_precision() == "highest"
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("convolutions", [True, False])
+@pytest.mark.parametrize("products", ["highest", "high", "medium"])
+def test_settings_come_back_also_after_an_error(monkeypatch, convolutions, products):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", convolutions)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(products)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            fail_inside()
+        assert torch.backends.cudnn.allow_tf32 is convolutions
+        assert torch.get_float32_matmul_precision() == products
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("text", GPU_TEXTS)
+def test_libraries_without_working_memory_are_out_of_memory(text):
+    assert is_out_of_memory(RuntimeError(f"GET was {text}: see the log"))
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
