@@ -110,34 +110,23 @@ class PassCompiler:
         if signature in self._passes and known is None:
             return self.stacked(batch, gates, probes, overrides)
         with full_float32():  # kernels that round to TF32 in other ways look like another function
-            return self._checked(
-                signature, known, batch, gates, probes, overrides, calls, leaves, spec
-            )
-
-    def _checked(
-        self, signature: Any, known: CompiledPass | None, batch: Batch, gates: Mapping[str, Tensor],
-        probes: Mapping[str, list[Tensor]], overrides: Mapping[str, Tensor], calls: tuple[Any, ...],
-        leaves: list[Any], spec: TreeSpec,
-    ) -> Any:  # fmt: skip
-        """The plain pass, and whether the compiled one gives the same."""
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        plain = self.stacked(batch, gates, probes, overrides)
-        try:
-            if known is None:
-                self._require_compilable(gates, overrides, leaves)
-                known = self._compiled(batch, calls, leaves, spec)
-            _require_same(known(tensors), plain, tensors)
-            known.uses += 1
-            self._passes[signature] = known
-        except Exception as error:  # whatever a tracer or a compiler raises
-            if isinstance(error, SingeError) or is_out_of_memory(error):
-                raise
-            self._passes[signature] = None
-            warnings.warn(
-                "a pass runs uncompiled: torch.compile cannot handle it "
-                f"({type(error).__name__}: {first_line(error)})",
-                stacklevel=2,
-            )
+            plain = self.stacked(batch, gates, probes, overrides)
+            try:
+                if known is None:
+                    self._require_compilable(gates, overrides, leaves)
+                    known = self._compiled(batch, calls, leaves, spec)
+                _require_same(known(tensors), plain, tensors)
+                known.uses += 1
+                self._passes[signature] = known
+            except Exception as error:  # whatever a tracer or a compiler raises
+                if isinstance(error, SingeError) or is_out_of_memory(error):
+                    raise
+                self._passes[signature] = None
+                warnings.warn(
+                    "a pass runs uncompiled: torch.compile cannot handle it "
+                    f"({type(error).__name__}: {first_line(error)})",
+                    stacklevel=2,
+                )
         return plain
 
     def _require_compilable(
