@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from singe.errors import OptionError, ScoresError
+from singe.plain import plain_number
 from singe.scores import Scores
 
 Values = NDArray[np.float64]
@@ -34,8 +35,7 @@ def compare(scores: Mapping[str, Scores], share: float = 0.3) -> dict[str, Any]:
     """
     if len(scores) < 2:
         raise OptionError(f"comparing needs at least two scorings, got {len(scores)}")
-    if not 0.0 < share < 1.0:
-        raise OptionError(f"share must lie between 0 and 1, got {share!r}")
+    share = plain_number("share", share, "(0, 1)")
     first, *others = scores.items()
     for name, other in others:
         _check_alike(*first, name, other)

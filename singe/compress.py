@@ -11,11 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from singe.budget import RANKINGS
 from singe.checkpoint import Folder, digest_of
-from singe.criteria import choose
 from singe.data import as_batch, check_reiterable, device_of
-from singe.errors import CheckpointError, OptionError, expect_callable, expect_count
+from singe.errors import CheckpointError, OptionError, expect_callable
 from singe.evaluation import Evaluate, as_evaluate
 from singe.finetune import (
     LR,
@@ -28,13 +26,14 @@ from singe.finetune import (
 from singe.gradients import check_changeable, gradients_on
 from singe.graph import expect_model, unwrapped
 from singe.latency import Timing
-from singe.limits import MAX_PRUNING_RATIO, Share, plain_share, target_of
+from singe.limits import MAX_PRUNING_RATIO, Share
 from singe.loop import Loop
 from singe.memory import free_memory
 from singe.objectives import Loss, Objective
+from singe.plain import plain_count, plain_number
 from singe.plan import Plan
 from singe.request import Request, check_float32, power_for_pruning
-from singe.rounds import CompressReport, Pruning, Round, Schedule, check_order
+from singe.rounds import CompressReport, Round, Schedule, pruning_of
 from singe.scores import Scores
 from singe.seeding import Stream, derive, random_state_kept
 from singe.settings import as_json
@@ -165,11 +164,10 @@ def compress(
         CheckpointError: a checkpoint cannot be written, or none can be continued from.
         SingeError: as :func:`singe.score` and :func:`singe.plan`; the model is unchanged then.
     """
-    if rounds is not None:
-        expect_count("rounds", rounds, 1)
-    expect_count("finetune_steps", finetune_steps, 0)
-    expect_count("final_steps", final_steps, 0)
-    expect_count("checkpoint_every", checkpoint_every, 1)
+    finetune_steps = plain_count("finetune_steps", finetune_steps, 0)
+    final_steps = plain_count("final_steps", final_steps, 0)
+    checkpoint_every = plain_count("checkpoint_every", checkpoint_every, 1)
+    seed = plain_count("seed", seed)
     if resume and checkpoint is None:
         raise OptionError("resume=True needs checkpoint=, the folder to continue from")
     unknown = score_options.keys() - {f.name for f in fields(Request)}
@@ -186,8 +184,6 @@ def compress(
     check_changeable(model)
     expect_callable("finetune", finetune, "lambda model, stage: the loss or None")
     expect_callable("on_round", on_round, "lambda round, scores, plan: None")
-    choose("ranking", ranking, RANKINGS)
-    check_order(order, visit, schedule)
     check_reiterable(train, "train")
     if calibrate is not None:
         check_reiterable(calibrate, "calibrate")
@@ -197,8 +193,7 @@ def compress(
             raise OptionError(
                 "accuracy_floor needs evaluate=, the metric that shall not fall below it"
             )
-        accuracy_floor = float(accuracy_floor)
-    kind, value = target_of(macs=macs, params=params, channels=channels, latency=latency)
+        accuracy_floor = plain_number("accuracy_floor", accuracy_floor, "(-inf, inf)")
     tuning: dict[str, Any] = {
         "optimizer": optimizer, "scheduler": scheduler, "lr": lr, "clip_grad_norm": clip_grad_norm,
         "autocast": autocast, "label_smoothing": label_smoothing, "distill": distill,
@@ -207,14 +202,14 @@ def compress(
     training = training_of(finetune, objective=finetune_objective, **tuning)
     if autocast is not None:
         check_float32(model, "autocast")
-    pruning = Pruning(
-        {kind: value}, rounds, schedule, order, visit, ranking, round_to,
-        plain_share(min_keep, "min_keep"), plain_share(max_keep, "max_keep"), max_pruning_ratio,
-        timing or Timing(), recalibrate,
+    pruning = pruning_of(
+        macs=macs, params=params, channels=channels, latency=latency, rounds=rounds,
+        schedule=schedule, order=order, visit=visit, ranking=ranking, round_to=round_to,
+        min_keep=min_keep, max_keep=max_keep, max_pruning_ratio=max_pruning_ratio, timing=timing,
     )  # fmt: skip
     settings = as_json(
         {
-            **vars(pruning), "timing": asdict(pruning.timing), **tuning,
+            **vars(pruning), "timing": asdict(pruning.timing), **tuning, "recalibrate": recalibrate,
             "finetune_steps": finetune_steps, "final_steps": final_steps, "finetune": finetune,
             "objective": request.definition.objective.name,
             "finetune_objective": training.objective.name, "accuracy_floor": accuracy_floor,
@@ -229,13 +224,14 @@ def compress(
             calibrate = _first_samples(train, CALIBRATION_SAMPLES, seed)
         if request.max_memory is None:
             request = replace(request, max_memory=max(LEAST_MEMORY, free_memory(device) // 4))
-        teacher = copy.deepcopy(unwrapped(model)).eval() if distill > 0 else None
+        teacher = copy.deepcopy(unwrapped(model)).eval() if training.distill > 0 else None
         tuner = Tuner(model, training, Stream(train, derive(seed, "train")), seed, teacher)
         loop = Loop(
             model=model, snapshot=snapshot, pruning=pruning, request=request, tuner=tuner,
             calibrate=calibrate, train=train, measure=measure, floor=accuracy_floor,
-            finetune=finetune, finetune_steps=finetune_steps, final_steps=final_steps, folder=folder,
-            checkpoint_every=checkpoint_every, on_round=on_round, progress=progress, seed=seed,
+            finetune=finetune, finetune_steps=finetune_steps, final_steps=final_steps,
+            recalibrate=recalibrate, folder=folder, checkpoint_every=checkpoint_every,
+            on_round=on_round, progress=progress, seed=seed,
         )  # fmt: skip
         report = loop.run(folder.newest() if folder and resume else None)
         snapshot.discard()

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import singe
 from singe.data import find_device
-from singe.errors import OptionError, SingeError
+from singe.errors import SingeError
 from singe.evaluation import accuracy
+from singe.plain import plain_count
 from singe.versions import versions
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -49,8 +50,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("seeds", "rounds", "train_steps", "finetune_steps"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"{name} must be at least 1, got {getattr(self, name)}")
+            plain_count(name, getattr(self, name), 1)
 
 
 class ResidualBlock(nn.Module):

@@ -49,12 +49,6 @@ def expect(argument: str, value: object, kind: type, wanted: str) -> None:
         raise OptionError(f"{argument} must be {wanted}, got {type(value).__name__}")
 
 
-def expect_count(name: str, value: object, least: int) -> None:
-    """Raise OptionError for what is no int of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise OptionError(f"{name} must be a whole number >= {least}, got {value!r}")
-
-
 def expect_callable(argument: str, value: object, wanted: str) -> None:
     """Raise OptionError where an argument is given and cannot be called."""
     if value is not None and not callable(value):

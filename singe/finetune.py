@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from singe.criteria import choose
 from singe.errors import ModelError, OptionError, expect_callable
 from singe.modes import in_mode
 from singe.objectives import CrossEntropy, Loss, Objective, as_objective
+from singe.plain import POSITIVE, plain_number
 from singe.precision import OFFERED as LOWER
 from singe.scores import fingerprint
 
@@ -44,7 +46,10 @@ class Stage:
     teacher: nn.Module | None
 
 
-LR, TEMPERATURE = 0.01, 2.0
+LR, WEIGHT_DECAY, TEMPERATURE = 0.01, 5e-4, 2.0
+RANGES = {
+    "clip_grad_norm": POSITIVE, "distill": "[0, 1]", "temperature": POSITIVE, "ema": "(0, 1)",
+}  # fmt: skip
 
 FinetuneFunction = Callable[[nn.Module, Stage], float | None]
 
@@ -68,15 +73,10 @@ class Training:
                 f"finetune_objective={self.objective.name!r} compares with the original model; "
                 "use distill=1.0 for that"
             )
-        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
-            raise OptionError(f"clip_grad_norm must be positive, got {self.clip_grad_norm!r}")
         choose("autocast", self.autocast, (None, *LOWER))
-        if not 0.0 <= self.distill <= 1.0:
-            raise OptionError(f"distill must lie in [0, 1], got {self.distill!r}")
-        if not self.temperature > 0:
-            raise OptionError(f"temperature must be positive, got {self.temperature!r}")
-        if self.ema is not None and not 0.0 < self.ema < 1.0:
-            raise OptionError(f"ema must lie in (0, 1), got {self.ema!r}")
+        for name, within in RANGES.items():
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, plain_number(name, value, within))
 
 
 def call_finetune(finetune: FinetuneFunction, model: nn.Module, stage: Stage) -> float | None:
@@ -168,8 +168,7 @@ def smoothed(objective: Objective, label_smoothing: float) -> Objective:
     Raises:
         OptionError: out of range, or another objective.
     """
-    if not 0.0 <= label_smoothing < 1.0:
-        raise OptionError(f"label_smoothing must lie in [0, 1), got {label_smoothing!r}")
+    label_smoothing = plain_number("label_smoothing", label_smoothing, "[0, 1)")
     if label_smoothing == 0.0:
         return objective
     if not isinstance(objective, CrossEntropy):
@@ -185,10 +184,15 @@ def default_optimizer(lr: float) -> OptimizerFactory:
     Raises:
         OptionError: ``lr`` is no positive number.
     """
-    if not isinstance(lr, int | float) or not 0.0 < lr < math.inf:
-        raise OptionError(f"lr must be a positive number, got {lr!r}")
-    return lambda parameters: torch.optim.SGD(
-        parameters, lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4
+    return partial(sgd, lr=plain_number("lr", lr, POSITIVE))
+
+
+def sgd(
+    parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = WEIGHT_DECAY
+) -> Optimizer:
+    """With Nesterov momentum 0.9."""
+    return torch.optim.SGD(
+        parameters, lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay
     )
 
 

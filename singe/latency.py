@@ -15,8 +15,9 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from singe.data import Batch, has_samples
-from singe.errors import OptionError
+from singe.errors import OptionError, expect
 from singe.graph import ROWS, private_copy
+from singe.plain import plain_count
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,23 @@ class Timing:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "runs", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise OptionError(f"Timing: {name} must be at least 1, got {value!r}")
-        if self.warmup < 0:
-            raise OptionError(f"Timing: warmup must be >= 0, got {self.warmup!r}")
+        for name, least in (("batch_size", 1), ("runs", 1), ("warmup", 0), ("threads", 1)):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, plain_count(f"Timing: {name}", value, least))
+
+
+def timing_of(timing: Timing | None, kind: str) -> Timing:
+    """How a target of this kind is timed, if it is.
+
+    Raises:
+        OptionError: no :class:`Timing`, or one that would not have a say.
+    """
+    if timing is None:
+        return Timing()
+    expect("timing", timing, Timing, "a singe.Timing(batch_size=..., runs=..., threads=...)")
+    if kind != "latency":
+        raise OptionError(f"timing is how a latency is measured, and the target is {kind}")
+    return timing
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from singe.errors import OptionError
 from singe.graph import ModelGraph, is_inside, unwrapped
+from singe.plain import POSITIVE, plain_count, plain_number
 from singe.units import names_of
 
 # A layer cut to a few channels does not recover in fine-tuning; a single round can do it.
@@ -33,20 +32,12 @@ def target_of(**targets: float | None) -> tuple[str, float]:
             f"{', '.join(kind for kind, _ in given) or 'none'}"
         )
     kind, value = given[0]
-    if isinstance(value, bool | str) or not value > 0:
-        raise OptionError(f"{kind} must be positive: a share (<= 1) or a number, got {value!r}")
-    return kind, float(value)
+    return kind, plain_number(kind, value, POSITIVE, "a share (<= 1) or a number")
 
 
 def absolute(value: float, full: float) -> float:
     """A share (<= 1) of ``full``, or the number itself."""
     return value * full if value <= 1.0 else value
-
-
-def check_ratio(max_pruning_ratio: float) -> None:
-    """Raise OptionError unless the ratio lies in (0, 1]."""
-    if not 0.0 < max_pruning_ratio <= 1.0:
-        raise OptionError(f"max_pruning_ratio must lie in (0, 1], got {max_pruning_ratio!r}")
 
 
 def floor_of(units: int, max_pruning_ratio: float) -> int:
@@ -59,26 +50,28 @@ def rounded_down(share: float, units: int) -> int:
     return math.floor(round(share * units, 9))
 
 
+def plain_ratio(max_pruning_ratio: float) -> float:
+    """The largest share that a group may lose.
+
+    Raises:
+        OptionError: outside (0, 1].
+    """
+    return plain_number("max_pruning_ratio", max_pruning_ratio, "(0, 1]")
+
+
 def plain_share(given: Share | None, argument: str) -> float | dict[str, float] | None:
     """Plain numbers, whatever they were given as (NumPy's, tensors of one element).
 
     Raises:
         OptionError: no number, or outside [0, 1].
     """
-
-    def number(share: Any, where: str = "") -> float:
-        with suppress(TypeError, ValueError, RuntimeError):
-            if not isinstance(share, str | bool) and 0.0 <= float(share) <= 1.0:
-                return float(share)
-        raise OptionError(f"{argument}{where} must lie in [0, 1], got {share!r}")
-
     if isinstance(given, Mapping):
         if wrong := [name for name in given if not isinstance(name, str)]:
             raise OptionError(
                 f"{argument} maps names of groups, layers or containers to shares, got {wrong[0]!r}"
             )
-        return {name: number(share, f" of {name!r}") for name, share in given.items()}
-    return None if given is None else number(given)
+        return {n: plain_number(f"{argument} of {n!r}", s, "[0, 1]") for n, s in given.items()}
+    return None if given is None else plain_number(argument, given, "[0, 1]")
 
 
 @dataclass(frozen=True)
@@ -113,9 +106,8 @@ def limits_of(
         OptionError: a share out of range, a name that belongs to no group, limits that contradict.
         ModelError: ``ignore`` names what the model does not have.
     """
-    check_ratio(max_pruning_ratio)
-    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
-        raise OptionError(f"round_to must be an integer >= 1, got {round_to!r}")
+    max_pruning_ratio = plain_ratio(max_pruning_ratio)
+    round_to = plain_count("round_to", round_to, 1)
     names = dict(unwrapped(model).named_modules())
     ignored = _groups_of(names_of(names, ignore, "ignore"), graph, "ignore")
     low = _shares(min_keep, graph, "min_keep")

@@ -62,6 +62,7 @@ class Loop:
     finetune: FinetuneFunction | None
     finetune_steps: int
     final_steps: int
+    recalibrate: bool
     folder: Folder | None
     checkpoint_every: int
     on_round: Callable[[Round, Scores, Plan], None] | None
@@ -102,7 +103,7 @@ class Loop:
             round_to=pruning.round_to,
         )  # fmt: skip
         full = self.original.full
-        self.last = absolute(pruning.target[pruning.kind], full[pruning.kind])
+        self.last = absolute(pruning.target, full[pruning.kind])
         self.report = CompressReport(full["macs"], int(full["params"]), None)
         self.kept = self.original.everything()
 
@@ -157,9 +158,7 @@ class Loop:
         for name, units in plan.items():
             gone = set(units)
             self.kept[name] = [k for u, k in enumerate(self.kept[name]) if u not in gone]
-        if self.pruning.recalibrate and set_statistics(
-            self.model, self.calibrate, self.seed, index
-        ):
+        if self.recalibrate and set_statistics(self.model, self.calibrate, self.seed, index):
             self.tuner.restart_statistics()
         self._scores, self._round_plan = scores, plan
         self.current = {

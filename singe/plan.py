@@ -16,12 +16,12 @@ from singe.budget import RANKINGS, Search, gather, order_steps, require, steps_o
 from singe.cost import CostModel, count
 from singe.criteria import choose
 from singe.data import Batch, device_of, example_batch
-from singe.errors import ScoresError, expect
+from singe.errors import ScoresError
 from singe.explain import explain_groups, table
 from singe.files import replacing
 from singe.gradients import gradients_on
 from singe.graph import ModelGraph, expect_model, private_copy, unwrapped
-from singe.latency import Stopwatch, Timing
+from singe.latency import Stopwatch, Timing, timing_of
 from singe.limits import MAX_PRUNING_RATIO, Limits, Share, absolute, limits_of, target_of
 from singe.removal import remove_units
 from singe.scores import Scores, expect_scores, require_units
@@ -175,7 +175,7 @@ def plan(
         max_keep: share that every group, or a named one, keeps at most.
         ignore: layers that keep all their channels (names or modules, containers included).
         max_pruning_ratio: no group loses more than this share of its units, and none all of them.
-        timing: batch size and number of runs for ``latency``; default one sample, 15 runs.
+        timing: batch size and number of runs for a target in ``latency``; default one sample, 15 runs.
 
     Returns:
         A :class:`Plan`; ``plan.meta`` holds the expected cost.
@@ -189,12 +189,11 @@ def plan(
     expect_scores(scores)
     require_units(scores)
     scores.check(model)
-    if timing is not None:
-        expect("timing", timing, Timing, "a singe.Timing(batch_size=..., runs=..., threads=...)")
     kind, value = target_of(macs=macs, params=params, channels=channels, latency=latency)
+    timing = timing_of(timing, kind)
     choose("ranking", ranking, RANKINGS)
     batch = example_batch(example_inputs, device_of(model))
-    watch = Stopwatch(model, batch, timing or Timing()) if kind == "latency" else None
+    watch = Stopwatch(model, batch, timing) if kind == "latency" else None
     batch = small(batch)
     graph = find_groups(model, batch, layers=list(scores))
     limits = limits_of(model, graph, max_pruning_ratio, min_keep, max_keep, ignore, round_to)

@@ -27,6 +27,7 @@ from singe.criteria import (
 from singe.definition import Definition
 from singe.errors import OptionError, expect
 from singe.objectives import KL, CrossEntropy, Loss, Objective, as_objective
+from singe.plain import plain_count, plain_number
 from singe.precision import OFFERED as LOWER
 from singe.quadrature import Quadrature, as_quadrature
 from singe.scores import Scores
@@ -82,8 +83,7 @@ class Request:
                 "checkpoint promises the same bits, and compile=True cannot keep that: its first passes "
                 "run plainly, and after a kill these are others; choose one of them"
             )
-        if not isinstance(self.seed, int):
-            raise OptionError(f"seed must be a whole number, got {self.seed!r}")
+        object.__setattr__(self, "seed", plain_count("seed", self.seed))
         memory = self.max_memory
         if memory is not None and not (isinstance(memory, Real) and 0 < memory < math.inf):
             raise OptionError(
@@ -159,10 +159,11 @@ class Request:
             return
         if tolerance is None or ratio is None:
             raise OptionError("tolerance and pruning_ratio belong together: give both or neither")
-        if not _is_number(tolerance) or not 0 <= tolerance < 1:
-            raise OptionError(f"tolerance must lie in [0, 1), got {tolerance!r}")
-        if not callable(ratio) and not (_is_number(ratio) and 0 < ratio < 1):
-            raise OptionError(f"pruning_ratio must lie between 0 and 1, got {ratio!r}")
+        object.__setattr__(self, "tolerance", plain_number("tolerance", tolerance, "[0, 1)"))
+        if not callable(ratio):
+            object.__setattr__(
+                self, "pruning_ratio", plain_number("pruning_ratio", ratio, "(0, 1)")
+            )
         if path == "network" or criterion.endpoint or not criterion.needs_data:
             raise OptionError(
                 f"tolerance saves nothing with criterion={criterion.name!r}, path={path!r}: all units "
@@ -190,7 +191,3 @@ def check_float32(model: nn.Module, argument: str) -> None:
         raise OptionError(
             f"{argument} needs a float32 model, this one has {sorted(map(str, other))}"
         )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -7,38 +7,29 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from singe.budget import RANKINGS
 from singe.criteria import choose
 from singe.errors import OptionError
-from singe.latency import Timing
-from singe.limits import Share
+from singe.latency import Timing, timing_of
+from singe.limits import MAX_PRUNING_RATIO, Share, plain_ratio, plain_share, target_of
+from singe.plain import plain_count, plain_number
 from singe.plan import Plan
 
 SCHEDULES = ("linear", "cubic", "geometric")
 Schedule = str | Callable[[float], float]
 
 
-def check_order(
-    order: str = "global", visit: str = "forward", schedule: Schedule = "linear"
-) -> None:
-    """Raise OptionError for what is not offered, or would have no say."""
-    choose("order", order, ("global", "layerwise"))
-    choose("visit", visit, ("forward", "damage"))
-    if not callable(schedule):
-        choose("schedule", schedule, SCHEDULES)
-    if order == "layerwise" and schedule != "linear":
-        raise OptionError(
-            "schedule shares the budget out over the rounds of order='global'; layerwise, a first scoring "
-            "settles what each group loses"
-        )
-    if order == "global" and visit != "forward":
-        raise OptionError("visit is the order of the groups under order='layerwise'; give that too")
-
-
 @dataclass(frozen=True)
 class Pruning:
-    """What shall go, and in which order; see :func:`singe.compress`."""
+    """What shall go, and in which order; see :func:`singe.compress`.
 
-    target: dict[str, float]
+    Attributes:
+        kind: what the target is in: ``"macs"``, ``"params"``, ``"channels"`` or ``"latency"``.
+        target: a share of the model's (<= 1) or a number.
+    """
+
+    kind: str
+    target: float
     rounds: int | None
     schedule: Schedule
     order: str
@@ -49,12 +40,48 @@ class Pruning:
     max_keep: Share | None
     max_pruning_ratio: float
     timing: Timing
-    recalibrate: bool
 
-    @property
-    def kind(self) -> str:
-        """What the target is in: ``"macs"``, ``"params"``, ``"channels"`` or ``"latency"``."""
-        return next(iter(self.target))
+
+def pruning_of(
+    *,
+    macs: float | None = None,
+    params: float | None = None,
+    channels: float | None = None,
+    latency: float | None = None,
+    rounds: int | None = None,
+    schedule: Schedule = "linear",
+    order: str = "global",
+    visit: str = "forward",
+    ranking: str = "cost",
+    round_to: int = 1,
+    min_keep: Share | None = None,
+    max_keep: Share | None = None,
+    max_pruning_ratio: float = MAX_PRUNING_RATIO,
+    timing: Timing | None = None,
+) -> Pruning:
+    """What :func:`singe.compress` was asked to take away.
+
+    Raises:
+        OptionError: a value that is not offered, or one that would not have a say.
+    """
+    choose("order", order, ("global", "layerwise"))
+    choose("visit", visit, ("forward", "damage"))
+    choose("ranking", ranking, RANKINGS)
+    if not callable(schedule):
+        choose("schedule", schedule, SCHEDULES)
+    if order == "layerwise" and schedule != "linear":
+        raise OptionError(
+            "schedule shares the budget out over the rounds of order='global'; layerwise, a first scoring "
+            "settles what each group loses"
+        )
+    if order == "global" and visit != "forward":
+        raise OptionError("visit is the order of the groups under order='layerwise'; give that too")
+    kind, target = target_of(macs=macs, params=params, channels=channels, latency=latency)
+    return Pruning(
+        kind, target, None if rounds is None else plain_count("rounds", rounds, 1), schedule, order,
+        visit, ranking, plain_count("round_to", round_to, 1), plain_share(min_keep, "min_keep"),
+        plain_share(max_keep, "max_keep"), plain_ratio(max_pruning_ratio), timing_of(timing, kind),
+    )  # fmt: skip
 
 
 @dataclass
@@ -153,9 +180,7 @@ def target_after(schedule: Schedule, done: float, full: float, last: float) -> f
     if schedule == "geometric":
         return full * (last / full) ** done
     if callable(schedule):
-        way = float(schedule(done))
-        if not 0.0 <= way <= 1.0:
-            raise OptionError(f"schedule({done:g}) must lie in [0, 1], got {way!r}")
+        way = plain_number(f"schedule({done:g})", schedule(done), "[0, 1]")
     else:
         way = done if schedule == "linear" else 1.0 - (1.0 - done) ** 3
     return full + (last - full) * way

@@ -223,8 +223,8 @@ def test_a_maximum_goes_whatever_the_target():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"round_to": 0}, "round_to must be an integer >= 1"),
-        ({"round_to": 2.0}, "round_to must be an integer >= 1"),
+        ({"round_to": 0}, "round_to must be a whole number >= 1"),
+        ({"round_to": 2.0}, "round_to must be a whole number >= 1"),
         ({"min_keep": 1.2}, r"min_keep must lie in \[0, 1\]"),
         ({"max_keep": {"4": -0.1}}, "max_keep of '4' must lie"),
         ({"min_keep": {"5": 0.5}}, "min_keep names '5', which no scored group has.*groups: 0, 4"),

@@ -73,5 +73,5 @@ def test_command_prints_table_or_json(result, monkeypatch, capsys, tmp_path):
 
 
 def test_settings_are_checked():
-    with pytest.raises(OptionError, match="seeds must be at least 1"):
+    with pytest.raises(OptionError, match="seeds must be a whole number >= 1"):
         demo.Settings(seeds=0)

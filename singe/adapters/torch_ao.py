@@ -32,7 +32,7 @@ from torch import nn
 
 from singe.adapters import required
 from singe.adapters.channel_scores import channel_scores
-from singe.adapters.torch_prune import check_amount
+from singe.adapters.torch_prune import plain_amount
 from singe.adapters.weight_tables import (
     by_inputs,
     cut_into_blocks,
@@ -64,7 +64,7 @@ def sparsifier(scores: Scores, model: nn.Module, amount: float = 0.5) -> Any:
         OptionError: this torch has no structured sparsifier, or ``amount`` is out of range.
         ScoresError: scores of another model.
     """
-    check_amount(amount)
+    amount = plain_amount(amount)
     base = required(PRUNER, "torch").BaseStructuredSparsifier
     by_layer = channel_scores(scores, unwrapped(model))
 

@@ -35,9 +35,10 @@ from singe.adapters.weight_tables import (
 )
 from singe.conv1d import is_transposed
 from singe.data import device_of, example_batch
-from singe.errors import BudgetError, ModelError, OptionError, ScoresError
+from singe.errors import BudgetError, ModelError, ScoresError
 from singe.graph import BATCH_NORMS, Group, ModelGraph, unwrapped
-from singe.limits import check_ratio, floor_of
+from singe.limits import floor_of, plain_ratio
+from singe.plain import plain_number
 from singe.scores import Scores, expect_scores, require_units
 from singe.units import find_groups, small
 from singe.weight_scores import WeightScores
@@ -68,7 +69,7 @@ def local_structured(
     model: nn.Module, scores: Scores, example_inputs: Any, amount: float
 ) -> dict[str, list[int]]:
     """Mask the lowest share ``amount`` of every group; see :func:`global_structured`."""
-    check_amount(amount)
+    amount = plain_amount(amount)
     expect_scores(scores)
     chosen = {
         name: sorted(values.argsort(stable=True)[: round(amount * len(values))].tolist())
@@ -107,8 +108,8 @@ def global_structured(
         ScoresError: scores of another model, or all equal.
         ModelError: a unit in a LayerNorm or GroupNorm, whose statistics no mask can leave.
     """
-    check_amount(amount)
-    check_ratio(max_pruning_ratio)
+    amount = plain_amount(amount)
+    max_pruning_ratio = plain_ratio(max_pruning_ratio)
     expect_scores(scores)
     floors = {name: floor_of(len(values), max_pruning_ratio) for name, values in scores.items()}
     table = ranking(scores, keep=floors)
@@ -169,9 +170,8 @@ def n_of_m(model: nn.Module, scores: WeightScores, n: int = 2, m: int = 4) -> li
     return list(masks)
 
 
-def check_amount(amount: float) -> None:
-    if not 0.0 < amount < 1.0:
-        raise OptionError(f"amount must lie in (0, 1): a share of the units, got {amount!r}")
+def plain_amount(amount: float) -> float:
+    return plain_number("amount", amount, "(0, 1)", "a share of the units")
 
 
 def _mask(

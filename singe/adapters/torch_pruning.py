@@ -20,7 +20,8 @@ from singe.adapters.ranking import Normalizer, ranking
 from singe.criteria import choose
 from singe.errors import BudgetError, OptionError, ScoresError, expect_callable
 from singe.graph import unwrapped
-from singe.limits import check_ratio, floor_of
+from singe.limits import floor_of, plain_ratio
+from singe.plain import plain_count
 from singe.scores import Scores, ScoreTable, expect_scores, fingerprint
 
 REDUCTIONS = ("sum", "mean", "max", "prod", "first", "gate", None)
@@ -161,12 +162,11 @@ class Importance:
         )
         choose("group_reduction", group_reduction, REDUCTIONS)
         choose("missing", missing, MISSING)
-        check_ratio(max_pruning_ratio)
-        if round_to is not None and round_to < 1:
-            raise OptionError(f"round_to must be a positive number of channels, got {round_to!r}")
+        max_pruning_ratio = plain_ratio(max_pruning_ratio)
         self.model, self.rescore, self.missing = model, rescore, missing
         self.group_reduction, self.normalizer = group_reduction, normalizer
-        self.max_pruning_ratio, self.round_to = max_pruning_ratio, round_to or 1
+        self.max_pruning_ratio = max_pruning_ratio
+        self.round_to = plain_count("round_to", 1 if round_to is None else round_to, 1)
         self.skipped: dict[str, str] = {}
         self._in_step = False
         self._use(scores)

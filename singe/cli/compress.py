@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import typer
-from torch import nn
 from torch.optim import Optimizer
 
 import singe
-from singe.budget import RANKINGS
 from singe.cli import finish
 from singe.cli.folders import (
     CHECKPOINT,
@@ -44,17 +41,19 @@ from singe.compress import FINETUNE_STEPS, CompressReport, Round
 from singe.criteria import choose
 from singe.data import as_batch, device_of
 from singe.errors import ExportError, OptionError
-from singe.finetune import training_of
+from singe.finetune import OptimizerFactory, sgd, training_of
 from singe.graph import private_copy
-from singe.limits import MAX_PRUNING_RATIO, check_ratio, plain_share, target_of
 from singe.loop import ROUNDS
 from singe.objectives import logits_of
+from singe.plain import NOT_NEGATIVE, POSITIVE, plain_number
 from singe.report import write_report
 from singe.request import Request
-from singe.rounds import check_order
+from singe.rounds import pruning_of
 from singe.scores import Scores
 
 EXIT_FLOOR = 3
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"sgd": sgd, "adamw": torch.optim.AdamW}
+ORDER = ("rounds", "order", "visit", "schedule")
 TRAINING = ("clip_grad_norm", "label_smoothing", "distill", "temperature", "ema")
 WARMUP_TOO = ("clip_grad_norm", "label_smoothing", "checkpoint_every")
 # Options that singe.compress takes under the same name.
@@ -89,15 +88,18 @@ def compress(
             )
     inputs = load_inputs(model, data, common.seed, voice)
     options = for_pruning(scoring.arguments())
-    if tuning.accuracy_floor is not None and not 0 <= tuning.accuracy_floor <= 1:
-        raise OptionError(f"--accuracy-floor is a share, 0 to 1, got {tuning.accuracy_floor:g}")
+    if tuning.accuracy_floor is not None:
+        plain_number("--accuracy-floor", tuning.accuracy_floor, "[0, 1]", "a share")
     found = inputs.require_data("compress")
     if found.train is None:
         raise OptionError("compress needs training data: the loader gave no `train` part")
     chosen = {n: getattr(tuning, n) for n in PASSED if getattr(tuning, n) is not None}
     limits = budget.arguments()
-    _check(chosen, limits, options)
-    optimizer = ChosenOptimizer(tuning.optimizer, tuning.lr, tuning.weight_decay)
+    # What singe.compress would refuse, before a warm-up is trained or a plan is shown.
+    pruning_of(**limits, **{n: chosen[n] for n in ORDER if n in chosen})
+    training_of(**{n: chosen[n] for n in TRAINING if n in chosen})
+    Request(**options)
+    optimizer = _optimizer(tuning)
     if output.dry_run:
         _show_plan(inputs, options, budget, tuning, common, voice)
         return
@@ -169,18 +171,6 @@ def compress(
         raise ExportError("; ".join(failed))
 
 
-def _check(chosen: dict[str, Any], limits: dict[str, Any], options: dict[str, Any]) -> None:
-    """What singe.compress would refuse, before a warm-up is trained or a plan is shown."""
-    target_of(**{kind: limits.get(kind) for kind in BudgetOptions.RIVALS})
-    choose("ranking", limits.get("ranking", "cost"), RANKINGS)
-    for name in ("min_keep", "max_keep"):
-        plain_share(limits.get(name), name)
-    check_ratio(limits.get("max_pruning_ratio", MAX_PRUNING_RATIO))
-    check_order(**{n: chosen[n] for n in ("order", "visit", "schedule") if n in chosen})
-    training_of(**{n: chosen[n] for n in TRAINING if n in chosen})
-    Request(**options)
-
-
 def time_left(tuning: TuningOptions, checkpoint: Path, voice: Voice) -> Callable[..., None]:
     """For ``on_round``: says how long the rounds that are left will take, at the last one's pace.
 
@@ -203,27 +193,13 @@ def time_left(tuning: TuningOptions, checkpoint: Path, voice: Voice) -> Callable
     return tell
 
 
-@dataclass(frozen=True)
-class ChosenOptimizer:
-    """SGD with Nesterov momentum 0.9, or AdamW; a checkpoint knows it by what it prints as."""
-
-    name: str
-    lr: float
-    weight_decay: float
-
-    def __post_init__(self) -> None:
-        choose("--optimizer", self.name, ("sgd", "adamw"))
-        if not 0.0 < self.lr < math.inf:
-            raise OptionError(f"--lr must be a positive number, got {self.lr:g}")
-        if not 0.0 <= self.weight_decay < math.inf:
-            raise OptionError(f"--weight-decay must not be negative, got {self.weight_decay:g}")
-
-    def __call__(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
-        if self.name == "adamw":
-            return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
-        return torch.optim.SGD(
-            parameters, lr=self.lr, momentum=0.9, nesterov=True, weight_decay=self.weight_decay
-        )
+def _optimizer(tuning: TuningOptions) -> OptimizerFactory:
+    choose("--optimizer", tuning.optimizer, tuple(OPTIMIZERS))
+    return partial(
+        OPTIMIZERS[tuning.optimizer],
+        lr=plain_number("--lr", tuning.lr, POSITIVE),
+        weight_decay=plain_number("--weight-decay", tuning.weight_decay, NOT_NEGATIVE),
+    )
 
 
 def _content(done: CompressReport, latency: dict[str, Any]) -> dict[str, Any]:

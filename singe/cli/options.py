@@ -20,7 +20,7 @@ from singe.cli.models import PRETRAINED, SOURCES
 from singe.criteria import CRITERIA, NORMS, PATHS, POWERS, choose
 from singe.errors import OptionError
 from singe.export import check_onnx
-from singe.finetune import LR
+from singe.finetune import LR, WEIGHT_DECAY
 from singe.latency import Timing
 from singe.scoring import score
 
@@ -258,7 +258,7 @@ class TuningOptions:
     ] = None
     optimizer: Annotated[str, _option(_TUNING, "sgd or adamw.")] = "sgd"
     lr: Annotated[float, _option(_TUNING, "Learning rate; falls in a cosine every round.")] = LR
-    weight_decay: Annotated[float, _option(_TUNING, "Of the optimizer.")] = 5e-4
+    weight_decay: Annotated[float, _option(_TUNING, "Of the optimizer.")] = WEIGHT_DECAY
     clip_grad_norm: Annotated[float | None, _option(_TUNING, "Clip gradients to this norm.")] = None
     amp: Annotated[bool, _option(_TUNING, "Fine-tune in mixed precision.")] = False
     amp_dtype: Annotated[
