@@ -62,8 +62,8 @@ def save_pruned(
     if plan is not None:
         _require_carried_out(inner, plan)
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ModelError(f"{folder} is a file; save_pruned writes a folder, give it another name")
+    if file := next((p for p in (folder, *folder.parents) if p.is_file()), None):
+        raise ModelError(f"{file} is a file; save_pruned writes a folder, give it another name")
     folder.mkdir(parents=True, exist_ok=True)
     header = {"format": FORMAT, "model": type(inner).__name__, "layers": _layers(inner)}
     written = {"weights": folder / WEIGHTS}
@@ -102,8 +102,10 @@ def load_pruned(model: nn.Module, path: str | PathLike[str]) -> nn.Module:
     Raises:
         ModelError: another architecture, or no such file; the model is unchanged then.
     """
-    file, header = _read_header(path)
-    inner = unwrapped(model)
+    file, inner = _weights_of(path), unwrapped(model)
+    header = _read_header(file)
+    if header is None:
+        raise ModelError(f"{file} is no model that save_pruned wrote ({FORMAT})")
     with Snapshot(model) as snapshot:
         try:
             with safe_open(str(file), framework="pt") as content:
@@ -215,22 +217,28 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
-def saved_sizes(path: str | PathLike[str], layer: str) -> dict[str, Any]:
-    """``out_features`` and the like of one layer of a saved model; empty where it has no such layer."""
-    return _read_header(path)[1]["layers"].get(layer, {}).get("sizes", {})
+def saved_sizes(path: str | PathLike[str]) -> dict[str, dict[str, Any]] | None:
+    """``out_features`` and the like of every layer of a saved model; None of a file that is none.
+
+    Raises:
+        ModelError: unreadable.
+    """
+    header = _read_header(_weights_of(path))
+    return header and {name: layer["sizes"] for name, layer in header["layers"].items()}
 
 
-def _read_header(path: str | PathLike[str]) -> tuple[Path, dict[str, Any]]:
-    file = Path(path)
-    file = file / WEIGHTS if file.is_dir() else file
+def _weights_of(path: str | PathLike[str]) -> Path:
+    return Path(path) / WEIGHTS if Path(path).is_dir() else Path(path)
+
+
+def _read_header(file: Path) -> dict[str, Any] | None:
+    """None where something else wrote the file."""
     try:
         with safe_open(str(file), framework="pt") as content:
             header = json.loads((content.metadata() or {}).get("singe", "null"))
     except (OSError, SafetensorError, ValueError) as error:
-        raise ModelError(f"cannot read a pruned model from {file}: {error}") from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise ModelError(f"{file} is no model that save_pruned wrote ({FORMAT})")
-    return file, header
+        raise ModelError(f"cannot read weights from {file}: {error}") from error
+    return header if isinstance(header, dict) and header.get("format") == FORMAT else None
 
 
 def _cut_buffers(model: nn.Module) -> set[str]:

@@ -357,6 +357,35 @@ def test_a_file_may_use_the_forms_of_toml(tmp_path):
         run("prune", *MODEL, *DATA, "--config", config, "--channels", 0.5, "--dry-run")
 
 
+def test_what_is_chosen_later_goes_before_its_rivals(tmp_path):
+    """Command line before the command's table before the top level, also for options that exclude others."""
+    scores, plan = tmp_path / "s.st", tmp_path / "plan.json"
+    config = tmp_path / "c.toml"
+    config.write_text(
+        'data = "data.npz"\nmodel = "net.py:make"\ndevice = "cpu"\ncriterion = "magnitude"\nmacs = 0.9\n'
+        'round-to = 2\n[prune]\nchannels = 0.5\nexport = "none"\nreport = false\njson = true\n'
+    )
+    run("score", "--config", config, "--out", scores)
+
+    def prune(*words):
+        return json.loads(run("prune", "--config", config, *words, "--out", tmp_path / "out"))
+
+    made = prune("--dry-run")  # the table's channels, not the top level's MACs
+    assert made["meta"]["target"] == {"channels": made["meta"]["before"]["channels"] / 2}
+    taken = prune(
+        "--dry-run", "--scores", scores, "--params", 0.8
+    )  # made already, by whatever criterion
+    assert list(taken["meta"]["target"]) == ["params"]
+    plan.write_text('{"remove": {"3": [1]}}')
+    assert prune("--dry-run", "--plan", plan)["plan"] == {"3": [1]}
+    config.write_text(config.read_text() + f'plan = "{plan}"\n')
+    with pytest.raises(singe.OptionError, match="--plan says what goes"):
+        prune("--dry-run")
+    assert prune("--dry-run", "--channels", 0.5)["plan"] == made["plan"]
+    with pytest.raises(singe.OptionError, match="--plan says what goes"):
+        prune("--dry-run", "--plan", plan, "--macs", 0.5)
+
+
 def test_options_become_arguments():
     scoring = ScoreOptions(quadrature="8", p="sum", layers=["a"], max_memory=2)
     assert scoring.arguments() == {

@@ -174,6 +174,8 @@ def test_a_file_where_the_folder_should_be(tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(ModelError, match="taken is a file; save_pruned writes a folder"):
         save_pruned(convnet(), tmp_path / "taken")
+    with pytest.raises(ModelError, match="taken is a file; save_pruned writes a folder"):
+        save_pruned(convnet(), tmp_path / "taken" / "below" / "it")
 
 
 class WithState(nn.Linear):
@@ -195,7 +197,7 @@ def test_a_file_that_is_no_pruned_model(content, tmp_path):
     path = tmp_path / "model.safetensors"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(ModelError, match="cannot read a pruned model"):
+    with pytest.raises(ModelError, match="cannot read weights"):
         load_pruned(convnet(), path)
 
 

@@ -180,17 +180,21 @@ def test_old_weights_lack_the_counts_of_batches(tmp_path):
 
 
 @pytest.mark.parametrize("asked", [5, 10, 12, None])
-def test_a_pruned_model_keeps_its_classes_and_others_are_told(asked, tmp_path):
-    model = load_model("torchvision:resnet18", None, 10)
+@pytest.mark.parametrize(
+    ("name", "head"), [("resnet18", "fc"), ("squeezenet1_1", "classifier.1")], ids=["linear", "1x1"]
+)
+def test_a_pruned_model_keeps_its_classes_and_others_are_told(name, head, asked, tmp_path):
+    model = load_model(f"torchvision:{name}", None, 10)
     save_pruned(model, tmp_path / "pruned", singe.Plan({}))
     told: list[str] = []
-    again = load_model("torchvision:resnet18", str(tmp_path / "pruned"), asked, told.append)
-    assert torch.equal(again.fc.weight, model.fc.weight)
-    assert [f"has 10 outputs, not {asked}" in line for line in told] == [True] * (asked in (5, 12))
-    with pytest.raises(ModelError, match="does not fit"):
-        load_model("torchvision:squeezenet1_0", str(tmp_path / "pruned"), asked)
-    with pytest.raises(ModelError, match="does not fit"):
-        load_model("torchvision:mobilenet_v2", str(tmp_path / "pruned"), asked)
+    again = load_model(f"torchvision:{name}", str(tmp_path / "pruned"), asked, told.append)
+    assert torch.equal(again.get_submodule(head).weight, model.get_submodule(head).weight)
+    assert [f"has 10 outputs, not {asked}; labels are" in line for line in told] == (
+        [True] * (asked in (5, 12))
+    )
+    for other in ("shufflenet_v2_x0_5", "mobilenet_v2"):
+        with pytest.raises(ModelError, match="does not fit"):
+            load_model(f"torchvision:{other}", str(tmp_path / "pruned"), asked)
 
 
 def test_timm_by_name():

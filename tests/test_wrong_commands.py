@@ -145,6 +145,8 @@ def test_a_missing_exporter_is_found_before_the_work(tmp_path, monkeypatch):
         ("[data]\npath = 'x'", r"no table \[data\]"),
         ("[info]\njson = true", r"no table \[info\]"),  # it does not read any file
         ("[score]\nseed = {a = 1}", r"\[score\] seed is one value, not a table"),
+        ("macs = true", "c.toml: macs takes a value, not true"),
+        ("[prune]\nmin-keep = false", r"\[prune\] min-keep takes a value, not false"),
         ("= 3", "cannot read the configuration"),
     ],
 )

@@ -10,6 +10,7 @@ from typing import Any
 
 import typer
 
+from singe.cli.groups import outranked
 from singe.errors import OptionError
 
 if sys.version_info >= (3, 11):
@@ -23,7 +24,8 @@ def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
 
     Keys are option names, with ``-`` or ``_``. At the top level stands what all commands share;
     options that only other commands have are passed over there. A table named after a command holds
-    its own. The other commands' tables are checked as well: a slip is found by the first command.
+    its own, which go before those of the top level. The other commands' tables are checked as well:
+    a slip is found by the first command.
 
     Raises:
         OptionError: no TOML, an option that no command (in a table: that command) has, or a table
@@ -52,7 +54,8 @@ def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
             raise OptionError(f"{path}: {name} must be a table, [{name}]")
         found = _resolve(table, commands[name], path, f"[{name}] ")
         if name == ctx.command.name:
-            values |= found
+            late = outranked(getattr(ctx.command.callback, "rivalries", ()), found.keys())
+            values = {k: v for k, v in values.items() if k not in late} | found
     ctx.default_map = {**(ctx.default_map or {}), **values}
     return path
 
@@ -78,6 +81,8 @@ def _resolve(
             raise OptionError(f"{path}: {where}there is no option {key!r}{hint}")
         if isinstance(value, dict) and not _repeatable(known[name]):
             raise OptionError(f"{path}: {where}{key} is one value, not a table")
+        if isinstance(value, bool) and not getattr(known[name], "is_flag", False):
+            raise OptionError(f"{path}: {where}{key} takes a value, not {str(value).lower()}")
         values[known[name].name] = _as_typed(value, _repeatable(known[name]))
     return values
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable
+from collections.abc import Set as AbstractSet
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, get_type_hints
 
 import typer
 
+Rivalry = Collection[Collection[str]]
+
 
 def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
     """``command(model: ModelOptions, ...)`` for typer, with every field as an option of its own.
 
-    A group may have ``RIVALS``, names of options of which one is meant.
+    A group may have ``RIVALS``: per rivalry its sides, the names of the options of each. Where an option
+    of one side is typed, those of the others that come from a file give way.
     """
     hints = get_type_hints(command, include_extras=True)
     groups = {n: h for n, h in hints.items() if inspect.isclass(h) and is_dataclass(h)}
@@ -35,26 +39,36 @@ def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
     found.append(inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
     found = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in found]
 
+    rivalries = [r for group in groups.values() for r in getattr(group, "RIVALS", ())]
+
     @functools.wraps(command)
     def run(ctx: typer.Context, **given: Any) -> None:
-        for group in groups.values():
-            given |= _without_rivals(ctx, getattr(group, "RIVALS", ()))
+        from_file = {name for name in given if _source(ctx, name) == "DEFAULT_MAP"}
+        typed = {name for name in given if _source(ctx, name) == "COMMANDLINE"}
+        given |= dict.fromkeys(from_file & outranked(rivalries, typed))
         folded = {
             name: group(**{f.name: given.pop(f.name) for f in fields(group)})
             for name, group in groups.items()
         }
         command(**given, **folded)
 
+    run.rivalries = rivalries  # type: ignore[attr-defined]
     run.__signature__ = inspect.Signature(found)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in found}
     del run.__wrapped__  # typer would look at the command itself
     return run
 
 
-def _without_rivals(ctx: typer.Context, rivals: Sequence[str]) -> dict[str, None]:
-    """Of options that exclude each other, those in the file give way to one on the command line."""
-    typed = {name for name in rivals if _source(ctx, name) == "COMMANDLINE"}
-    return {name: None for name in rivals if typed and _source(ctx, name) == "DEFAULT_MAP"}
+def outranked(rivalries: Iterable[Rivalry], chosen: AbstractSet[str]) -> set[str]:
+    """Options that give way where these were chosen: those of the other sides."""
+    return {
+        name
+        for sides in rivalries
+        if any(chosen & set(side) for side in sides)
+        for side in sides
+        if not chosen & set(side)
+        for name in side
+    }
 
 
 def _source(ctx: typer.Context, name: str) -> str | None:

@@ -14,12 +14,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from singe.errors import ModelError, OptionError
-from singe.export import FORMAT, WEIGHTS, load_pruned, saved_sizes
+from singe.export import load_pruned, saved_sizes
 from singe.gates import BATCH_NORMS
 
 PRETRAINED = "pretrained"
@@ -154,15 +154,17 @@ def _from_library(
     if weights is None:
         return build(num_classes)
     if weights != PRETRAINED:
-        if _is_pruned(Path(weights)):
+        saved = _sizes_of_pruned(Path(weights))
+        if saved is not None:
             model = build(num_classes)
-            last = _last_linear(model)
-            classes = last and saved_sizes(weights, last[0]).get("out_features")
+            layer, size = _head(model) or ("", "")
+            classes = saved.get(layer, {}).get(size)
             if classes and classes != _outputs(model):
                 model = build(classes)  # only an original as wide can be cut to it
                 if num_classes is not None:
                     notify(
-                        f"the pruned model in {weights} has {classes} outputs, not {num_classes}"
+                        f"the pruned model in {weights} has {classes} outputs, not {num_classes}; labels "
+                        "are taken for the numbers of its outputs"
                     )
             return load_pruned(model, weights)
         state = read_state(Path(weights))
@@ -191,15 +193,17 @@ def _from_library(
     return _load(model, state, weights, but=head)
 
 
-def _last_linear(model: nn.Module) -> tuple[str, nn.Linear] | None:
-    """The head of most classifiers, with its name."""
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    return layers[-1] if layers else None
+def _head(model: nn.Module) -> tuple[str, str] | None:
+    """The head of most classifiers, and what holds its width: the last linear layer, or convolution."""
+    for kind, size in ((nn.Linear, "out_features"), (nn.Conv2d, "out_channels")):
+        if names := [name for name, m in model.named_modules() if isinstance(m, kind)]:
+            return names[-1], size
+    return None
 
 
 def _outputs(model: nn.Module) -> int | None:
-    last = _last_linear(model)
-    return last[1].out_features if last else None
+    head = _head(model)
+    return getattr(model.get_submodule(head[0]), head[1]) if head else None
 
 
 def _from_folder(folder: Path) -> nn.Module:
@@ -221,7 +225,7 @@ def _with_weights(model: nn.Module, weights: str | None) -> nn.Module:
         return model
     if weights == PRETRAINED:
         raise OptionError(f"--weights {PRETRAINED} is for torchvision and timm models; give a file")
-    if _is_pruned(Path(weights)):
+    if _sizes_of_pruned(Path(weights)) is not None:
         return load_pruned(model, weights)
     return _load(model, read_state(Path(weights)), weights)
 
@@ -253,15 +257,9 @@ def read_state(path: Path) -> State:
     return content
 
 
-def _is_pruned(path: Path) -> bool:
-    file = path / WEIGHTS if path.is_dir() else path
-    if file.suffix != ".safetensors":
-        return False
-    try:
-        with safe_open(str(file), framework="pt") as content:
-            return FORMAT in (content.metadata() or {}).get("singe", "")
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"cannot read weights from {file}: {error}") from error
+def _sizes_of_pruned(path: Path) -> dict[str, dict[str, Any]] | None:
+    """As :func:`singe.export.saved_sizes`, of any file or folder."""
+    return saved_sizes(path) if path.is_dir() or path.suffix == ".safetensors" else None
 
 
 def _other_head(model: nn.Module, state: State) -> str | None:

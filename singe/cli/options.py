@@ -182,7 +182,10 @@ class LongRunOptions:
 
 @dataclass
 class BudgetOptions:
-    RIVALS: ClassVar = ("macs", "params", "channels", "latency")
+    TARGETS: ClassVar = ("macs", "params", "channels", "latency")
+    RIVALS: ClassVar = ([(target,) for target in TARGETS],)
+    SHARES: ClassVar = ("min_keep", "max_keep")
+    DECIDING: ClassVar = (*TARGETS, "ranking", "round_to", "max_pruning_ratio", *SHARES)
     macs: Annotated[
         float | None, _option(_BUDGET, "Keep this share (<= 1) or number of MACs per sample.")
     ] = None
@@ -225,17 +228,14 @@ class BudgetOptions:
 
     def target(self) -> dict[str, float]:
         """The targets that were given; the library checks that it is one."""
-        return {k: getattr(self, k) for k in self.RIVALS if getattr(self, k) is not None}
+        return {k: getattr(self, k) for k in self.TARGETS if getattr(self, k) is not None}
 
     def arguments(self) -> dict[str, Any]:
         """What was chosen, as arguments of :func:`singe.plan` and :func:`singe.compress`."""
-        found: dict[str, Any] = dict(self.target())
-        for name in ("ranking", "round_to", "max_pruning_ratio"):
-            if getattr(self, name) is not None:
-                found[name] = getattr(self, name)
-        for name in ("min_keep", "max_keep"):
-            if getattr(self, name):
-                found[name] = _shares(f"--{name.replace('_', '-')}", getattr(self, name))
+        given = {name: getattr(self, name) for name in self.DECIDING}
+        found = {k: v for k, v in given.items() if v is not None and v != []}
+        for name in found.keys() & set(self.SHARES):
+            found[name] = _shares(f"--{name.replace('_', '-')}", found[name])
         return found
 
 

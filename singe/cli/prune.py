@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 
@@ -33,6 +33,30 @@ from singe.report import si, write_report
 from singe.scores import Scores
 
 
+@dataclass
+class SourceOptions:
+    """Where the decision comes from; default: scores computed on the data, and the budget."""
+
+    MADE: ClassVar = {f.name for f in fields(ScoreOptions)} - {"ignore"}
+    RIVALS: ClassVar = (
+        (("plan",), ("scores", "ignore", *MADE, *BudgetOptions.DECIDING)),
+        (("scores",), MADE),
+    )
+    scores: Annotated[
+        Path | None, typer.Option(help="Scores from singe score.", rich_help_panel="Budget")
+    ] = None
+    plan: Annotated[
+        Path | None, typer.Option(help="Carry out this plan.", rich_help_panel="Budget")
+    ] = None
+    recalibrate: Annotated[
+        bool,
+        typer.Option(
+            help="Set the BatchNorms' statistics again on the calibration samples of --data.",
+            rich_help_panel="Budget",
+        ),
+    ] = True
+
+
 @takes_groups
 def prune(
     model: ModelOptions,
@@ -40,20 +64,8 @@ def prune(
     scoring: ScoreOptions,
     budget: BudgetOptions,
     output: ExportOptions,
+    source: SourceOptions,
     common: CommonOptions,
-    scores: Annotated[
-        Path | None, typer.Option(help="Scores from singe score.", rich_help_panel="Budget")
-    ] = None,
-    plan: Annotated[
-        Path | None, typer.Option(help="Carry out this plan.", rich_help_panel="Budget")
-    ] = None,
-    recalibrate: Annotated[
-        bool,
-        typer.Option(
-            help="Set the BatchNorms' statistics again on the calibration samples of --data.",
-            rich_help_panel="Budget",
-        ),
-    ] = True,
 ) -> None:
     """Remove the channels with the lowest scores, physically, down to a budget.
 
@@ -62,6 +74,7 @@ def prune(
     """
     voice = Voice(common)
     formats = output.formats()
+    scores, plan = source.scores, source.plan
     if plan is not None and (budget.arguments() or scoring.arguments() or scores is not None):
         raise OptionError(
             "--plan says what goes: leave out --scores, scoring options and the budget"
@@ -101,7 +114,7 @@ def prune(
     before = _accuracy(inputs)
     done = singe.prune(inputs.model, made, inputs.example)
     removed = _accuracy(inputs)
-    recalibrated = recalibrate and made.n_units > 0 and set_statistics(inputs, common.seed)
+    recalibrated = source.recalibrate and made.n_units > 0 and set_statistics(inputs, common.seed)
     after = _accuracy(inputs) if recalibrated else removed
     latency = finish.time_both(original, inputs.model, inputs.example, budget.timing())
     remove_results(output.out)
@@ -113,9 +126,7 @@ def prune(
         "metric_after_removal": removed,
         "recalibrated": recalibrated,
         "latency": latency,
-        "settings": given(inputs, model, data, scoring, budget, common)
-        | {k: str(v) for k, v in (("scores", scores), ("plan", plan)) if v is not None}
-        | {"recalibrate": recalibrate},
+        "settings": given(inputs, model, data, scoring, budget, source, common),
         "versions": finish.environment(),
     }
     content["lead"] = _lead(content, str(done))
