@@ -226,6 +226,8 @@ def compress(
             request = replace(request, max_memory=max(LEAST_MEMORY, free_memory(device) // 4))
         teacher = copy.deepcopy(unwrapped(model)).eval() if training.distill > 0 else None
         tuner = Tuner(model, training, Stream(train, derive(seed, "train")), seed, teacher)
+        if finetune is None and finetune_steps + final_steps > 0:
+            tuner.check()  # now, not after the first removal
         loop = Loop(
             model=model, snapshot=snapshot, pruning=pruning, request=request, tuner=tuner,
             calibrate=calibrate, train=train, measure=measure, floor=accuracy_floor,

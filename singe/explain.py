@@ -50,6 +50,7 @@ def explain_rounds(
     groups: Sequence[Group],
     removed: Mapping[str, Sequence[int]],
     rounds: Sequence[Mapping[str, int]],
+    limits: Limits,
     cost: CostModel,
 ) -> dict[str, dict[str, Any]]:
     """The same of what several rounds took; ``why`` says which. Scores are not told: each round had its own.
@@ -58,7 +59,8 @@ def explain_rounds(
         groups: of the original model.
         removed: in all rounds together.
         rounds: group -> number of units left, after every round.
-        cost: of the original model.
+        limits: of the original model, like the next.
+        cost: of it.
     """
     found = _sizes(groups, removed, cost)
     for name, row in found.items():
@@ -67,6 +69,8 @@ def explain_rounds(
         told = [f"{units} in round {number}" for number, units in enumerate(lost, 1) if units]
         row |= dict.fromkeys(("highest_removed", "lowest_kept", "score_removed"))
         row["why"] = ", ".join(told) or "keeps all"
+        if row["kept"] <= limits.least[name]:
+            row["why"] += ("; at its limit: " if told else ": ") + limits.why[name]
     return found
 
 

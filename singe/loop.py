@@ -370,7 +370,8 @@ class Loop:
             "before": self.original.full,
             "after": after,
         }
-        report.plan = self.original.plan(self.kept, meta, [r.kept for r in report.rounds])
+        rounds = [r.kept for r in report.rounds]
+        report.plan = self.original.plan(self.kept, meta, rounds, self.limits)
 
     def _tell(self, done: Round, index: int) -> None:
         say(f"round {index}/{self.rounds}: {describe(done, self.report)}", self.progress)

@@ -13,6 +13,7 @@ from singe.data import Batch
 from singe.explain import explain_rounds
 from singe.graph import ModelGraph, named_tensors
 from singe.latency import Stopwatch, Timing
+from singe.limits import Limits
 from singe.plan import Plan, full_cost
 from singe.removal import remove_units
 from singe.scores import fingerprint
@@ -70,6 +71,7 @@ class Original:
         kept: Mapping[str, Sequence[int]],
         meta: Mapping[str, Any],
         rounds: Sequence[Mapping[str, int]],
+        limits: Limits,
     ) -> Plan:
         """What is gone as a plan for a fresh copy of the original.
 
@@ -77,9 +79,10 @@ class Original:
             kept: group -> its units that are left.
             meta: what else is to be known of it.
             rounds: group -> number of units left, after every round.
+            limits: what every group may come to.
         """
         gone = self.missing(kept)
-        groups = explain_rounds(self.graph.groups, gone, rounds, self._cost)
+        groups = explain_rounds(self.graph.groups, gone, rounds, limits, self._cost)
         return Plan(gone, {**meta, "fingerprint": self._fingerprint, "groups": groups})
 
     def latency(self) -> float:

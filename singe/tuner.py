@@ -62,15 +62,22 @@ class Tuner:
 
     # ------------------------------------------------------------------ one stage
 
+    def check(self) -> None:
+        """Raise ModelError where no parameter requires a gradient."""
+        if not self._trainable():
+            raise ModelError(
+                "no parameter requires a gradient, so there is nothing to fine-tune; thaw what shall be "
+                "trained (requires_grad_()), or give finetune_steps=0"
+            )
+
     def start(self, steps: int) -> None:
         """Begin a stage: a new optimizer over the parameters as they are now."""
         self.step, self.steps, self.tail = 0, steps, []
         self._optimizer = self._scheduler = None
         if steps == 0:
             return
+        self.check()
         named = self._trainable()
-        if not named:
-            raise ModelError("no parameter requires a gradient, so there is nothing to fine-tune")
         self._optimizer = self._new_optimizer(list(named.values()))
         for name, parameter in named.items():
             if name in self._gathered:

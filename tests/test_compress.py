@@ -272,6 +272,40 @@ def test_the_report():
     assert len(data["rounds"]) == 2
 
 
+def test_the_plan_says_why_no_more_goes():
+    model = network()
+    names = list(singe.score(model, BATCHES, progress=False))
+    options = {**OPTIONS, "channels": 0.65, "ranking": "global", "min_keep": {names[0]: 1.0}}
+    plan = singe.compress(model, max_pruning_ratio=0.5, **options).plan
+    why = {row["group"]: row["why"] for row in plan.rows()}
+    assert why.pop(names[0]) == "keeps all: min_keep"
+    told = [text.partition("; ") for text in why.values()]
+    assert all(" in round " in rounds or rounds == "keeps all" for rounds, _, _ in told)
+    assert {end for _, _, end in told} <= {"", "at its limit: max_pruning_ratio"}
+    limited = [row["group"] for row in plan.rows() if "at its limit" in row["why"]]
+    at_half = [row["group"] for row in plan.rows() if row["removed"] == row["units"] // 2]
+    assert limited == at_half != []
+
+
+def test_nothing_to_train_is_found_before_anything_is_scored():
+    model = network().requires_grad_(False)
+    scored: list[int] = []
+
+    def objective(outputs, batch):
+        scored.append(1)
+        return nn.functional.cross_entropy(outputs, batch[1])
+
+    with pytest.raises(
+        singe.ModelError, match=r"no parameter requires a gradient.*requires_grad_\(\)"
+    ):
+        singe.compress(model, macs=0.7, objective=objective, **OPTIONS)
+    assert not scored
+    still = {**OPTIONS, "finetune_steps": 0, "final_steps": 0}
+    report = singe.compress(model, macs=0.7, objective=objective, **still)
+    assert report.macs_after <= 0.7 * report.macs_before
+    assert scored
+
+
 def test_calibration_data_is_what_is_scored_on():
     """Without it the first samples of the training data are."""
     seen = []
