@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from singe.data import Batch, has_samples
+from singe.data import Batch, device_of, has_samples
 from singe.errors import OptionError, expect
 from singe.graph import ROWS, private_copy
 from singe.plain import plain_count
@@ -83,6 +83,7 @@ class Stopwatch:
 
     def __init__(self, reference: nn.Module, batch: Batch, timing: Timing) -> None:
         self.timing = timing
+        self._device = device_of(reference)
         self._batch = resized(batch, timing.batch_size)
         self._reference = private_copy(reference)
         self.reference_ms = self.compare(self._reference).reference_ms
@@ -94,10 +95,7 @@ class Stopwatch:
         pairs: list[tuple[float, float]] = []
         with _threads(self.timing.threads):
             for run in range(-self.timing.warmup, runs or self.timing.runs):
-                pair = (
-                    _seconds(lambda: self._batch.call(candidate)),
-                    _seconds(lambda: self._batch.call(self._reference)),
-                )
+                pair = self._seconds(candidate), self._seconds(self._reference)
                 if run >= 0:
                     pairs.append(pair)
         ours = [1e3 * seconds for seconds, _ in pairs]
@@ -117,14 +115,14 @@ class Stopwatch:
 
         def start(name: str) -> Callable[..., None]:
             def hook(*_: Any) -> None:
-                _wait()
+                self._wait()
                 began[name] = time.perf_counter()
 
             return hook
 
         def stop(name: str) -> Callable[..., None]:
             def hook(*_: Any) -> None:
-                _wait()
+                self._wait()
                 times.setdefault(name, []).append(time.perf_counter() - began[name])
 
             return hook
@@ -140,6 +138,17 @@ class Stopwatch:
                 self._batch.call(twin)
         # A layer that is called several times counts with all its calls.
         return {n: statistics.median(t) * len(t) / self.timing.runs for n, t in times.items()}
+
+    def _seconds(self, model: nn.Module) -> float:
+        self._wait()
+        start = time.perf_counter()
+        self._batch.call(model)
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float]:
@@ -158,19 +167,6 @@ def resized(batch: Batch, size: int) -> Batch:
 
     args, kwargs = tree_map(take, batch.args), tree_map(take, batch.kwargs)
     return replace(batch, args=args, kwargs=kwargs, size=size)
-
-
-def _seconds(run: Callable[[], Any]) -> float:
-    _wait()
-    start = time.perf_counter()
-    run()
-    _wait()
-    return time.perf_counter() - start
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 @contextmanager
