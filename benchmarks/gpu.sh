@@ -112,7 +112,7 @@ test=("$PYTHON" -m pytest -vv -rs -p no:cacheprovider)
 mapfile -t marked < <(grep -l 'mark\.gpu' tests/test_*.py)
 step tests 50 "${test[@]}" -n 4 -m gpu "${marked[@]}"
 # Not marked: without a GPU these run in Triton's interpreter.
-step triton 70 "${test[@]}" -n 14 -m "not gpu" tests/test_masked_forward.py
+step triton 70 "${test[@]}" -n 14 -m "not gpu" tests/test_masked_forward{,_op}.py
 # torch's caching allocator would hide what lies beyond a tensor; 2^30 elements would take too long.
 triton=tests/test_masked_forward.py::test_triton_equals_torch
 step sanitizer 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \

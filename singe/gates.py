@@ -95,16 +95,28 @@ def per_channel(vector: Tensor, like: Tensor, dim: int) -> Tensor:
     Raises:
         ModelError: the first dimension of ``like`` is not that of the samples.
     """
+    vector = one_row_per_sample(vector, like)
     shape = [1] * like.dim()
     shape[dim] = vector.shape[-1]
     if vector.dim() == 2:
-        if len(vector) not in (1, len(like)):
-            raise ModelError(
-                f"p='fisher': a gate for each of {len(vector)} samples meets a tensor of shape "
-                f"{list(like.shape)}, though other batches of the same shape had one row per sample there"
-            )
         shape[0] = len(vector)
     return vector.reshape(shape)
+
+
+def one_row_per_sample(vector: Tensor, like: Tensor) -> Tensor:
+    """[C] or [B, C] where the first dimension of ``like`` is B; a single row serves any number of them.
+
+    Raises:
+        ModelError: that is another dimension.
+    """
+    if vector.dim() == 2 and len(vector) == 1:
+        return vector[0]
+    if vector.dim() == 2 and len(vector) != len(like):
+        raise ModelError(
+            f"p='fisher': a gate for each of {len(vector)} samples meets a tensor of shape "
+            f"{list(like.shape)}, though other batches of the same shape had one row per sample there"
+        )
+    return vector
 
 
 def weighted_norm(norm: Any, x: Tensor, gate: Tensor) -> Tensor:

@@ -27,7 +27,15 @@ from torch import Tensor, nn
 
 from singe.conv1d import with_linears
 from singe.data import Batch, in_channels_last
-from singe.gates import BATCH_NORMS, REGISTRY, Dialect, dialect, per_channel, weighted_norm
+from singe.gates import (
+    BATCH_NORMS,
+    REGISTRY,
+    Dialect,
+    dialect,
+    one_row_per_sample,
+    per_channel,
+    weighted_norm,
+)
 from singe.graph import Group, Member, private_copy
 from singe.kernels.masked_forward import masked_forward
 from singe.prefix import PrefixCache
@@ -85,7 +93,7 @@ def gate_rows(y: Tensor, gate: Tensor, probe: Tensor | None, dim: int) -> Tensor
 
     Args:
         y: [B, C, *X] (dim 1) or [B, *X, C] (dim -1).
-        gate: [C].
+        gate: [C], or [B, C].
         probe: like ``y`` or None.
     """
 
@@ -95,9 +103,9 @@ def gate_rows(y: Tensor, gate: Tensor, probe: Tensor | None, dim: int) -> Tensor
         t = t.unsqueeze(1) if t.dim() == 2 else t.flatten(1, -2)
         return t.transpose(1, 2).unsqueeze(0)
 
-    out = masked_forward(
-        canonical(y), gate[None], residual=None if probe is None else canonical(probe)
-    ).squeeze(0)
+    gate = one_row_per_sample(gate, y)[None]
+    residual = None if probe is None else canonical(probe)
+    out = masked_forward(canonical(y), gate, residual=residual).squeeze(0)
     return (out if dim == 1 else out.transpose(1, 2)).reshape(y.shape)
 
 
@@ -298,7 +306,7 @@ def _gated_rows(network: Network, site: Site, forward: Forward) -> Forward:
         if site.gate is None:
             return y
         probe = site.probes[call] if site.probes else None
-        if network.is_traced or site.gate.dim() == 2:
+        if network.is_traced:
             out = per_channel(site.gate.to(y.dtype), y, site.channel_dim) * y
             return out if probe is None else out + probe
         return gate_rows(y, site.gate, probe, site.channel_dim)

@@ -246,8 +246,12 @@ def test_score_is_the_engines_result_in_float32(criterion):
         assert_close(scores, expected, 1e-6)  # float32 results of float64 work
 
 
-@pytest.mark.parametrize("criterion", ["singe", "signed"])
-def test_triton_end_to_end(monkeypatch, criterion):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"criterion": "signed"}, {"p": "fisher"}, {"path": "network", "p": "fisher"}],
+    ids=str,
+)
+def test_triton_end_to_end(monkeypatch, options):
     """The whole engine on the Triton kernel (interpreted where there is no GPU)."""
     pytest.importorskip("triton", reason="triton is not installed")
     from singe.kernels import masked_forward_triton as kernels
@@ -268,6 +272,6 @@ def test_triton_end_to_end(monkeypatch, criterion):
     spy("masked_forward_backward")
     case = Case(residual, (3, 4, 4))
     model, batches = case.model(dtype=torch.float32), case.batches((2,), dtype=torch.float32)
-    assert_engines_agree(model, batches, FLOAT32, criterion=criterion, quadrature=2)
+    assert_engines_agree(model, batches, FLOAT32, quadrature=2, **options)
     assert calls["masked_forward"] > 0
     assert calls["masked_forward_backward"] > 0

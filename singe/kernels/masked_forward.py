@@ -1,11 +1,11 @@
 """The masked forward: every variant of a gated layer from one read of its activation.
 
-    out[v,b,c,x] = act(gate[v,c] * (scale[c] * y[(v),b,c,x] + shift[c]) + residual[(v),b,c,x])
+    out[v,b,c,x] = act(gate[v,(b),c] * (scale[c] * y[(v),b,c,x] + shift[c]) + residual[(v),b,c,x])
 
-`y` and `residual` are [V, B, C, X], or [1, B, C, X] where all variants share them; gate is [V, C],
-scale and shift are [C] (a folded normalisation). Two memory layouts are served without a copy: X
-contiguous (channel-major) and C contiguous (channels-last, tokens); the output and all gradients
-take the layout of `y`. Arithmetic is float32, or float64 for float64 inputs.
+`y` and `residual` are [V, B, C, X], or [1, B, C, X] where all variants share them; gate is [V, C], or
+[V, B, C] where every sample has its own; scale and shift are [C] (a folded normalisation). Two memory
+layouts are served without a copy: X contiguous (channel-major) and C contiguous (channels-last, tokens);
+the output and all gradients take the layout of `y`. Arithmetic is float32, or float64 for float64 inputs.
 
 Gradients exist for y, gate and residual, once: there is no double backward. scale and shift are
 frozen: they get none, also where they require it.
@@ -54,21 +54,21 @@ def _check(
         raise KernelError(f"act {act!r} is not offered; choose one of {', '.join(ACTIVATIONS)}")
     if needs and needs[1] and residual is None:
         raise KernelError("grad_residual is asked for, but there is no residual")
-    if y.dim() != 4 or gate.dim() != 2:
+    if y.dim() != 4 or gate.dim() not in (2, 3):
         raise KernelError(
-            f"y must be [V or 1, B, C, X] and gate [V, C], got {list(y.shape)} and "
+            f"y must be [V or 1, B, C, X] and gate [V, C] or [V, B, C], got {list(y.shape)} and "
             f"{list(gate.shape)}"
         )
     if y.dtype not in _DTYPES:
         names = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
         raise KernelError(f"y has dtype {y.dtype}; offered are {names}")
-    variants, channels = gate.shape
+    variants, channels = gate.shape[0], gate.shape[-1]
     slab = y.shape[1:]
     if variants == 0 or y.shape[0] not in (1, variants) or slab[1] != channels:
         raise KernelError(f"y {list(y.shape)} does not fit gate {list(gate.shape)}")
     wide = torch.float64 if y.dtype == torch.float64 else torch.float32
     for name, t, shapes, dtype in (
-        ("gate", gate, [(variants, channels)], wide),
+        ("gate", gate, [(variants, channels), (variants, *slab[:2])], wide),
         ("scale", scale, [(channels,)], wide),
         ("shift", shift, [(channels,)], wide),
         ("residual", residual, [(1, *slab), (variants, *slab)], y.dtype),
@@ -299,8 +299,11 @@ def _vmap(
         raise KernelError("scale and shift cannot be vmapped: fold them into y or the gate")
     outer = info.batch_size
     inner = gate.shape[0] if gate_dim != 0 else gate.shape[1]
-    if y.dim() != 4 + (y_dim is not None) or gate.dim() != 2 + (gate_dim is not None):
-        raise KernelError("under vmap, y must be [V or 1, B, C, X] and gate [V, C] per sample")
+    own = gate.dim() - (gate_dim is not None)
+    if y.dim() != 4 + (y_dim is not None) or own not in (2, 3):
+        raise KernelError(
+            "under vmap, y must be [V or 1, B, C, X] and gate [V, C] or [V, B, C] per example"
+        )
     out = torch.ops.singe.masked_forward(
         _merge_variants(y, y_dim, outer, inner),
         _merge_variants(gate, gate_dim, outer, inner),
@@ -321,7 +324,7 @@ torch.library.register_vmap("singe::masked_forward", _vmap, lib=_library)
 
 def masked_forward(
     y: Tensor,  # [V or 1, B, C, X]
-    gate: Tensor,  # [V, C]
+    gate: Tensor,  # [V, C] or [V, B, C]
     scale: OptTensor = None,  # [C]
     shift: OptTensor = None,  # [C]
     residual: OptTensor = None,  # [V or 1, B, C, X]

@@ -67,8 +67,8 @@ def scalar_or(t: Tensor) -> Tensor:
 
 def _pre_activation(
     y: Tensor,  # [V or 1, B, C, X]
-    slope: Tensor,  # [V, 1, C, 1]
-    offset: OptTensor,  # [V, 1, C, 1]
+    slope: Tensor,  # [V, 1 or B, C, 1]
+    offset: OptTensor,  # [V, 1 or B, C, 1]
     residual: OptTensor,  # [V or 1, B, C, X] or 0-dim
     out: Tensor,  # [V, B, C, X]
 ) -> None:
@@ -86,10 +86,10 @@ def _pre_activation(
 
 
 def _fold(gate: Tensor, scale: OptTensor, shift: OptTensor) -> tuple[Tensor, OptTensor]:
-    """gate * (scale * y + shift) = slope * y + offset; both [V, 1, C, 1]."""
-    slope = gate if scale is None else gate * scale
-    offset = None if shift is None else (gate * shift)[:, None, :, None]
-    return slope[:, None, :, None], offset
+    """gate * (scale * y + shift) = slope * y + offset; both [V, 1 or B, C, 1]."""
+    gate = (gate if gate.dim() == 3 else gate[:, None])[..., None]
+    slope = gate if scale is None else gate * scale[:, None]
+    return slope, None if shift is None else gate * shift[:, None]
 
 
 def masked_forward_reference(
@@ -168,11 +168,13 @@ def masked_forward_backward_reference(
             grad_residual = empty_like_layout(y, residual.shape[0], channels_last)
             grad_residual.copy_(adj if residual.shape[0] == variants else adj.sum(0, keepdim=True))
     if needs[2]:
-        grad_gate = _grad_gate(adj, y, scale, shift)
+        grad_gate = _grad_gate(adj, y, scale, shift, (3,) if gate.dim() == 3 else (1, 3))
     return grad_y, grad_residual, grad_gate
 
 
-def _grad_gate(adj: Tensor, y: Tensor, scale: OptTensor, shift: OptTensor) -> Tensor:
+def _grad_gate(
+    adj: Tensor, y: Tensor, scale: OptTensor, shift: OptTensor, over: tuple[int, ...]
+) -> Tensor:
     value = y.to(adj.dtype)
     if scale is not None:
         value = value * scale[:, None]
@@ -181,7 +183,7 @@ def _grad_gate(adj: Tensor, y: Tensor, scale: OptTensor, shift: OptTensor) -> Te
     step = max(1, _CHUNK // max(1, y[0].numel()))
     sums = [
         # The split depends on the shape alone: same bits for the same number of threads.
-        torch.mul(part, value if value.shape[0] == 1 else value[v : v + step]).sum((1, 3))
+        torch.mul(part, value if value.shape[0] == 1 else value[v : v + step]).sum(over)
         for v, part in zip(range(0, adj.shape[0], step), adj.split(step), strict=True)
     ]
     return torch.cat(sums)

@@ -6,7 +6,8 @@ One variant slab is read as a dense matrix, so that the channel is constant alon
     channels-last  [B, X, C]   rows (b, x), columns c     channel = column
 
 A program owns one tile of that matrix and walks over all variants, so what the variants share is
-read once. `masked_forward.py` holds the contract: these launchers expect dense tensors of one
+read once. Where every sample has gates of its own, the matrix is cut into a block for each; otherwise
+there is one block. `masked_forward.py` holds the contract: these launchers expect dense tensors of one
 layout and fill what they are given.
 """
 # Arguments of a kernel are what Triton makes of them, so they carry no Python types.
@@ -74,17 +75,25 @@ def _adjoint(grad, x, ACT: tl.constexpr):
 
 
 @triton.jit
-def _tile(
-    rows, cols, channels, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
-):
-    """This program's place in a slab: base, offsets [ROWS, COLS], mask, channels, their mask."""
+def _place(rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """This program's block, the number of blocks, and its row and column of tiles in the block."""
     col_tiles = tl.cdiv(cols, COLS)
-    pid = tl.program_id(0)
+    tiles = tl.cdiv(rows, ROWS) * col_tiles
+    tile = tl.program_id(0) % tiles
     # int64 for everything that is multiplied by a size, but for the offsets inside a tile: a row
     # of 8192 or more columns has tiles of one row (channels-last: at most 32), so they stay far
     # below 2^31. As int64 they would cost a second register per element, which spilled.
-    row_tile = (pid // col_tiles).to(tl.int64)
-    col_tile = pid % col_tiles
+    block = (tl.program_id(0) // tiles).to(tl.int64)
+    row_tile = (tile // col_tiles).to(tl.int64)
+    return block, tl.num_programs(0) // tiles, row_tile, tile % col_tiles
+
+
+@triton.jit
+def _tile(
+    row_tile, col_tile, rows, cols, channels,
+    CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """A tile's place in its block: base, offsets [ROWS, COLS], mask, channels, their mask."""
     base = row_tile * ROWS * cols + col_tile * COLS
     o_row = tl.arange(0, ROWS)[:, None]
     o_col = tl.arange(0, COLS)[None, :]
@@ -124,12 +133,17 @@ def masked_forward_fwd_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):  # fmt: skip
-    """out[v,b,c,x] = act(gate[v,c] * (scale[c] * y[(v),b,c,x] + shift[c]) + residual[(v),b,c,x])"""
+    """out = act(gate[v,(b),c] * (scale[c] * y[(v),b,c,x] + shift[c]) + residual[(v),b,c,x])"""
     dtype: tl.constexpr = gate.dtype.element_ty
     cols = row_vectors * VEC
-    slab = rows.to(tl.int64) * cols
-    row_gate = channels.to(tl.int64)
-    base, offset, mask, channel, m_channel = _tile(rows, cols, channels, CHANNELS_LAST, ROWS, COLS)
+    block, blocks, row_tile, col_tile = _place(rows, cols, ROWS, COLS)
+    base, offset, mask, channel, m_channel = _tile(
+        row_tile, col_tile, rows, cols, channels, CHANNELS_LAST, ROWS, COLS
+    )
+    base += block * rows * cols
+    slab = blocks * rows.to(tl.int64) * cols
+    gate += block * channels
+    row_gate = blocks * channels.to(tl.int64)
     if Y_SHARED:
         b_y = _affine(y + base, scale, shift, offset, mask, channel, m_channel, dtype)
     if RESIDUAL == "shared":
@@ -164,16 +178,21 @@ def masked_forward_bwd_kernel(
     """With adj = grad * act'(pre), summed over v where the input is shared by the variants:
 
     grad_residual[(v),b,c,x] = adj[v,b,c,x]
-    grad_y[(v),b,c,x]        = adj[v,b,c,x] * gate[v,c] * scale[c]
-    partial[v,c,tile]        = sum of adj * (scale * y + shift) over the tile's elements of c
+    grad_y[(v),b,c,x]        = adj[v,b,c,x] * gate[v,(b),c] * scale[c]
+    partial[v,block,c,tile]  = sum of adj * (scale * y + shift) over the tile's elements of c
 
     An output that is None is not wanted. `y` is None where no value of it is needed.
     """
     dtype: tl.constexpr = gate.dtype.element_ty
     cols = row_vectors * VEC
-    slab = rows.to(tl.int64) * cols
-    row_gate = channels.to(tl.int64)
-    base, offset, mask, channel, m_channel = _tile(rows, cols, channels, CHANNELS_LAST, ROWS, COLS)
+    block, blocks, row_tile, col_tile = _place(rows, cols, ROWS, COLS)
+    base, offset, mask, channel, m_channel = _tile(
+        row_tile, col_tile, rows, cols, channels, CHANNELS_LAST, ROWS, COLS
+    )
+    base += block * rows * cols
+    slab = blocks * rows.to(tl.int64) * cols
+    gate += block * channels
+    row_gate = blocks * channels.to(tl.int64)
     if Y_SHARED:
         if y is not None:
             b_y = _affine(y + base, scale, shift, offset, mask, channel, m_channel, dtype)
@@ -189,20 +208,21 @@ def masked_forward_bwd_kernel(
     if grad_y is not None and scale is not None:
         b_scale = tl.load(scale + channel, mask=m_channel, other=0.0)
     if partial is not None:
-        # Where this tile's sums go: [V, rows, col_tiles] or, channels-last, [V, row_tiles, C].
-        col_tiles = tl.cdiv(cols, COLS)
-        row_tile = (tl.program_id(0) // col_tiles).to(tl.int64)
-        col_tile = tl.program_id(0) % col_tiles
+        # Where this tile's sums go: [V, blocks, rows, col_tiles] or, channels-last,
+        # [V, blocks, row_tiles, C].
         if CHANNELS_LAST:
             col = col_tile * COLS + tl.arange(0, COLS)
             o_partial = row_tile * cols + col
             m_partial = col < cols
-            slab_partial = tl.cdiv(rows, ROWS).to(tl.int64) * cols
+            block_partial = tl.cdiv(rows, ROWS).to(tl.int64) * cols
         else:
             row = row_tile * ROWS + tl.arange(0, ROWS)
+            col_tiles = tl.cdiv(cols, COLS)
             o_partial = row * col_tiles + col_tile
             m_partial = row < rows
-            slab_partial = rows.to(tl.int64) * col_tiles
+            block_partial = rows.to(tl.int64) * col_tiles
+        partial += block * block_partial
+        slab_partial = blocks * block_partial
 
     for v in range(variants):
         here = base + v * slab
@@ -257,9 +277,13 @@ def _tile_shape(length: int, vec: int, itemsize: int, channels_last: bool) -> tu
     return elements // width, width
 
 
-def _configuration(out: Tensor, channels_last: bool) -> tuple[tuple[int, int], dict[str, Any]]:
-    """(rows, row_vectors) of a slab, and the constants of the launch."""
+def _configuration(
+    out: Tensor, gate: Tensor, channels_last: bool
+) -> tuple[int, tuple[int, int], dict[str, Any]]:
+    """The number of blocks, (rows, row_vectors) of each, and the constants of the launch."""
     _, batch, channels, spatial = out.shape
+    blocks = 1 if gate.dim() == 2 else batch
+    batch //= blocks
     # One column per row would waste 31 of 32 lanes: [B, C, 1] is [B, 1, C] as well.
     channels_last = channels_last or spatial == 1
     rows, length = (batch * spatial, channels) if channels_last else (batch * channels, spatial)
@@ -268,7 +292,7 @@ def _configuration(out: Tensor, channels_last: bool) -> tuple[tuple[int, int], d
     vec = 16 if length % 16 == 0 else 4 if length % 4 == 0 else 1
     shape = _tile_shape(length, vec, out.element_size(), channels_last)
     constants = {"CHANNELS_LAST": channels_last, "VEC": vec, "ROWS": shape[0], "COLS": shape[1]}
-    return (rows, length // vec), constants
+    return blocks, (rows, length // vec), constants
 
 
 def _residual_kind(residual: Tensor | None, variants: int) -> str:
@@ -288,7 +312,7 @@ def _tiles(rows: int, row_vectors: int, constants: dict[str, Any]) -> tuple[int,
 def masked_forward(
     out: Tensor,  # [V, B, C, X]
     y: Tensor,  # [V or 1, B, C, X], laid out as out
-    gate: Tensor,  # [V, C]
+    gate: Tensor,  # [V, C] or [V, B, C]
     scale: Tensor | None,  # [C]
     shift: Tensor | None,  # [C]
     residual: Tensor | None,  # [V or 1, B, C, X], laid out as out, or a 0-dim scalar
@@ -298,11 +322,11 @@ def masked_forward(
     """Fills `out`."""
     if out.numel() == 0:
         return
-    variants, channels = gate.shape
-    sizes, constants = _configuration(out, channels_last)
+    variants, channels = gate.shape[0], gate.shape[-1]
+    blocks, sizes, constants = _configuration(out, gate, channels_last)
     row_tiles, col_tiles = _tiles(*sizes, constants)
     with torch.cuda.device_of(out):
-        masked_forward_fwd_kernel[(row_tiles * col_tiles,)](
+        masked_forward_fwd_kernel[(blocks * row_tiles * col_tiles,)](
             out, y, gate, scale, shift, residual, variants, *sizes, channels,
             ACT=act, Y_SHARED=y.shape[0] == 1, RESIDUAL=_residual_kind(residual, variants),
             **constants, num_warps=NUM_WARPS,
@@ -312,13 +336,13 @@ def masked_forward(
 def masked_forward_backward(
     grad: Tensor,  # [V, B, C, X]
     y: Tensor | None,  # [V or 1, B, C, X], laid out as grad; None where its values do not matter
-    gate: Tensor,  # [V, C]
+    gate: Tensor,  # [V, C] or [V, B, C]
     scale: Tensor | None,  # [C]
     shift: Tensor | None,  # [C]
     residual: Tensor | None,  # [V or 1, B, C, X], laid out as grad, or a 0-dim scalar
     grad_y: Tensor | None,  # [V or 1, B, C, X], laid out as grad, like all that follow
     grad_residual: Tensor | None,  # [V or 1, B, C, X]
-    grad_gate: Tensor | None,  # [V, C]
+    grad_gate: Tensor | None,  # like gate
     act: str,
     channels_last: bool,
     y_shared: bool,
@@ -330,18 +354,18 @@ def masked_forward_backward(
                 empty.zero_()
         return
     variants, batch, channels, _ = grad.shape
-    sizes, constants = _configuration(grad, channels_last)
+    blocks, sizes, constants = _configuration(grad, gate, channels_last)
     row_tiles, col_tiles = _tiles(*sizes, constants)
     partial = None
-    if grad_gate is not None and constants["CHANNELS_LAST"]:
-        partial = gate.new_empty(variants, 1, row_tiles, channels)
-    elif grad_gate is not None:
-        partial = gate.new_empty(variants, batch, channels, col_tiles).transpose(2, 3)
+    if grad_gate is not None:
+        last = constants["CHANNELS_LAST"]
+        sums = (row_tiles, channels, 1) if last else (batch // blocks, channels, col_tiles)
+        partial = gate.new_empty(variants, blocks, *sums)
     # With an identity the pre-activation does not matter, nor does the residual then.
     kind = "none" if act == "identity" else _residual_kind(residual, variants)
     sum_residual = grad_residual is not None and grad_residual.shape[0] == 1
     with torch.cuda.device_of(grad):
-        masked_forward_bwd_kernel[(row_tiles * col_tiles,)](
+        masked_forward_bwd_kernel[(blocks * row_tiles * col_tiles,)](
             grad, y, gate, scale, shift, None if kind == "none" else residual,
             grad_y, grad_residual, partial, variants, *sizes, channels,
             ACT=act, Y_SHARED=y_shared, RESIDUAL=kind, SUM_RESIDUAL=sum_residual,
@@ -349,4 +373,4 @@ def masked_forward_backward(
         )  # fmt: skip
         if grad_gate is not None and partial is not None:
             # The second stage: no atomics, so the order is fixed by the shapes alone.
-            grad_gate.copy_(partial.sum((1, 2), dtype=torch.float64))
+            grad_gate.copy_(partial.sum((2, 4), dtype=torch.float64).view_as(grad_gate))
