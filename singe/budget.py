@@ -51,14 +51,10 @@ class Step:
 
 def steps_of(group: Group, values: Tensor, limits: Limits) -> list[Step]:
     """The steps of one group, the first to go first."""
-    n, width = group.n_units, group.root_channels.shape[1]
-    least, most = limits.least[group.name], limits.most[group.name]
-    kept = [
-        k for k in range(n - 1, least - 1, -1) if k <= most and k * width % limits.round_to == 0
-    ]
+    n, most = group.n_units, limits.most[group.name]
     lowest = torch.argsort(values, stable=True).tolist()
     steps, before = [], n
-    for k in kept:
+    for k in limits.counts(group):
         units = tuple(lowest[n - before : n - k])
         score = float(values[list(units)].double().sum())
         steps.append(Step(group.name, units, score, forced=before > most))

@@ -23,7 +23,7 @@ from singe.errors import CheckpointError
 from singe.files import replacing
 from singe.graph import unwrapped
 
-FORMAT = "singe-checkpoint-2"
+FORMAT = "singe-checkpoint-3"
 KEPT = 2
 
 

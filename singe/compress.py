@@ -109,7 +109,7 @@ def compress(
         channels: the same in units of the scored groups.
         latency: the same in measured time, a share or milliseconds (> 1). Exactly one of the four
             targets is given.
-        timing: how ``latency`` is measured.
+        timing: how ``latency`` is measured; not to be given with another target.
         rounds: how many times to score, prune and fine-tune; default 5, or one per group layerwise.
         schedule: what the rounds take: ``"linear"``, ``"cubic"``, ``"geometric"``, or a callable from
             the share of the rounds to the share of the way; see :func:`singe.rounds.target_after`.
@@ -193,7 +193,7 @@ def compress(
             raise OptionError(
                 "accuracy_floor needs evaluate=, the metric that shall not fall below it"
             )
-        accuracy_floor = plain_number("accuracy_floor", accuracy_floor, "(-inf, inf)")
+        accuracy_floor = plain_number("accuracy_floor", accuracy_floor, "[-inf, inf]")
     tuning: dict[str, Any] = {
         "optimizer": optimizer, "scheduler": scheduler, "lr": lr, "clip_grad_norm": clip_grad_norm,
         "autocast": autocast, "label_smoothing": label_smoothing, "distill": distill,

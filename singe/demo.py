@@ -50,7 +50,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("seeds", "rounds", "train_steps", "finetune_steps"):
-            plain_count(name, getattr(self, name), 1)
+            object.__setattr__(self, name, plain_count(name, getattr(self, name), 1))
 
 
 class ResidualBlock(nn.Module):

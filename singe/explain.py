@@ -41,7 +41,7 @@ def explain_groups(
             "lowest_kept": min(kept),
             # Of scores that may be negative (signed, ablation) a share says nothing.
             "score_removed": sum(cut) / total if min(values) >= 0 and total > 0 else None,
-            "why": _why(name, group, len(units), steps[name], limits),
+            "why": _why(group, len(units), steps[name], limits),
         }
     return found
 
@@ -62,15 +62,17 @@ def explain_rounds(
         limits: of the original model, like the next.
         cost: of it.
     """
-    found = _sizes(groups, removed, cost)
+    found, by_name = _sizes(groups, removed, cost), {group.name: group for group in groups}
     for name, row in found.items():
         left = [row["units"], *(kept[name] for kept in rounds)]
         lost = [before - after for before, after in pairwise(left)]
         told = [f"{units} in round {number}" for number, units in enumerate(lost, 1) if units]
         row |= dict.fromkeys(("highest_removed", "lowest_kept", "score_removed"))
         row["why"] = ", ".join(told) or "keeps all"
-        if row["kept"] <= limits.least[name]:
-            row["why"] += ("; at its limit: " if told else ": ") + limits.why[name]
+        if limit := _limit(by_name[name], row["kept"], limits):
+            row["why"] += ("; at its limit: " if told else ": ") + limit
+        elif told and row["kept"] == limits.most[name]:
+            row["why"] += "; as much as max_keep asks for"
     return found
 
 
@@ -96,20 +98,28 @@ def _sizes(
     return found
 
 
-def _why(name: str, group: Group, gone: int, steps: Sequence[Step], limits: Limits) -> str:
-    n, least = group.n_units, limits.least[name]
-    if least >= n:
-        return f"keeps all: {limits.why[name]}"
-    if not steps:
-        return f"keeps all: no multiple of round_to={limits.round_to} between {least} and {n}"
+def _why(group: Group, gone: int, steps: Sequence[Step], limits: Limits) -> str:
+    if limit := _limit(group, group.n_units - gone, limits):
+        return f"at its limit: {limit}" if gone else f"keeps all: {limit}"
     forced = sum(len(step.units) for step in steps if step.forced)
-    if gone == sum(len(step.units) for step in steps):
-        return f"at its limit: {limits.why[name]}" if limits.round_to == 1 else "at its limit"
     if forced and gone == forced:
         return "as much as max_keep asks for"
     if gone == 0:
         return "keeps all: every unit ranks above the cut"
     return "units below the cut"
+
+
+def _limit(group: Group, kept: int, limits: Limits) -> str:
+    """What keeps the rest of a group, or nothing where more could go."""
+    n, least, counts = group.n_units, limits.least[group.name], limits.counts(group)
+    if least >= n:
+        return limits.why[group.name]
+    if not counts:
+        return f"no multiple of round_to={limits.round_to} between {least} and {n}"
+    if kept > counts[-1]:
+        return ""
+    rounded = f", round_to={limits.round_to}" if counts[-1] > least else ""
+    return f"{limits.why[group.name]}{rounded}"
 
 
 def table(plan: Plan) -> str:

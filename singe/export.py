@@ -6,7 +6,7 @@ import importlib.util
 import json
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def save_pruned(
 
     Raises:
         ModelError: ``model`` still has what ``plan`` removes, or state that is no tensor; or ``folder``
-            is a file.
+            cannot be made.
     """
     inner = unwrapped(model)
     if extra := [k for k, t in inner.state_dict().items() if not isinstance(t, Tensor)]:
@@ -62,9 +62,12 @@ def save_pruned(
     if plan is not None:
         _require_carried_out(inner, plan)
     folder = Path(folder)
-    if file := next((p for p in (folder, *folder.parents) if p.is_file()), None):
-        raise ModelError(f"{file} is a file; save_pruned writes a folder, give it another name")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ModelError(
+            f"save_pruned writes a folder, and {folder} cannot be one: {error.strerror}"
+        ) from error
     header = {"format": FORMAT, "model": type(inner).__name__, "layers": _layers(inner)}
     written = {"weights": folder / WEIGHTS}
     with replacing(written["weights"]) as partial, _stored(inner, _cut_buffers(inner)):
@@ -235,10 +238,14 @@ def _read_header(file: Path) -> dict[str, Any] | None:
     """None where something else wrote the file."""
     try:
         with safe_open(str(file), framework="pt") as content:
-            header = json.loads((content.metadata() or {}).get("singe", "null"))
-    except (OSError, SafetensorError, ValueError) as error:
+            text = (content.metadata() or {}).get("singe", "null")
+    except (OSError, SafetensorError) as error:
         raise ModelError(f"cannot read weights from {file}: {error}") from error
-    return header if isinstance(header, dict) and header.get("format") == FORMAT else None
+    with suppress(ValueError):
+        header = json.loads(text)
+        if isinstance(header, dict) and header.get("format") == FORMAT and "layers" in header:
+            return header
+    return None
 
 
 def _cut_buffers(model: nn.Module) -> set[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -47,8 +47,10 @@ class Stage:
 
 
 LR, WEIGHT_DECAY, TEMPERATURE = 0.01, 5e-4, 2.0
-RANGES = {
-    "clip_grad_norm": POSITIVE, "distill": "[0, 1]", "temperature": POSITIVE, "ema": "(0, 1)",
+# Usual value and range of every number; None where it is only used when given.
+NUMBERS: dict[str, tuple[float | None, str]] = {
+    "lr": (LR, POSITIVE), "label_smoothing": (0.0, "[0, 1)"), "clip_grad_norm": (None, "(0, inf]"),
+    "distill": (0.0, "[0, 1]"), "temperature": (TEMPERATURE, POSITIVE), "ema": (None, "(0, 1)"),
 }  # fmt: skip
 
 FinetuneFunction = Callable[[nn.Module, Stage], float | None]
@@ -74,9 +76,6 @@ class Training:
                 "use distill=1.0 for that"
             )
         choose("autocast", self.autocast, (None, *LOWER))
-        for name, within in RANGES.items():
-            if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, plain_number(name, value, within))
 
 
 def call_finetune(finetune: FinetuneFunction, model: nn.Module, stage: Stage) -> float | None:
@@ -114,36 +113,47 @@ def _kinds(model: nn.Module) -> list[str]:
     return sorted({f"{p.dtype} on {p.device}" for p in model.parameters()})
 
 
+def _plain(name: str, given: Mapping[str, Any]) -> Any:
+    usual, within = NUMBERS[name]
+    value = given.get(name, usual)
+    return None if value is usual is None else plain_number(name, value, within)
+
+
 def training_of(
     finetune: FinetuneFunction | None = None,
     *,
     objective: str | Loss | Objective = "cross_entropy",
     optimizer: OptimizerFactory | None = None,
     scheduler: SchedulerFactory | None = None,
-    lr: float = LR,
-    label_smoothing: float = 0.0,
-    distill: float = 0.0,
-    temperature: float = TEMPERATURE,
-    **options: Any,
+    autocast: torch.dtype | None = None,
+    **numbers: Any,
 ) -> Training:
     """The training that :func:`singe.compress` was asked for.
+
+    Args:
+        numbers: those of :data:`NUMBERS`.
 
     Raises:
         OptionError: a value out of range, or one that would not have a say.
     """
+    found = {name: _plain(name, numbers) for name in NUMBERS}
+    changed = {name for name, value in found.items() if value != NUMBERS[name][0]}
     if finetune is not None:
-        own = {
-            **options, "optimizer": optimizer, "scheduler": scheduler, "label_smoothing": label_smoothing,
-            "finetune_objective": objective != "cross_entropy", "lr": lr != LR,
-            "temperature": temperature != TEMPERATURE,
-        }  # fmt: skip
-        if given := sorted(name for name, value in own.items() if value):
+        others = {"optimizer": optimizer, "scheduler": scheduler, "autocast": autocast}
+        given = changed - {"distill"} | {
+            name for name, value in others.items() if value is not None
+        }
+        if objective != "cross_entropy":
+            given.add("finetune_objective")
+        if given:
             raise OptionError(
-                f"{', '.join(given)} belong to the built-in training; do that inside your finetune function"
+                f"{', '.join(sorted(given))} belong to the built-in training; do that inside your finetune "
+                "function"
             )
-    elif temperature != TEMPERATURE and not distill:
+    elif "temperature" in changed and not found["distill"]:
         raise OptionError("temperature is of the distillation: give distill=, its weight, as well")
-    if optimizer is not None and lr != LR:
+    lr, label_smoothing = found.pop("lr"), found.pop("label_smoothing")
+    if optimizer is not None and "lr" in changed:
         raise OptionError(
             f"lr is of the default optimizer; yours has its own: optimizer=lambda parameters: "
             f"torch.optim.AdamW(parameters, {lr!r})"
@@ -156,9 +166,8 @@ def training_of(
         optimizer or default_optimizer(lr),
         scheduler or cosine,
         smoothed(as_objective(objective), label_smoothing),
-        distill=distill,
-        temperature=temperature,
-        **options,
+        autocast=autocast,
+        **found,
     )
 
 
@@ -166,9 +175,8 @@ def smoothed(objective: Objective, label_smoothing: float) -> Objective:
     """Cross-entropy with smoothed labels.
 
     Raises:
-        OptionError: out of range, or another objective.
+        OptionError: another objective.
     """
-    label_smoothing = plain_number("label_smoothing", label_smoothing, "[0, 1)")
     if label_smoothing == 0.0:
         return objective
     if not isinstance(objective, CrossEntropy):
@@ -179,12 +187,8 @@ def smoothed(objective: Objective, label_smoothing: float) -> Objective:
 
 
 def default_optimizer(lr: float) -> OptimizerFactory:
-    """SGD with Nesterov momentum 0.9 and weight decay 5e-4.
-
-    Raises:
-        OptionError: ``lr`` is no positive number.
-    """
-    return partial(sgd, lr=plain_number("lr", lr, POSITIVE))
+    """SGD with Nesterov momentum 0.9 and weight decay 5e-4."""
+    return partial(sgd, lr=lr)
 
 
 def sgd(

@@ -95,7 +95,7 @@ def per_channel(vector: Tensor, like: Tensor, dim: int) -> Tensor:
     Raises:
         ModelError: the first dimension of ``like`` is not that of the samples.
     """
-    vector = one_row_per_sample(vector, like)
+    vector = matching_rows(vector, like)
     shape = [1] * like.dim()
     shape[dim] = vector.shape[-1]
     if vector.dim() == 2:
@@ -103,7 +103,7 @@ def per_channel(vector: Tensor, like: Tensor, dim: int) -> Tensor:
     return vector.reshape(shape)
 
 
-def one_row_per_sample(vector: Tensor, like: Tensor) -> Tensor:
+def matching_rows(vector: Tensor, like: Tensor) -> Tensor:
     """[C] or [B, C] where the first dimension of ``like`` is B; a single row serves any number of them.
 
     Raises:

@@ -38,7 +38,8 @@ class Timing:
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("runs", 1), ("warmup", 0), ("threads", 1)):
-            if (value := getattr(self, name)) is not None:
+            value = getattr(self, name)
+            if value is not None or name != "threads":
                 object.__setattr__(self, name, plain_count(f"Timing: {name}", value, least))
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from singe.errors import OptionError
-from singe.graph import ModelGraph, is_inside, unwrapped
+from singe.graph import Group, ModelGraph, is_inside, unwrapped
 from singe.plain import POSITIVE, plain_count, plain_number
 from singe.units import names_of
 
@@ -90,6 +90,12 @@ class Limits:
     round_to: int
     why: dict[str, str]
 
+    def counts(self, group: Group) -> list[int]:
+        """Numbers of units that a group can come to by losing some, the largest first."""
+        width, most = group.root_channels.shape[1], min(self.most[group.name], group.n_units - 1)
+        wanted = range(most, self.least[group.name] - 1, -1)
+        return [kept for kept in wanted if kept * width % self.round_to == 0]
+
 
 def limits_of(
     model: nn.Module,
@@ -119,6 +125,8 @@ def limits_of(
         guard = floor_of(n, max_pruning_ratio)
         asked = n - rounded_down(1.0 - low.get(name, 0.0), n)  # rounded up
         least[name], why[name] = max(guard, asked), "max_pruning_ratio"
+        if rounded_down(max_pruning_ratio, n) == n:
+            why[name] = "the last unit stays"
         if name in low and (asked > guard or named):
             least[name], why[name] = max(1, asked), "min_keep"
         if name in ignored:

@@ -32,7 +32,7 @@ from singe.gates import (
     REGISTRY,
     Dialect,
     dialect,
-    one_row_per_sample,
+    matching_rows,
     per_channel,
     weighted_norm,
 )
@@ -103,7 +103,7 @@ def gate_rows(y: Tensor, gate: Tensor, probe: Tensor | None, dim: int) -> Tensor
         t = t.unsqueeze(1) if t.dim() == 2 else t.flatten(1, -2)
         return t.transpose(1, 2).unsqueeze(0)
 
-    gate = one_row_per_sample(gate, y)[None]
+    gate = matching_rows(gate, y)[None]
     residual = None if probe is None else canonical(probe)
     out = masked_forward(canonical(y), gate, residual=residual).squeeze(0)
     return (out if dim == 1 else out.transpose(1, 2)).reshape(y.shape)

@@ -4,12 +4,33 @@ from __future__ import annotations
 
 import operator
 from contextlib import suppress
+from numbers import Real
 from typing import Any
+
+import numpy as np
 
 from singe.errors import OptionError
 
 POSITIVE, NOT_NEGATIVE = "(0, inf)", "[0, inf)"
-_WORDS = {POSITIVE: "be positive", NOT_NEGATIVE: "not be negative"}
+_WORDS = {
+    POSITIVE: "be positive and finite", NOT_NEGATIVE: "be finite and not negative", "(0, inf]": "be positive",
+}  # fmt: skip
+_NARROW = {"float16": np.float16, "float32": np.float32}
+_NOT_ONE = (
+    TypeError,
+    ValueError,
+    OverflowError,
+    RuntimeError,
+)  # of several elements, without values
+
+
+def plain(value: Any) -> Any:
+    """What has one element as Python's own; narrow floats by their shortest decimal, 0.1 as 0.1."""
+    with suppress(*_NOT_ONE):
+        if hasattr(value, "item"):
+            narrow = _NARROW.get(str(value.dtype).removeprefix("torch."))
+            return value.item() if narrow is None else float(str(narrow(value.item())))
+    return value
 
 
 def plain_count(name: str, value: Any, least: int | None = None) -> int:
@@ -18,11 +39,12 @@ def plain_count(name: str, value: Any, least: int | None = None) -> int:
     Raises:
         OptionError: something else, ``True`` and ``2.0`` included.
     """
+    found = plain(value)
     with suppress(TypeError):
-        if not isinstance(value, bool) and (least is None or operator.index(value) >= least):
-            return operator.index(value)
+        if not isinstance(found, bool) and (least is None or operator.index(found) >= least):
+            return operator.index(found)
     bound = "" if least is None else f" >= {least}"
-    raise OptionError(f"{name} must be a whole number{bound}, got {value!r}")
+    raise OptionError(f"{name} must be a whole number{bound}, got {_told(value)}")
 
 
 def plain_number(name: str, value: Any, within: str, meaning: str = "") -> float:
@@ -34,12 +56,26 @@ def plain_number(name: str, value: Any, within: str, meaning: str = "") -> float
     Raises:
         OptionError: something else, NaN and ``"0.5"`` included.
     """
-    low, high = map(float, within[1:-1].split(","))
-    with suppress(TypeError, ValueError, RuntimeError):
-        number = low - 1.0 if isinstance(value, str | bool) else float(value)
-        above = low < number or (within[0] == "[" and low == number)
-        below = number < high or (within[-1] == "]" and number == high)
-        if above and below:
-            return number
+    found = plain(value)
+    if _is_number(found):
+        with suppress(OverflowError):
+            if _is_within(float(found), within):
+                return float(found)
     wanted = _WORDS.get(within, f"lie in {within}") + (meaning and f": {meaning}")
-    raise OptionError(f"{name} must {wanted}, got {value!r}")
+    raise OptionError(f"{name} must {wanted}, got {_told(value)}")
+
+
+def _is_within(number: float, interval: str) -> bool:
+    low, high = map(float, interval[1:-1].split(","))
+    above = low <= number if interval[0] == "[" else low < number
+    return above and (number <= high if interval[-1] == "]" else number < high)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _told(value: Any) -> str:
+    """With the type of what is no number at all."""
+    clear = value is None or _is_number(plain(value))
+    return repr(value) if clear else f"{value!r}, a {type(value).__name__}"

@@ -175,7 +175,8 @@ def plan(
         max_keep: share that every group, or a named one, keeps at most.
         ignore: layers that keep all their channels (names or modules, containers included).
         max_pruning_ratio: no group loses more than this share of its units, and none all of them.
-        timing: batch size and number of runs for a target in ``latency``; default one sample, 15 runs.
+        timing: batch size and number of runs for a target in ``latency``, not to be given with another;
+            default one sample, 15 runs.
 
     Returns:
         A :class:`Plan`; ``plan.meta`` holds the expected cost.

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Real
 from os import PathLike
 from typing import Any
 
@@ -27,7 +26,7 @@ from singe.criteria import (
 from singe.definition import Definition
 from singe.errors import OptionError, expect
 from singe.objectives import KL, CrossEntropy, Loss, Objective, as_objective
-from singe.plain import plain_count, plain_number
+from singe.plain import POSITIVE, plain_count, plain_number
 from singe.precision import OFFERED as LOWER
 from singe.quadrature import Quadrature, as_quadrature
 from singe.scores import Scores
@@ -84,11 +83,9 @@ class Request:
                 "run plainly, and after a kill these are others; choose one of them"
             )
         object.__setattr__(self, "seed", plain_count("seed", self.seed))
-        memory = self.max_memory
-        if memory is not None and not (isinstance(memory, Real) and 0 < memory < math.inf):
-            raise OptionError(
-                f"max_memory must be a positive number of bytes, got {self.max_memory!r}"
-            )
+        if self.max_memory is not None:
+            memory = plain_number("max_memory", self.max_memory, POSITIVE, "bytes")
+            object.__setattr__(self, "max_memory", math.ceil(memory))
         definition = self.definition
         if self.granularity == "weight":
             self._check_weights(definition.criterion)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from singe.graph import unwrapped
+from singe.plain import plain
 
 
 def as_json(value: Any, model: nn.Module) -> Any:
@@ -19,7 +20,8 @@ def as_json(value: Any, model: nn.Module) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if hasattr(value, "tolist"):  # NumPy's numbers and arrays, tensors
-        return value.tolist()
+        one = plain(value)
+        return value.tolist() if one is value else one
     if isinstance(value, Mapping):
         return {str(k): as_json(v, model) for k, v in value.items()}
     if isinstance(value, set | frozenset):

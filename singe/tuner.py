@@ -67,7 +67,7 @@ class Tuner:
         if not self._trainable():
             raise ModelError(
                 "no parameter requires a gradient, so there is nothing to fine-tune; thaw what shall be "
-                "trained (requires_grad_()), or give finetune_steps=0"
+                "trained (requires_grad_()), or give finetune_steps=0 and final_steps=0"
             )
 
     def start(self, steps: int) -> None:

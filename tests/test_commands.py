@@ -357,33 +357,43 @@ def test_a_file_may_use_the_forms_of_toml(tmp_path):
         run("prune", *MODEL, *DATA, "--config", config, "--channels", 0.5, "--dry-run")
 
 
-def test_what_is_chosen_later_goes_before_its_rivals(tmp_path):
-    """Command line before the command's table before the top level, also for options that exclude others."""
+def test_of_what_excludes_each_other_the_nearer_counts(tmp_path):
+    """Command line before the command's table before the top level."""
     scores, plan = tmp_path / "s.st", tmp_path / "plan.json"
-    config = tmp_path / "c.toml"
-    config.write_text(
-        'data = "data.npz"\nmodel = "net.py:make"\ndevice = "cpu"\ncriterion = "magnitude"\nmacs = 0.9\n'
-        'round-to = 2\n[prune]\nchannels = 0.5\nexport = "none"\nreport = false\njson = true\n'
-    )
-    run("score", "--config", config, "--out", scores)
-
-    def prune(*words):
-        return json.loads(run("prune", "--config", config, *words, "--out", tmp_path / "out"))
-
-    made = prune("--dry-run")  # the table's channels, not the top level's MACs
-    assert made["meta"]["target"] == {"channels": made["meta"]["before"]["channels"] / 2}
-    taken = prune(
-        "--dry-run", "--scores", scores, "--params", 0.8
-    )  # made already, by whatever criterion
-    assert list(taken["meta"]["target"]) == ["params"]
+    run("score", *MODEL, *DATA, "--criterion", "taylor", "--out", scores)
     plan.write_text('{"remove": {"3": [1]}}')
-    assert prune("--dry-run", "--plan", plan)["plan"] == {"3": [1]}
-    config.write_text(config.read_text() + f'plan = "{plan}"\n')
-    with pytest.raises(singe.OptionError, match="--plan says what goes"):
-        prune("--dry-run")
-    assert prune("--dry-run", "--channels", 0.5)["plan"] == made["plan"]
-    with pytest.raises(singe.OptionError, match="--plan says what goes"):
-        prune("--dry-run", "--plan", plan, "--macs", 0.5)
+    shared = 'data = "data.npz"\nmodel = "net.py:make"\ndevice = "cpu"\n'
+
+    def prune(top, table, *words):
+        config = tmp_path / "c.toml"
+        quiet = 'export = "none"\nreport = false\njson = true\ndry-run = true\n'
+        config.write_text(f"{shared}{top}\n[prune]\n{quiet}{table}\n")
+        told = json.loads(run("prune", "--config", config, *words, "--out", tmp_path / "out"))
+        meta = told["meta"]
+        return meta.get("criterion"), *meta.get("target", {}), *told["plan"].get("3", ())
+
+    by_random = 'macs = 0.8\ncriterion = "random"\nround-to = 1'
+    assert prune(by_random, "channels = 0.5")[:2] == ("random", "channels")
+    assert prune(by_random, "channels = 0.5", "--params", 0.8)[:2] == ("random", "params")
+    assert prune(by_random, "", "--scores", scores)[:2] == ("taylor", "macs")
+    assert prune(by_random, f'scores = "{scores}"')[:2] == ("taylor", "macs")
+    assert prune(f'macs = 0.8\nscores = "{scores}"', "")[:2] == ("taylor", "macs")
+    assert prune("macs = 0.8", f'scores = "{scores}"', "--criterion", "random")[0] == "random"
+    assert prune(by_random, f'scores = "{scores}"', "--plan", plan) == (None, 1)
+    assert prune(by_random, f'plan = "{plan}"') == (None, 1)
+    # What the plan of the table had set aside counts again where that plan gives way.
+    assert prune("macs = 0.8", f'plan = "{plan}"', "--criterion", "random")[:2] == (
+        "random",
+        "macs",
+    )
+    # What only tunes a choice does not replace one.
+    with pytest.raises(singe.OptionError, match="--scores are made already: leave out max_memory"):
+        prune(by_random, f'scores = "{scores}"', "--max-memory", 64)
+    for words in (("--round-to", 2), ("--ignore", "0"), ("--plan", plan, "--macs", 0.5)):
+        with pytest.raises(singe.OptionError, match="--plan says what goes"):
+            prune("macs = 0.8", f'plan = "{plan}"', *words)
+    with pytest.raises(singe.OptionError, match=r"exactly one target of .* got macs, channels"):
+        prune("macs = 0.8\nchannels = 0.5", "")
 
 
 def test_options_become_arguments():

@@ -272,19 +272,26 @@ def test_the_report():
     assert len(data["rounds"]) == 2
 
 
-def test_the_plan_says_why_no_more_goes():
+@pytest.mark.parametrize(("round_to", "target"), [(1, 0.65), (4, 0.83)])
+@pytest.mark.parametrize("order", ["global", "layerwise"])
+def test_the_plan_says_why_no_more_goes(order, round_to, target):
+    """As a plan of one shot does, behind what went in which round."""
     model = network()
-    names = list(singe.score(model, BATCHES, progress=False))
-    options = {**OPTIONS, "channels": 0.65, "ranking": "global", "min_keep": {names[0]: 1.0}}
-    plan = singe.compress(model, max_pruning_ratio=0.5, **options).plan
-    why = {row["group"]: row["why"] for row in plan.rows()}
-    assert why.pop(names[0]) == "keeps all: min_keep"
-    told = [text.partition("; ") for text in why.values()]
-    assert all(" in round " in rounds or rounds == "keeps all" for rounds, _, _ in told)
-    assert {end for _, _, end in told} <= {"", "at its limit: max_pruning_ratio"}
-    limited = [row["group"] for row in plan.rows() if "at its limit" in row["why"]]
-    at_half = [row["group"] for row in plan.rows() if row["removed"] == row["units"] // 2]
-    assert limited == at_half != []
+    scores = singe.score(model, BATCHES, progress=False, p="fisher")
+    first, second, *_ = scores
+    options = {
+        "channels": target, "ranking": "global", "round_to": round_to, "max_pruning_ratio": 0.5,
+        "min_keep": {first: 1.0}, "max_keep": {second: 0.8},
+    }  # fmt: skip
+    once = singe.plan(model, scores, BATCHES[0][0], **options).rows()
+    rows = singe.compress(model, order=order, **OPTIONS, **options).plan.rows()
+    assert rows[0]["why"] == once[0]["why"] == "keeps all: min_keep"
+    alike = [pair for pair in zip(rows, once, strict=True) if pair[0]["kept"] == pair[1]["kept"]]
+    assert len(alike) > 1
+    for row, other in alike:
+        for ending in ("at its limit: ", "max_pruning_ratio", "round_to=4", "as much as max_keep"):
+            assert (ending in row["why"]) == (ending in other["why"]), (row, other)
+    assert any("at its limit: max_pruning_ratio" in row["why"] for row in rows)
 
 
 def test_nothing_to_train_is_found_before_anything_is_scored():

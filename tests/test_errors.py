@@ -323,7 +323,7 @@ X = CASE.batches()[0][0][:2]
         (lambda m, s: score("resnet18", CASE.batches()), "model must be an nn.Module, got str"),
         (
             lambda m, s: score(m, CASE.batches(), max_memory="1GB"),
-            "positive number of bytes.*'1GB'",
+            "max_memory must be positive and finite: bytes, got '1GB', a str",
         ),
         (
             lambda m, s: singe.plan(m, dict(s), X, macs=0.5),

@@ -16,7 +16,7 @@ from torch import nn
 import singe
 from singe.cli.models import load_model
 from singe.errors import ModelError, OptionError
-from singe.export import save_pruned
+from singe.export import load_pruned, save_pruned
 
 FACTORY = """
 from torch import nn
@@ -195,6 +195,20 @@ def test_a_pruned_model_keeps_its_classes_and_others_are_told(name, head, asked,
     for other in ("shufflenet_v2_x0_5", "mobilenet_v2"):
         with pytest.raises(ModelError, match="does not fit"):
             load_model(f"torchvision:{other}", str(tmp_path / "pruned"), asked)
+
+
+def test_metadata_of_others_is_no_pruned_model(tmp_path):
+    model = load_model("torchvision:resnet18", None, 3)
+    for name, said in (
+        ("word", "hello"),
+        ("list", "[1]"),
+        ("version", '{"format": "singe-pruned-1"}'),
+    ):
+        save_file(model.state_dict(), tmp_path / f"{name}.safetensors", {"singe": said})
+        again = load_model("torchvision:resnet18", str(tmp_path / f"{name}.safetensors"))
+        assert torch.equal(again.fc.weight, model.fc.weight)
+        with pytest.raises(ModelError, match="no model that save_pruned wrote"):
+            load_pruned(model, tmp_path / f"{name}.safetensors")
 
 
 def test_timm_by_name():

@@ -63,6 +63,7 @@ def test_triton_equals_torch(act: str, dtype: torch.dtype) -> None:
         (2, 2, 16, 64),
         (2, 1, 2, 1500),
         (2, 1, 150, 2),
+        (2, 3, 70, 1),
     ],
     ids=str,
 )

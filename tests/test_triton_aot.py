@@ -35,7 +35,8 @@ V, B = 3, 2
 OPTIONS: dict[str, list[Any]] = {
     "act": ["identity", "relu", "relu6", "leaky_relu", "gelu", "silu", "hardswish"],
     "dtype": list(TYPES),
-    # (channels-last, C, X): every VEC (1, 4, 16) and the narrow, mixed and wide tiles.
+    # (channels-last, C, X): every VEC (1, 4, 16) and the narrow, mixed and wide tiles; of single samples,
+    # the low ones too.
     "layout": [
         (False, 5, 7),
         (False, 8, 49),
@@ -45,7 +46,9 @@ OPTIONS: dict[str, list[Any]] = {
         (True, 7, 9),
         (True, 20, 9),
         (True, 64, 9),
+        (True, 512, 1),
     ],
+    "of_samples": [False, True],
     "y": [1, V],
     "residual": ["none", "shared", "full", "scalar of 1", "scalar of V"],
     "scale": [False, True],
@@ -124,7 +127,7 @@ def record(name: str, choice: dict[str, Any]) -> Recorder:
     }[choice["residual"]]
     scale = vector(c) if choice["scale"] else None
     shift = vector(c) if choice["shift"] else None
-    y, gate, act = tensor(choice["y"]), vector(V, c), choice["act"]
+    y, gate, act = tensor(choice["y"]), vector(V, *[B] * choice["of_samples"], c), choice["act"]
     recorder = Recorder()
     setattr(kernels, name, recorder)
     if "needs" not in choice:
@@ -142,7 +145,7 @@ def record(name: str, choice: dict[str, Any]) -> Recorder:
         tensor(V if choice["residual"] in ("full", "scalar of V") else 1)
         if need_residual
         else None,
-        vector(V, c) if need_gate else None,
+        torch.empty_like(gate) if need_gate else None,
         act,
         channels_last,
         choice["y"] == 1,

@@ -71,7 +71,7 @@ def test_wrong_use(words, message, tmp_path):
         (("--macs", 0.5, "--min-keep", 3), r"min_keep must lie in \[0, 1\]"),
         (("--macs", 0.5, "--criterion", "abacus"), "abacus"),
         (("--macs", 0.5, "--lr", -1), "--lr must be positive"),
-        (("--macs", 0.5, "--weight-decay", -1), "--weight-decay must not be negative"),
+        (("--macs", 0.5, "--weight-decay", -1), "--weight-decay must be finite and not negative"),
     ],
 )
 @pytest.mark.parametrize("how", [("--warmup-steps", 5), ("--dry-run",)])

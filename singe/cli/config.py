@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from singe.cli.groups import outranked
+from singe.cli.groups import TABLE
 from singe.errors import OptionError
 
 if sys.version_info >= (3, 11):
@@ -48,14 +48,14 @@ def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
                 f"{path}: there is no table [{name}]; the commands' tables are "
                 + ", ".join(f"[{command}]" for command in commands)
             )
-    values = _resolve(content, everybody, path, "")
+    values = _resolve(content, everybody | commands[str(ctx.command.name)], path, "")
     for name, table in tables.items():
         if not isinstance(table, dict):
             raise OptionError(f"{path}: {name} must be a table, [{name}]")
         found = _resolve(table, commands[name], path, f"[{name}] ")
         if name == ctx.command.name:
-            late = outranked(getattr(ctx.command.callback, "rivalries", ()), found.keys())
-            values = {k: v for k, v in values.items() if k not in late} | found
+            values |= found
+            ctx.meta[TABLE] = set(found)
     ctx.default_map = {**(ctx.default_map or {}), **values}
     return path
 

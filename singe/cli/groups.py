@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterable
-from collections.abc import Set as AbstractSet
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, get_type_hints
 
 import typer
 
-Rivalry = Collection[Collection[str]]
+TABLE = "singe: options of the command's own table"
 
 
 def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
     """``command(model: ModelOptions, ...)`` for typer, with every field as an option of its own.
 
-    A group may have ``RIVALS``: per rivalry its sides, the names of the options of each. Where an option
-    of one side is typed, those of the others that come from a file give way.
+    A group may have ``OUTRANKS``: option -> those that give way where it is chosen nearer by, the command
+    line before the command's table in the file, that before the file's top level.
     """
     hints = get_type_hints(command, include_extras=True)
     groups = {n: h for n, h in hints.items() if inspect.isclass(h) and is_dataclass(h)}
@@ -39,36 +38,30 @@ def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
     found.append(inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
     found = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in found]
 
-    rivalries = [r for group in groups.values() for r in getattr(group, "RIVALS", ())]
+    rules: dict[str, Sequence[str]] = {}
+    for group in groups.values():
+        rules |= getattr(group, "OUTRANKS", {})
+    defaults = {p.name: p.default for p in found}
 
     @functools.wraps(command)
     def run(ctx: typer.Context, **given: Any) -> None:
+        chosen = {name for name in given if _source(ctx, name) == "COMMANDLINE"}
         from_file = {name for name in given if _source(ctx, name) == "DEFAULT_MAP"}
-        typed = {name for name in given if _source(ctx, name) == "COMMANDLINE"}
-        given |= dict.fromkeys(from_file & outranked(rivalries, typed))
+        table = from_file & ctx.meta.get(TABLE, set())
+        for level in (table, from_file - table):
+            late = {loser for name in chosen for loser in rules.get(name, ())} & level
+            given |= {name: defaults[name] for name in late}
+            chosen |= level - late
         folded = {
             name: group(**{f.name: given.pop(f.name) for f in fields(group)})
             for name, group in groups.items()
         }
         command(**given, **folded)
 
-    run.rivalries = rivalries  # type: ignore[attr-defined]
     run.__signature__ = inspect.Signature(found)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in found}
     del run.__wrapped__  # typer would look at the command itself
     return run
-
-
-def outranked(rivalries: Iterable[Rivalry], chosen: AbstractSet[str]) -> set[str]:
-    """Options that give way where these were chosen: those of the other sides."""
-    return {
-        name
-        for sides in rivalries
-        if any(chosen & set(side) for side in sides)
-        for side in sides
-        if not chosen & set(side)
-        for name in side
-    }
 
 
 def _source(ctx: typer.Context, name: str) -> str | None:

@@ -183,7 +183,7 @@ class LongRunOptions:
 @dataclass
 class BudgetOptions:
     TARGETS: ClassVar = ("macs", "params", "channels", "latency")
-    RIVALS: ClassVar = ([(target,) for target in TARGETS],)
+    OUTRANKS: ClassVar = dict.fromkeys(TARGETS, TARGETS)
     SHARES: ClassVar = ("min_keep", "max_keep")
     DECIDING: ClassVar = (*TARGETS, "ranking", "round_to", "max_pruning_ratio", *SHARES)
     macs: Annotated[
@@ -234,8 +234,9 @@ class BudgetOptions:
         """What was chosen, as arguments of :func:`singe.plan` and :func:`singe.compress`."""
         given = {name: getattr(self, name) for name in self.DECIDING}
         found = {k: v for k, v in given.items() if v is not None and v != []}
-        for name in found.keys() & set(self.SHARES):
-            found[name] = _shares(f"--{name.replace('_', '-')}", found[name])
+        for name in self.SHARES:
+            if name in found:
+                found[name] = _shares(f"--{name.replace('_', '-')}", found[name])
         return found
 
 

@@ -37,11 +37,13 @@ from singe.scores import Scores
 class SourceOptions:
     """Where the decision comes from; default: scores computed on the data, and the budget."""
 
-    MADE: ClassVar = {f.name for f in fields(ScoreOptions)} - {"ignore"}
-    RIVALS: ClassVar = (
-        (("plan",), ("scores", "ignore", *MADE, *BudgetOptions.DECIDING)),
-        (("scores",), MADE),
-    )
+    SCORING: ClassVar = tuple(f.name for f in fields(ScoreOptions))
+    OUTRANKS: ClassVar = {
+        "plan": ("scores", *SCORING, *BudgetOptions.DECIDING),
+        "scores": ("plan", *(name for name in SCORING if name != "ignore")),
+        "criterion": ("scores", "plan"),
+        **dict.fromkeys(BudgetOptions.TARGETS, ("plan", *BudgetOptions.TARGETS)),
+    }
     scores: Annotated[
         Path | None, typer.Option(help="Scores from singe score.", rich_help_panel="Budget")
     ] = None

@@ -78,7 +78,7 @@ def _adjoint(grad, x, ACT: tl.constexpr):
 def _place(rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
     """This program's block, the number of blocks, and its row and column of tiles in the block."""
     col_tiles = tl.cdiv(cols, COLS)
-    tiles = tl.cdiv(rows, ROWS) * col_tiles
+    tiles = ((rows - 1) // ROWS + 1) * col_tiles  # not cdiv: rows + ROWS may leave int32
     tile = tl.program_id(0) % tiles
     # int64 for everything that is multiplied by a size, but for the offsets inside a tile: a row
     # of 8192 or more columns has tiles of one row (channels-last: at most 32), so they stay far
@@ -290,8 +290,12 @@ def _configuration(
     if length >= 2**31 - TILE:
         raise KernelError(f"a row of {length} elements is too long: columns are counted in int32")
     vec = 16 if length % 16 == 0 else 4 if length % 4 == 0 else 1
-    shape = _tile_shape(length, vec, out.element_size(), channels_last)
-    constants = {"CHANNELS_LAST": channels_last, "VEC": vec, "ROWS": shape[0], "COLS": shape[1]}
+    high, wide = _tile_shape(length, vec, out.element_size(), channels_last)
+    # A sample alone may have few rows, behind pooling a single one. Not so without blocks, where small
+    # batches would ask for kernels of their own.
+    if blocks > 1 and (fewest := triton.next_power_of_2(rows)) < high:
+        high, wide = fewest, min(high * wide // fewest, triton.next_power_of_2(length))
+    constants = {"CHANNELS_LAST": channels_last, "VEC": vec, "ROWS": high, "COLS": wide}
     return blocks, (rows, length // vec), constants
 
 
