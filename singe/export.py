@@ -226,7 +226,8 @@ def saved_sizes(path: str | PathLike[str]) -> dict[str, dict[str, Any]] | None:
     Raises:
         ModelError: unreadable.
     """
-    header = _read_header(_weights_of(path))
+    file = _weights_of(path)
+    header = _read_header(file) if file.suffix == ".safetensors" else None
     return header and {name: layer["sizes"] for name, layer in header["layers"].items()}
 
 

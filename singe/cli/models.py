@@ -154,7 +154,7 @@ def _from_library(
     if weights is None:
         return build(num_classes)
     if weights != PRETRAINED:
-        saved = _sizes_of_pruned(Path(weights))
+        saved = saved_sizes(weights)
         if saved is not None:
             model = build(num_classes)
             layer, size = _head(model) or ("", "")
@@ -225,7 +225,7 @@ def _with_weights(model: nn.Module, weights: str | None) -> nn.Module:
         return model
     if weights == PRETRAINED:
         raise OptionError(f"--weights {PRETRAINED} is for torchvision and timm models; give a file")
-    if _sizes_of_pruned(Path(weights)) is not None:
+    if saved_sizes(weights) is not None:
         return load_pruned(model, weights)
     return _load(model, read_state(Path(weights)), weights)
 
@@ -255,11 +255,6 @@ def read_state(path: Path) -> State:
     if content and all(name.startswith("module.") for name in content):  # from DataParallel
         content = {name[len("module.") :]: value for name, value in content.items()}
     return content
-
-
-def _sizes_of_pruned(path: Path) -> dict[str, dict[str, Any]] | None:
-    """As :func:`singe.export.saved_sizes`, of any file or folder."""
-    return saved_sizes(path) if path.is_dir() or path.suffix == ".safetensors" else None
 
 
 def _other_head(model: nn.Module, state: State) -> str | None:

@@ -214,7 +214,7 @@ def masked_forward_bwd_kernel(
             col = col_tile * COLS + tl.arange(0, COLS)
             o_partial = row_tile * cols + col
             m_partial = col < cols
-            block_partial = tl.cdiv(rows, ROWS).to(tl.int64) * cols
+            block_partial = ((rows - 1) // ROWS + 1).to(tl.int64) * cols
         else:
             row = row_tile * ROWS + tl.arange(0, ROWS)
             col_tiles = tl.cdiv(cols, COLS)
