@@ -282,9 +282,11 @@ def test_kernels_are_written_one_by_one_and_ours_first(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["kernels", "--device", "cpu", "--compile", "--rounds", "1"])
     kernels.main()
     found = [json.loads(text)["kernels"] for text in written]
-    names = ["integral", "masked forward", "masked backward"]
-    assert [list(kinds) for kinds in found] == [names[:1], names[:2], names, names, names, names]
+    names = [*kernels.KERNELS, *kernels.OF_SAMPLES]
+    assert names[-1] == "masked backward, gates of samples"
+    firsts = [names[: i + 1] for i in range(len(names))]
+    assert [list(kinds) for kinds in found] == [*firsts, names, names, names]
     for name in names:
         row = found[-1][name]["tiny"]
         assert row["share"] > 0
-        assert row["torch.compile failed"] == "RuntimeError: no compiler"
+        assert ("torch.compile failed" in row) == (name in kernels.KERNELS)
