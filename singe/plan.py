@@ -165,7 +165,7 @@ def plan(
         latency: the same in *measured* time on the model's device: a share, or milliseconds (> 1).
             Exactly one of ``macs``, ``params``, ``channels``, ``latency`` is given.
         ranking: ``"cost"`` keeps the most score for the budget (the default: after fine-tuning it kept
-            a point more accuracy on average over 15 criteria, ``docs/cifar10.md``), ``"global"``
+            a point more accuracy on average over 17 criteria, ``docs/cifar10.md``), ``"global"``
             compares all units with each other, ``"local"`` takes the same share of every group,
             ``"isomorphic"`` the same share of every kind of group; see :mod:`singe.budget`.
         round_to: the channels kept in every pruned layer are a multiple of this.
