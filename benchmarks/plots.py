@@ -194,17 +194,18 @@ def kernels(document: dict[str, Any]) -> Figure:
     figure, (axes,) = new(8, 3.4)
     layers = list(next(iter(found.values())))
     width = 0.8 / len(found)
-    for index, (kernel, color) in enumerate(zip(found, (BLUE, GREEN, ORANGE), strict=False)):
+    looks = [(BLUE, 1.0), (GREEN, 1.0), (ORANGE, 1.0), (GREEN, 0.5), (ORANGE, 0.5)]
+    for index, (kernel, (color, alpha)) in enumerate(zip(found, looks[: len(found)], strict=True)):
         x = [i + (index - (len(found) - 1) / 2) * width for i in range(len(layers))]
         cells = [found[kernel][layer] for layer in layers]
         shares = [100 * cell.get(ALONE, cell["share"]) for cell in cells]
-        axes.bar(x, shares, 0.9 * width, color=color, label=kernel)
+        axes.bar(x, shares, 0.9 * width, color=color, alpha=alpha, label=kernel)
     goal = ", ".join(KERNELS_HELD_TO_IT[device])
     axes.axhline(100 * KERNEL_TARGET[device], color="0.2", ls=":", label=f"target ({goal})")
     axes.set_xticks(range(len(layers)), [f"ResNet-50\n{layer}" for layer in layers])
     axes.set_ylabel(f"% of the {'copy' if device == 'cuda' else 'triad'}")
     figure.legend(
-        *axes.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False
+        *axes.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False
     )
     return figure
 
