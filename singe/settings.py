@@ -17,7 +17,7 @@ def as_json(value: Any, model: nn.Module) -> Any:
     """An argument as JSON: modules and functions by their names, all that can be compared of them."""
     if isinstance(value, nn.Module):
         return next((n for n, m in unwrapped(model).named_modules() if m is value), repr(value))
-    if value is None or isinstance(value, bool | int | float | str):
+    if _is_json(value):
         return value
     if hasattr(value, "tolist"):  # NumPy's numbers and arrays, tensors
         one = plain(value)
@@ -45,5 +45,8 @@ def _name_or_value(value: Any) -> str:
     """Other objects by their type: what they print as may differ from process to process."""
     if callable(value):
         return _name_of(value)
-    plain = value is None or isinstance(value, bool | int | float | str)
-    return repr(value) if plain else type(value).__qualname__
+    return repr(value) if _is_json(value) else type(value).__qualname__
+
+
+def _is_json(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)
