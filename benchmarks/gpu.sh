@@ -88,6 +88,7 @@ if [ -d .carry/wheels ]; then
   step wheels 20 "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --target "$SITE" .carry/wheels/*.whl
   export PYTHONPATH="$SITE${PYTHONPATH:+:$PYTHONPATH}" PATH="$SITE/bin:$PATH"
   export SINGE_DATA="$PWD/.carry"
+  [ ! -f .carry/commit ] || export SINGE_COMMIT="$(cat .carry/commit)"
 fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 

@@ -57,7 +57,13 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> tuple[str | None, bool | None]:
-    """The commit, and whether files differ from it; None where neither git nor `make carry` says."""
+    """The commit, and whether files differ from it; None where neither git nor `make carry` says.
+
+    ``SINGE_COMMIT``, which benchmarks/gpu.sh sets to what was carried, goes first: the checkout that it was
+    carried into may be of another commit.
+    """
+    if (carried := _carried(os.environ.get("SINGE_COMMIT", ""))) is not None:
+        return carried
     # Asked for by its path: without a .git git would answer for a repository further up.
     head = _git("rev-parse", "--short=12", "HEAD") if (ROOT / ".git").exists() else ""
     if head:
@@ -65,10 +71,15 @@ def _commit() -> tuple[str | None, bool | None]:
         changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *NOT_CODE)
         return head, bool(changed)
     try:
-        head, state = (ROOT / ".carry" / "commit").read_text().split()
-    except (OSError, ValueError):
+        return _carried((ROOT / ".carry" / "commit").read_text()) or (None, None)
+    except OSError:
         return None, None
-    return head, state == "dirty"
+
+
+def _carried(text: str) -> tuple[str, bool] | None:
+    """What `make carry` wrote; None where it knew no commit."""
+    head, _, state = text.strip().rpartition(" ")
+    return (head, state == "dirty") if head else None
 
 
 def _git(*arguments: str) -> str:

@@ -232,6 +232,15 @@ def test_a_carried_commit_stands_in(tmp_path, monkeypatch, state, dirty):
     assert record._commit() == (None, None)
 
 
+def test_what_was_carried_goes_before_the_checkout_it_came_to(monkeypatch):
+    """A GPU machine's checkout was of another commit than the files that were carried into it."""
+    plain = record._commit()
+    monkeypatch.setenv("SINGE_COMMIT", "0123456789ab clean\n")
+    assert record._commit() == ("0123456789ab", False)
+    monkeypatch.setenv("SINGE_COMMIT", " clean\n")  # carried without git
+    assert record._commit() == plain
+
+
 # ---------------------------------------------------------------------- kernels
 
 
