@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from singe.rows import TRANSPOSED, turned_over
 
 
-def row_gradients(module: Any, x: Tensor, adjoint: Tensor) -> Tensor:
+def row_gradients(module: Any, x: Tensor, adjoint: Tensor) -> list[Tensor | list[Tensor]]:
     """Gradient with respect to every scaled row of a conv or linear, for every variant.
 
     Args:
@@ -20,15 +20,15 @@ def row_gradients(module: Any, x: Tensor, adjoint: Tensor) -> Tensor:
         adjoint: gradient of the summed loss behind the gate: [V, B, C, *Y] or [V, B, *, C].
 
     Returns:
-        [V, C, K]: K the row's weights, and the bias as last column if the module has one.
+        What lies side by side in a row: its weights, [C, K] for each of the V variants; and its bias,
+        [C, 1], if the module has one. Put together they would be a copy as large as the weights.
     """
     if isinstance(module, nn.Linear):
-        weight = _linear(x, adjoint)
+        weight: Tensor | list[Tensor] = _linear(x, adjoint)
     else:
         groups = int(module.groups)
-        parts = [_conv(module, a, b, groups) for a, b in zip(x, adjoint, strict=True)]
-        weight = torch.stack(parts)
-    return _with_bias(module, weight, adjoint)
+        weight = [_conv(module, a, b, groups) for a, b in zip(x, adjoint, strict=True)]
+    return [weight] if module.bias is None else [weight, _bias(module, adjoint)]
 
 
 def channels_of(module: Any, adjoint: Tensor, channels: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def unit_row_gradients(module: Any, x: Tensor, adjoint: Tensor, channels: Tensor
         channels: int64 [V, m].
 
     Returns:
-        [V, m, K].
+        [V, m, K], the bias as last column if the module has one.
     """
     if isinstance(module, nn.Linear):
         return _with_bias(module, _linear(x, adjoint), adjoint)
@@ -109,8 +109,11 @@ def _plain_output(module: Any, x: Tensor) -> list[int]:
 
 
 def _with_bias(module: Any, weight: Tensor, adjoint: Tensor) -> Tensor:
-    if module.bias is None:
-        return weight
+    return weight if module.bias is None else torch.cat([weight, _bias(module, adjoint)], 2)
+
+
+def _bias(module: Any, adjoint: Tensor) -> Tensor:
+    """[V, C, 1]."""
     channel = adjoint.dim() - 1 if isinstance(module, nn.Linear) else 2
     others = [d for d in range(1, adjoint.dim()) if d != channel]
-    return torch.cat([weight, adjoint.sum(others).unsqueeze(2)], 2)
+    return adjoint.sum(others).unsqueeze(2)

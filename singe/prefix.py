@@ -15,12 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from singe import stacked
+
 Call = tuple[nn.Module, int]  # a leaf, and which of its calls
-
-
-def depends_on_gates(x: Tensor) -> bool:
-    """Whether a tensor inside ``torch.vmap`` differs between variants."""
-    return torch._C._functorch.is_batchedtensor(x)
 
 
 class PrefixCache:
@@ -57,7 +54,7 @@ class PrefixCache:
                     self._remember(call, out)
                 return out
             plain = not kwargs and len(args) == 1 and isinstance(args[0], Tensor)
-            if not plain or depends_on_gates(args[0]):
+            if not plain or stacked.differs(args[0]):
                 return forward(*args, **kwargs)
             kept = self._outputs.get(call)
             if kept is None:

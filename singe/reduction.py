@@ -42,11 +42,11 @@ class Reduction:
 
     def scores(self, sums: Sums, group: Group) -> Tensor:
         """Float64 [U] on the CPU, from all data."""
-        return self._estimate(sums, group, None)
+        return self._scores(sums, group)(None)
 
     def latest(self, sums: Sums, group: Group) -> Tensor:
         """Float64 [U]: the score from all folds but the first."""
-        return self._estimate(sums, group, 0)
+        return self._scores(sums, group)(0)
 
     def stderr(self, sums: Sums, group: Group) -> Tensor:
         """Float64 [U]: standard error of the scores over the choice of calibration samples.
@@ -58,8 +58,7 @@ class Reduction:
         For criteria that are means over samples and folds of equal size it is the standard error of
         batch means. Units that have seen fewer than two folds get infinity.
         """
-        totals = self._totals(sums, group)
-        return self._jackknife(sums, group, lambda f: self._estimate(sums, group, f, totals))
+        return self._jackknife(sums, group, self._scores(sums, group))
 
     def weights(self, sums: Sums, group: Group, member: Member) -> Tensor:
         """Float64 [U, m, *row] on the CPU: a score for every weight of a layer's rows, no biases."""
@@ -91,44 +90,38 @@ class Reduction:
         """Float64 [N]: mean loss with each set of units gated off, minus the network's own."""
         return (sums.end_loss - sums.base_loss).sum(0) / sums.samples.sum(0)
 
-    def _keys(self, sums: Sums, group: Group) -> list[str]:
-        keys = [site_key(m) for m in group.members]
-        return [key for key in keys if (group.name, key) in sums.gradients]
-
-    def _totals(self, sums: Sums, group: Group) -> list[Tensor]:
-        """The group's gradients summed over all folds, site by site."""
-        return [_total(sums.gradients[group.name, key]) for key in self._keys(sums, group)]
-
-    def _estimate(
-        self,
-        sums: Sums,
-        group: Group,
-        left_out: int | None,
-        totals: Sequence[Tensor] | None = None,
-    ) -> Tensor:
-        sets = self.sets[group.name]
-        samples = self._samples(sums, group, left_out)
+    def _scores(self, sums: Sums, group: Group) -> Callable[[int | None], Tensor]:
+        """The scores as a function of the fold that is left out."""
         if self.integrand == "loss":
+            sets = self.sets[group.name]
             damage = sums.end_loss[:, sets] - sums.base_loss[:, sets]
-            return _without(_total(damage), damage, left_out) / samples
-        keys = self._keys(sums, group)
-        parts = [
-            _without(total, sums.gradients[group.name, key], left_out)
-            for key, total in zip(keys, totals or self._totals(sums, group), strict=True)
-        ]
-        grad = torch.cat(parts, 2)  # [S, U, K]
-        grad = grad / samples.to(grad)[None, :, None]
-        omega = grad.new_tensor(self.omega)
-        if self.integrand == "derivative":
-            return -(omega[:, None] * grad.sum(2)).sum(0).double().cpu()
+            return lambda left_out: (
+                _without(_total(damage), damage, left_out) / self._samples(sums, group, left_out)
+            )
+        keys = [site_key(m) for m in group.members]
+        sites = [sums.gradients[group.name, k] for k in keys if (group.name, k) in sums.gradients]
+        totals = [_total(gradients) for gradients in sites]
         weight = None
         if self.integrand == "variation" and not self.gates_only:
-            weight = torch.cat([self._weight(group, key) for key in keys], 1).to(grad)
-        if self.each_sample:  # K is 1; what lies below 0 is rounding, from leaving folds out
-            grad = grad.clamp(min=0).sqrt()
-        score = grad.new_zeros(group.n_units)
-        accumulate(score, grad, weight, omega, cast(Norm, "sum" if self.each_sample else self.p))
-        return score.double().cpu()
+            own = [self._weight(group, k) for k in keys if (group.name, k) in sums.gradients]
+            weight = _side_by_side(own, 1).to(totals[0])
+        omega = totals[0].new_tensor(self.omega)
+        norm = "sum" if self.each_sample else self.p
+
+        def estimate(left_out: int | None) -> Tensor:
+            samples = self._samples(sums, group, left_out)
+            parts = [_without(t, g, left_out) for t, g in zip(totals, sites, strict=True)]
+            grad = _side_by_side(parts, 2)  # [S, U, K]
+            if self.integrand == "derivative":
+                return -(omega[:, None] * grad.sum(2)).sum(0).double().cpu() / samples
+            if self.each_sample:  # K is 1; what lies below 0 is rounding, from leaving folds out
+                grad = (grad / samples.to(grad)[:, None]).clamp(min=0).sqrt()
+            score = grad.new_zeros(group.n_units)
+            accumulate(score, grad, weight, omega, cast(Norm, norm))
+            # Norms take a factor out: dividing all gradients would be a copy of them.
+            return score.double().cpu() / (1.0 if self.each_sample else samples)
+
+        return estimate
 
     def _weights(self, sums: Sums, group: Group, member: Member) -> Callable[[int | None], Tensor]:
         """The scores as a function of the fold that is left out."""
@@ -173,6 +166,11 @@ class Reduction:
 def _total(values: Tensor) -> Tensor:
     """Sum over the folds, the first dimension."""
     return values[0] if len(values) == 1 else values.sum(0)
+
+
+def _side_by_side(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """``torch.cat`` that copies nothing where there is one part."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def _without(total: Tensor, values: Tensor, fold: int | None) -> Tensor:

@@ -23,6 +23,11 @@ from singe.sample_gates import SampleGates
 from singe.sums import Sums
 from singe.variants import VariantRunner, variant, zero_probes
 
+# [V] of [U, m, k]; [V, m, k] where every variant moves one unit.
+ByUnit = Tensor | list[Tensor]
+# What lies side by side in the sums of a group's site, from these variants.
+Computed = tuple[Group, str, Sequence[Variant], list[ByUnit]]
+
 
 class Sweep:
     """Runs variants of a network and adds what they give to the sums.
@@ -169,18 +174,19 @@ class Sweep:
         gate_grads = dict(zip(derivable, found, strict=False))
         rest = iter(found[len(derivable) :])
         adjoints = {key: [next(rest) for _ in ts] for key, ts in probes.items()}
-        computed = []
+        computed: list[Computed] = []
         for units, where in runs_of_groups(variants):
             run = variants[where]
             for group, _ in units:
                 for member in group.members:
                     key = site_key(member)
                     for x, adjoint in zip(inputs.get(key, ()), adjoints.get(key, ()), strict=True):
-                        part = self._rows(group, member, run, x.detach()[where], adjoint[where])
-                        computed.append((group, key, run, part))
+                        rows = self._rows(group, member, run, x.detach()[where], adjoint[where])
+                        computed.append((group, key, run, rows))
                     if key in gate_grads:
                         grad = gate_grads[key][where].unsqueeze(2)
-                        computed.append((group, key, run, self._of_units(group, member, run, grad)))
+                        own = self._of_units(group, member, run, grad)
+                        computed.append((group, key, run, [own]))
         self._add_all(computed, fold)
 
     def _add_squares(
@@ -203,12 +209,12 @@ class Sweep:
         ]
         of_sites = found[0] if own else [torch.stack(each, 1) for each in zip(*found, strict=True)]
         grads = dict(zip(gates, of_sites, strict=True))  # [V, B, C]
-        computed = [
+        computed: list[Computed] = [
             (
                 group,
                 site_key(group.members[0]),
                 variants[where],
-                self._squares(group, variants[where], where, grads),
+                [self._squares(group, variants[where], where, grads)],
             )
             for units, where in runs_of_groups(variants)
             for group, _ in units
@@ -250,26 +256,27 @@ class Sweep:
             loss = self._totals(outputs, len(variants), batch, reference).sum()
         (grad,) = differentiate(loss, [leaf], self.network.channels_last)
         if probe is None:
-            part = grad[:, None]
+            part = grad[:, None, None]
         else:
             module = self.network.sites[member.name].module
             x = self.updates.input_of(group).to(module.weight.dtype)
             x = x.expand(len(variants), *x.shape)
             channels = self._channels_per_variant(member, variants).to(self.device)
-            part = unit_row_gradients(module, x, grad.to(x.dtype), channels).flatten(1)
-        self._add_all([(group, member.name, variants, part)], fold)
+            part = unit_row_gradients(module, x, grad.to(x.dtype), channels)
+        self._add_all([(group, member.name, variants, [part])], fold)
 
     def _rows(
         self, group: Group, member: Member, variants: Sequence[Variant], x: Tensor, adjoint: Tensor
-    ) -> Tensor:
-        """Gradients of a layer's rows, by unit: [V, U, k], or [V, k] of one unit per variant."""
+    ) -> list[ByUnit]:
+        """Gradients of a layer's rows, weights and bias."""
         module = self.network.sites[member.name].module
         x = x.to(adjoint.dtype)
         if self.one_by_one:
             channels = self._channels_per_variant(member, variants).to(self.device)
             own = channels_of(module, adjoint, channels)
-            return unit_row_gradients(module, x, own, channels).flatten(1)
-        return self._of_units(group, member, variants, row_gradients(module, x, adjoint))
+            return [unit_row_gradients(module, x, own, channels)]
+        pieces = row_gradients(module, x, adjoint)
+        return [self._of_units(group, member, variants, piece) for piece in pieces]
 
     def _squares(
         self,
@@ -285,59 +292,65 @@ class Sweep:
             grads: [V, B, C] per site.
 
         Returns:
-            [V, U, 1], or [V, 1] of one unit per variant.
+            For every variant [U, 1, 1], or [1, 1] of its one unit.
         """
         of_samples = []  # [V, U, B] or [V, B]
         for member in group.members:
             grad = grads[site_key(member)][where]
             by_unit = self._of_units(group, member, variants, grad.transpose(1, 2))
-            of_samples.append(by_unit.unflatten(-1, (-1, grad.shape[1])).sum(-2))
-        return torch.stack(of_samples).sum(0).square().sum(-1, keepdim=True)
+            of_samples.append(torch.stack(list(by_unit)).sum(-2))
+        return torch.stack(of_samples).sum(0).square().sum(-1, keepdim=True).unsqueeze(-1)
 
     def _of_units(
-        self, group: Group, member: Member, variants: Sequence[Variant], grad: Tensor
-    ) -> Tensor:
-        """[V, C, k] gradients of a module's channels, by unit as in :meth:`_rows`."""
+        self,
+        group: Group,
+        member: Member,
+        variants: Sequence[Variant],
+        grads: Tensor | list[Tensor],
+    ) -> ByUnit:
+        """[C, k] of a module's channels, for every variant, by unit."""
         if self.one_by_one:
             channels = self._channels_per_variant(member, variants)
-            chosen = [g[c] for g, c in zip(grad, channels, strict=True)]  # [m, k] each
-            return torch.stack(chosen).flatten(1)
-        if not member.is_whole(grad.shape[1]):
-            grad = grad[:, member.channels]  # [V, U, m, k]
-        return grad.reshape(len(variants), group.n_units, -1)
+            return torch.stack([grad[own] for grad, own in zip(grads, channels, strict=True)])
+        if member.is_whole(len(grads[0])):
+            return [grad.unflatten(0, (group.n_units, -1)) for grad in grads]
+        return [grad[member.channels] for grad in grads]
 
     @staticmethod
     def _channels_per_variant(member: Member, variants: Sequence[Variant]) -> Tensor:
         """[V, m]: the channels of the one unit that each variant moves."""
         return member.channels[[one.unit for one in variants]]
 
-    def _add_all(
-        self, computed: Sequence[tuple[Group, str, Sequence[Variant], Tensor]], fold: int
-    ) -> None:
-        """Parts of one pass, each into the sums of its group and site.
+    def _add_all(self, computed: Sequence[Computed], fold: int) -> None:
+        """What one pass gives, each into the sums of its group and site.
 
         All memory is taken before anything is added: a pass that runs out of it leaves no half of itself.
         """
-        slots = [(self._slot(group, key, part), part) for group, key, _, part in computed]
-        wide = [(sums[fold], part.to(sums.dtype)) for sums, part in slots]
-        for (_, _, variants, _), (sums, part) in zip(computed, wide, strict=True):
-            self._add_to(sums, variants, part)
+        slots = [self._slot(group, key, pieces) for group, key, _, pieces in computed]
+        for (_, _, variants, pieces), sums in zip(computed, slots, strict=True):
+            self._add_to(sums[fold], variants, pieces)
 
-    def _slot(self, group: Group, key: str, part: Tensor) -> Tensor:
+    def _slot(self, group: Group, key: str, pieces: list[ByUnit]) -> Tensor:
         slots = 1 if self.nodes_in_one else len(self.quadrature)
-        shape = (slots, group.n_units, part.shape[-1])
+        entries = sum(piece[0].shape[-2] * piece[0].shape[-1] for piece in pieces)
+        shape = (slots, group.n_units, entries)
         return self.sums.slot((group.name, key), shape, self.network.open_gate(key))
 
-    def _add_to(self, sums: Tensor, variants: Sequence[Variant], part: Tensor) -> None:
-        """Add [V, U, k], or [V, k] of one unit per variant, weighted where nodes are summed."""
+    def _add_to(self, sums: Tensor, variants: Sequence[Variant], pieces: list[ByUnit]) -> None:
+        """Add to [S, U, m * K], weighted where nodes are summed."""
         if self.one_by_one and not self.nodes_in_one:  # every variant has a place of its own
             nodes = torch.tensor([one.node for one in variants], device=sums.device)
             units = torch.tensor([one.unit for one in variants], device=sums.device)
-            sums[nodes, units] += part
+            (piece,) = pieces
+            assert isinstance(piece, Tensor)
+            sums[nodes, units] += piece.flatten(1)
             return
-        for one, own in zip(variants, part, strict=True):
+        widths = [piece[0].shape[-1] for piece in pieces]
+        places = sums.unflatten(-1, (-1, sum(widths))).split(widths, -1)  # [S, U, m, k] each
+        for index, one in enumerate(variants):
             assert one.node is not None
             slot = 0 if self.nodes_in_one else one.node
             weight = self.quadrature.weights[one.node] if self.nodes_in_one else 1.0
-            target = sums[slot, one.unit] if self.one_by_one else sums[slot]
-            target.add_(own, alpha=weight)
+            for place, piece in zip(places, pieces, strict=True):
+                target = place[slot, one.unit] if self.one_by_one else place[slot]
+                target.add_(piece[index], alpha=weight)
