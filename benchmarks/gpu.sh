@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go and within BUDGET seconds (default: 420): build with CUDA, GPU
-# tests, a compute-sanitizer pass, benchmarks. Leaves at most eight files in $OUT (default: out/gpu): six
+# Everything that needs a GPU, in one go and within BUDGET seconds (default: 560): build with CUDA, GPU
+# tests, a compute-sanitizer pass, benchmarks; of these ONLY="suite compiled" and the like. Leaves at most eight files in $OUT (default: out/gpu): six
 # JSON results, logs.tar.gz, and logs.txt with the summary and the end of every log.
 #
 #   make gpu                      on a machine with a GPU and the network
@@ -28,7 +28,7 @@ for kind in "${kinds[@]}"; do
   rm -f "$OUT/$kind-cuda.json"  # of an earlier run
 done
 failed=()
-END=$((SECONDS + ${BUDGET:-420}))
+END=$((SECONDS + ${BUDGET:-560}))
 
 say() {
   echo "$@" | tee -a "$LOGS/summary.txt"
@@ -59,6 +59,9 @@ trap finish EXIT
 step() {  # step NAME SECONDS COMMAND...: run with a limit, keep the log, go on after a failure
   local name=$1 limit=$2 start=$SECONDS status=0
   shift 2
+  if [[ -n ${ONLY:-} && " wheels build check $ONLY " != *" $name "* ]]; then
+    return 0
+  fi
   if [ $((END - SECONDS)) -lt 5 ]; then
     say "== $name: NOT RUN, the time is used up"
     failed+=("$name")
@@ -95,8 +98,8 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 # CIFAR-10 takes 17 s to unpack: while the compiler runs.
 timeout -k 5 90 "$PYTHON" -c 'import benchmarks.models as m; m.cifar10.images("train")' >"$LOGS/data.log" 2>&1 &
 # egg_info: without it a checkout that was never installed has no version.
-step build 80 "$PYTHON" setup.py -q egg_info build_ext --inplace || give_up "the build failed"
-step check 30 "$PYTHON" -c '
+step build 60 "$PYTHON" setup.py -q egg_info build_ext --inplace || give_up "the build failed"
+step check 20 "$PYTHON" -c '
 import json, sys, torch
 from singe.info import collect
 from singe.kernels import native
@@ -111,32 +114,32 @@ sys.exit(native.cuda_problem(0) or None)' || give_up "the compiled kernels are n
 export SINGE_INTEGRAL=native SINGE_REQUIRE_GPU=1
 test=("$PYTHON" -m pytest -vv -rs -p no:cacheprovider)
 mapfile -t marked < <(grep -l 'mark\.gpu' tests/test_*.py)
-step tests 50 "${test[@]}" -n 4 -m gpu "${marked[@]}"
+step tests 160 "${test[@]}" -n 10 -m gpu "${marked[@]}"
 # Not marked: without a GPU these run in Triton's interpreter.
-step triton 70 "${test[@]}" -n 14 -m "not gpu" tests/test_masked_forward{,_op}.py
+step triton 115 "${test[@]}" -n 14 -m "not gpu" tests/test_masked_forward{,_op}.py
 # torch's caching allocator would hide what lies beyond a tensor; 2^30 elements would take too long.
 triton=tests/test_masked_forward.py::test_triton_equals_torch
-step sanitizer 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+step sanitizer 50 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
   compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9 --target-processes application-only \
   "${test[@]}" -k "not beyond" tests/test_integral.py::TestCuda \
   "${triton}[relu-torch.float32]" "${triton}[gelu-torch.bfloat16]" "${triton}[silu-torch.float64]"
 
-step kernels 50 "$PYTHON" -m benchmarks.kernels --device cuda --rounds 10
-step targets 60 "$PYTHON" -m benchmarks.targets --device cuda --rounds 1 --patience 15 --draws 3
+step kernels 45 "$PYTHON" -m benchmarks.kernels --device cuda --rounds 10
+step targets 90 "$PYTHON" -m benchmarks.targets --device cuda --rounds 1 --patience 15 --draws 3
 # ResNet-50 first: the rest is what the time allows.
 cell=benchmarks/bench_scoring.py::test_scoring
 matrix=("${test[@]}" --device cuda --rounds 1)
-step suite 90 "${matrix[@]}" --flush "$RESULTS/suite-cuda.json" \
+step suite 100 "${matrix[@]}" --flush "$RESULTS/suite-cuda.json" \
   "${cell}[resnet50-layer-4]" "${cell}[resnet50-network-4]" "${cell}[resnet50-network-16]" \
   "${cell}[mobilenet_v2-layer-4]" "${cell}[mobilenet_v2-network-4]" \
   "${cell}[resnet20-layer-4]" "${cell}[resnet20-network-4]" "${cell}[resnet20-network-16]"
 step peers 60 "${matrix[@]}" --flush "$RESULTS/peers-cuda.json" benchmarks/bench_peers.py
 step growth 60 "$PYTHON" -m benchmarks.growth --device cuda --axes nodes samples depth
-step compiled 60 "$PYTHON" -m benchmarks.compiled --device cuda --batches 8
+step compiled 80 "$PYTHON" -m benchmarks.compiled --device cuda --batches 8
 
 cp -f "$RESULTS"/*-cuda.json benchmarks/results/ 2>/dev/null || true
 for kind in "${kinds[@]}"; do
-  [ -s "$RESULTS/$kind-cuda.json" ] || say "no result of $kind"
+  [ -n "${ONLY:-}" ] || [ -s "$RESULTS/$kind-cuda.json" ] || say "no result of $kind"
 done
 if [ ${#failed[@]} -gt 0 ]; then
   say "failed: ${failed[*]}"

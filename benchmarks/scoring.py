@@ -145,9 +145,12 @@ class Contest:
         self.calls: list[float] = []
 
     def warm_up(self) -> None:
-        """A little of everything: caches, allocators, kernels chosen at the first call."""
-        first = Work(self.work.name, self.work.model, self.work.batches[:1], self.work.layers[-1:])
-        sweep(first, self.path if self.path != "neuron" else "layer", self.nodes)
+        """One batch of everything: caches, allocators, kernels chosen at the first call of a shape."""
+        first = Work(self.work.name, self.work.model, self.work.batches[:1], self.work.layers)
+        path = "layer" if self.path == "neuron" else self.path
+        for options in ({}, *(VARIANTS[n] for n in self.variants if n != COMPILED)):
+            if not options or refusal(**options) is None:
+                sweep(first, path, self.nodes, **options)
         ordinary(self.work.model, *self.work.batches[0], passes=1)
         for loop in self.loops.values():
             loop.step(self.plan.steps[0], self.work.batches, self.rule)

@@ -52,7 +52,7 @@ def bench(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(bench: Path, broken: str) -> tuple[int, set[str], str, list[str]]:
+def run(bench: Path, broken: str, **more: str) -> tuple[int, set[str], str, list[str]]:
     """Exit status, the files that are left, the summary, and the calls of Python."""
     environment = os.environ | {
         "PATH": f"{bench / 'bin'}:{os.environ['PATH']}",
@@ -61,6 +61,7 @@ def run(bench: Path, broken: str) -> tuple[int, set[str], str, list[str]]:
         "BROKEN": broken,
         "PYTHON": "python3",
         "TMPDIR": str(bench),
+        **more,
     }
     done = subprocess.run(
         ["bash", bench / "checkout" / "benchmarks" / "gpu.sh"],
@@ -99,6 +100,17 @@ def test_a_build_that_fails_ends_the_run(bench, broken, step):
     assert left == {"logs.txt", "logs.tar.gz"}
     assert "everything else would fail" in summary
     assert f"== {step}.log" in summary
+    assert not any("pytest" in call or "benchmarks.kernels" in call for call in calls)
+
+
+def test_some_steps_alone(bench):
+    status, left, summary, calls = run(bench, broken="nothing", ONLY="growth compiled")
+    assert status == 0, summary
+    assert {name for name in left if name.endswith(".json")} == {
+        "growth-cuda.json",
+        "compiled-cuda.json",
+    }
+    assert any("setup.py" in call for call in calls)
     assert not any("pytest" in call or "benchmarks.kernels" in call for call in calls)
 
 
