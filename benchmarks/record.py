@@ -99,7 +99,10 @@ def _version(library: str) -> str | None:
 
 
 def _relative(arguments: list[str]) -> list[str]:
-    return [a.replace(f"{ROOT}/", "") for a in arguments]
+    """Paths within the checkout, wherever the results are put for the time being."""
+    elsewhere = os.environ.get("SINGE_RESULTS", str(RESULTS))
+    here = RESULTS.relative_to(ROOT).as_posix()
+    return [a.replace(elsewhere, here).replace(f"{ROOT}/", "") for a in arguments]
 
 
 def _cpu() -> str:

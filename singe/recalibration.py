@@ -25,6 +25,8 @@ def set_statistics(model: nn.Module, data: Iterable[Any], seed: int, round: int)
 def recalibrate(model: nn.Module, batches: Iterable[Batch]) -> bool:
     """Set the BatchNorms' running statistics to the mean over ``batches``; nothing else moves.
 
+    A batch counts by its samples: a short last one less than the others.
+
     Batches of a single sample are passed over where there are others. Where there are none they count,
     unless a norm sees a single value per channel, whose variance is not defined: then a warning says that
     all stays as it is.
@@ -44,9 +46,9 @@ def recalibrate(model: nn.Module, batches: Iterable[Batch]) -> bool:
     before = [{k: t.clone() for k, t in norm.named_buffers()} for norm in norms]
     momenta = [norm.momentum for norm in norms]
     with in_mode(model, training=False):
+        hooks = [norm.register_forward_pre_hook(_MeanOverSamples()) for norm in norms]
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum = None  # a plain mean over the batches
             norm.train()
         try:
             for batch in usable:
@@ -64,6 +66,18 @@ def recalibrate(model: nn.Module, batches: Iterable[Batch]) -> bool:
             )
             return False
         finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
+            for norm, momentum, hook in zip(norms, momenta, hooks, strict=True):
                 norm.momentum = momentum
+                hook.remove()
     return True
+
+
+class _MeanOverSamples:
+    """Before every call of a norm: the momentum with which its statistics stay the mean so far."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def __call__(self, norm: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        self.seen += len(inputs[0])
+        norm.momentum = len(inputs[0]) / max(1, self.seen)

@@ -277,6 +277,23 @@ def test_recalibration_sets_the_statistics_of_the_calibration_data():
     assert not any(m.training for m in model.modules())
 
 
+def test_recalibration_weighs_batches_by_their_samples():
+    """However the data is cut: the mean of all samples, also of a norm that runs twice in a pass."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(4)
+    model = nn.Sequential(norm, nn.Linear(4, 4, bias=False), norm).eval()
+    nn.init.eye_(model[1].weight)
+    x = torch.randn(10, 4)
+    assert recalibrate(
+        model, [batch_of((x[:8], torch.zeros(8))), batch_of((x[8:], torch.zeros(2)))]
+    )
+    mean = [x[:8].mean(0), x[8:].mean(0)]
+    # What the second call of each batch sees is normalised: its mean is 0.
+    expected = (8 * mean[0] + 2 * mean[1]) / 20
+    assert torch.allclose(norm.running_mean, expected, atol=1e-6)
+    assert norm.momentum == 0.1
+
+
 def test_recalibration_on_batches_of_one_sample():
     """Passed over beside larger ones; alone they count, where they have a variance."""
     conv = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()

@@ -16,8 +16,8 @@ TABLE = "singe: options of the command's own table"
 def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
     """``command(model: ModelOptions, ...)`` for typer, with every field as an option of its own.
 
-    A group may have ``OUTRANKS``: option -> those that give way where it is chosen nearer by, the command
-    line before the command's table in the file, that before the file's top level.
+    A group may have ``OUTRANKS``: option, or ``option=value`` -> those that give way where it is chosen
+    nearer by, the command line before the command's table in the file, that before the file's top level.
     """
     hints = get_type_hints(command, include_extras=True)
     groups = {n: h for n, h in hints.items() if inspect.isclass(h) and is_dataclass(h)}
@@ -49,7 +49,8 @@ def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
         from_file = {name for name in given if _source(ctx, name) == "DEFAULT_MAP"}
         table = from_file & ctx.meta.get(TABLE, set())
         for level in (table, from_file - table):
-            late = {loser for name in chosen for loser in rules.get(name, ())} & level
+            choices = [key for name in chosen for key in (name, f"{name}={given[name]}")]
+            late = {loser for key in choices for loser in rules.get(key, ())} & level
             given |= {name: defaults[name] for name in late}
             chosen |= level - late
         folded = {

@@ -242,6 +242,7 @@ class BudgetOptions:
 
 @dataclass
 class TuningOptions:
+    OUTRANKS: ClassVar = {"order=layerwise": ("schedule",), "order=global": ("visit",)}
     rounds: Annotated[int | None, _option(_TUNING, "Rounds of score, prune, fine-tune.", min=1)] = (
         None
     )
