@@ -77,7 +77,7 @@ def _decode(archive: Path) -> dict[str, np.ndarray]:
 
 def normalise(x: Tensor) -> Tensor:
     """uint8 -> float32, as the trained networks expect it."""
-    return (x.float() / 255 - MEAN) / STD
+    return (x.float() / 255 - MEAN.to(x.device)) / STD.to(x.device)
 
 
 def batches(x: Tensor, y: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
@@ -86,7 +86,10 @@ def batches(x: Tensor, y: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
 
 
 class Augmented:
-    """Re-iterable training batches: random crop (padding 4) and flip, a new order every epoch."""
+    """Re-iterable training batches: random crop (padding 4) and flip, a new order every epoch.
+
+    The images may lie on a GPU; what is drawn does not depend on that.
+    """
 
     def __init__(self, x: Tensor, y: Tensor, size: int, seed: int) -> None:
         self.x, self.y, self.size = x, y, size
@@ -94,18 +97,20 @@ class Augmented:
 
     def __iter__(self):  # type: ignore[no-untyped-def]
         order = torch.randperm(len(self.x), generator=self.generator)
-        for chosen in order.split(self.size):
+        for chosen in order.to(self.x.device).split(self.size):
             yield self._augment(normalise(self.x[chosen])), self.y[chosen]
 
     def _augment(self, x: Tensor) -> Tensor:
         padded = F.pad(x, (4, 4, 4, 4))
-        dy, dx = torch.randint(0, 9, (2, len(x)), generator=self.generator)
-        rows = (dy[:, None] + torch.arange(32))[:, None, :, None]
-        columns = (dx[:, None] + torch.arange(32))[:, None, None, :]
-        sample = torch.arange(len(x))[:, None, None, None]
-        crop = padded[sample, torch.arange(3)[None, :, None, None], rows, columns]
+        shifts = torch.randint(0, 9, (2, len(x)), generator=self.generator)
         flip = torch.rand(len(x), generator=self.generator) < 0.5
-        crop[flip] = crop[flip].flip(3)
+        (dy, dx), flip = shifts.to(x.device), flip.to(x.device)
+        pixels, sample = torch.arange(32, device=x.device), torch.arange(len(x), device=x.device)
+        rows = (dy[:, None] + pixels)[:, None, :, None]
+        columns = (dx[:, None] + pixels)[:, None, None, :]
+        channels = pixels[:3, None, None]
+        crop = padded[sample[:, None, None, None], channels, rows, columns]
+        crop = torch.where(flip[:, None, None, None], crop.flip(3), crop)
         return crop
 
 

@@ -90,6 +90,11 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> floa
     return float(torch.cat(right).mean())
 
 
+def cosine(lr: float, steps: int) -> list[float]:
+    """The learning rate of every step, from ``lr`` to zero."""
+    return [0.5 * lr * (1 + math.cos(math.pi * step / steps)) for step in range(steps)]
+
+
 def train(
     model: nn.Module,
     batches: Iterator[tuple[Tensor, Tensor]],
@@ -102,9 +107,9 @@ def train(
     optimizer = torch.optim.SGD(
         model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4
     )
-    for step in range(steps):
+    for step, lr_now in enumerate(cosine(lr, steps)):
         for group in optimizer.param_groups:
-            group["lr"] = 0.5 * lr * (1 + math.cos(math.pi * step / steps))
+            group["lr"] = lr_now
         x, y = next(batches)
         model.train()
         with mixed_precision():
@@ -162,17 +167,23 @@ class Experiment:
             max_pruning_ratio=job["max_pruning_ratio"],
             **OWN[job["criterion"]],
         )  # fmt: skip
-        return self._row(model, report, history)
+        return self.row(model, report, history)
+
+    def planned(self, job: Row) -> singe.Plan:
+        """What goes at once, by the scores of the network as it is."""
+        return singe.plan(
+            self.model, self.scored(job), self.data.example.to(DEVICE), macs=1 / job["speedup"],
+            ranking=job["ranking"], max_pruning_ratio=job["max_pruning_ratio"],
+        )  # fmt: skip
+
+    def pruned(self, plan: singe.Plan) -> tuple[nn.Module, singe.PruneReport]:
+        """A copy without what goes."""
+        model = copy.deepcopy(self.model)
+        return model, singe.prune(model, plan, self.data.example.to(DEVICE))
 
     def one_shot(self, job: Row, batches: Iterator[tuple[Tensor, Tensor]]) -> Row:
         """Prune at once, then fine-tune."""
-        example = self.data.example.to(DEVICE)
-        plan = singe.plan(
-            self.model, self.scored(job), example, macs=1 / job["speedup"], ranking=job["ranking"],
-            max_pruning_ratio=job["max_pruning_ratio"],
-        )  # fmt: skip
-        model = copy.deepcopy(self.model)
-        report = singe.prune(model, plan, example)
+        model, report = self.pruned(self.planned(job))
         pruned = accuracy(model, self.data.quick)
         history: dict[int, float] = {}
         steps = job["steps"]
@@ -183,12 +194,13 @@ class Experiment:
 
         if steps == 0:
             update_bn(self.calibration(job), model)
-            return {"pruned": pruned} | self._row(model, report, history)
+            return {"pruned": pruned} | self.row(model, report, history)
         train(model, batches, steps, job["lr"], look)
         best = max(history.values())  # entwined, earlier rounds have more MACs left
-        return {"pruned": pruned, "best": best} | self._row(model, report, history)
+        return {"pruned": pruned, "best": best} | self.row(model, report, history)
 
-    def _row(self, model: nn.Module, report: Any, history: dict[int, float]) -> Row:
+    def row(self, model: nn.Module, report: Any, history: dict[int, float]) -> Row:
+        """What is written down of a network that has been pruned and fine-tuned."""
         return {
             "macs": report.macs_after / report.macs_before,
             "params": report.params_after / report.params_before,
@@ -226,40 +238,73 @@ def record(row: Row, settings: dict[str, Any]) -> None:
         write(NAME, {"settings": settings, "runs": [*recorded(), row]})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=200)
+def options(description: str) -> argparse.ArgumentParser:
+    """What all runs can be asked for."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--speedup", type=float, nargs="+", default=SPEEDUPS)
     parser.add_argument("--ranking", nargs="+", default=RANKINGS, choices=RANKINGS)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--criteria", nargs="+", help="default: all")
     parser.add_argument("--lr", type=float, default=LR)
     parser.add_argument("--samples", type=int, default=ALSO["samples"], help="to score on")
-    parser.add_argument("--train-images", type=int, default=ALSO["train_images"])
-    parser.add_argument("--between", type=float, default=ALSO["between"], help="see above")
     parser.add_argument(
         "--max-pruning-ratio", type=float, default=ALSO["max_pruning_ratio"], help="of every layer"
     )
     parser.add_argument("--test-images", type=int, default=5000)
     parser.add_argument("--quick-images", type=int, default=2000, help="while it trains")
-    parser.add_argument("--part", default="0/1")
-    args = parser.parse_args()
-    if args.rounds > 1 and not args.steps:
-        parser.error("--steps 0 goes with one round")
-    part, parts = map(int, args.part.split("/"))
-    usual, offered = (SCORERS, SCORERS | VARIANTS) if args.rounds == 1 else (OWN, OWN)
+    return parser
+
+
+def choose_criteria(
+    parser: argparse.ArgumentParser, args: Any, usual: Iterable[str], offered: Iterable[str]
+) -> None:
+    """Set ``args.criteria``, or say which of them is not offered."""
     args.criteria = args.criteria or list(usual)
     if unknown := set(args.criteria) - set(offered):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; offered: {', '.join(offered)}")
-    experiment = Experiment(args)
-    settings = {
+
+
+def shared_settings(experiment: Experiment) -> Row:
+    """Of all runs in the results."""
+    args = experiment.args
+    base = accuracy(experiment.model, experiment.data.test)
+    return {
         "batch": BATCH, "test_images": args.test_images, "quick_images": args.quick_images,
-        "base": accuracy(experiment.model, experiment.data.test),
+        "base": base,
     }  # fmt: skip
+
+
+def where() -> Row:
+    """What a run says about the machine."""
     here = environment()
-    fixed = {"precision": "bfloat16" if BF16 else "float32", "cpu": here["machine"]["cpu"]}
-    fixed["commit"] = here["commit"]
+    gpu = {"gpu": here["machine"]["gpu"]} if DEVICE == "cuda" else {}
+    precision = "bfloat16" if BF16 else "float32"
+    return {"precision": precision, "cpu": here["machine"]["cpu"], **gpu, "commit": here["commit"]}
+
+
+def told(row: Row) -> str:
+    """A finished run in one line."""
+    return (
+        f"{row['criterion']:30s} {row['ranking']:7s} {row['speedup']:.2f}x seed {row['seed']} "
+        f"macs {row['macs']:.3f} last {row['last']:.1%}"
+    )
+
+
+def main() -> None:
+    parser = options(__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--train-images", type=int, default=ALSO["train_images"])
+    parser.add_argument("--between", type=float, default=ALSO["between"], help="see above")
+    parser.add_argument("--part", default="0/1")
+    args = parser.parse_args()
+    known = (SCORERS, SCORERS | VARIANTS) if args.rounds == 1 else (OWN, OWN)
+    choose_criteria(parser, args, *known)
+    if args.rounds > 1 and not args.steps:
+        parser.error("--steps 0 goes with one round")
+    part, parts = map(int, args.part.split("/"))
+    experiment = Experiment(args)
+    settings, fixed = shared_settings(experiment), where()
     for job in list(jobs(args))[part::parts]:
         if is_done(job):
             continue
@@ -267,11 +312,7 @@ def main() -> None:
         run = experiment.run(job)
         row = job | run | {"seconds": time.perf_counter() - start} | fixed
         record(row, settings)
-        print(
-            f"{job['criterion']:30s} {job['ranking']:7s} {job['speedup']:.2f}x seed {job['seed']} "
-            f"macs {row['macs']:.3f} last {row['last']:.1%}",
-            flush=True,
-        )
+        print(told(row), flush=True)
 
 
 if __name__ == "__main__":

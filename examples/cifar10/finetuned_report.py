@@ -15,7 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finetuned import ALSO, LR, NAME
+from finetuned import ALSO, BATCH, LR, NAME
 from importances import SCORERS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -53,7 +53,9 @@ class Setting(NamedTuple):
             return f"{self.speedup:g} x fewer MACs, no fine-tuning, BatchNorm recalibrated"
         how = "one-shot" if self.rounds == 1 else f"entwined in {self.rounds} rounds"
         rate = "" if self.lr == LR else f", learning rate {self.lr:g}"
-        return f"{self.speedup:g} x fewer MACs, {how}, {self.steps:,} steps{rate}"
+        epochs = round(self.steps * BATCH / self.train_images)
+        long = f" ({epochs} epochs)" if epochs > 1 and self.usual else ""
+        return f"{self.speedup:g} x fewer MACs, {how}, {self.steps:,} steps{long}{rate}"
 
 
 def by_setting(runs: Runs) -> dict[Setting, Cells]:
