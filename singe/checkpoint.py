@@ -23,7 +23,7 @@ from singe.errors import CheckpointError
 from singe.files import replacing
 from singe.graph import unwrapped
 
-FORMAT = "singe-checkpoint-3"
+FORMAT = "singe-checkpoint-4"
 KEPT = 2
 
 

@@ -27,7 +27,7 @@ from singe.gradients import check_changeable, gradients_on
 from singe.graph import expect_model, unwrapped
 from singe.latency import Timing
 from singe.limits import MAX_PRUNING_RATIO, Share
-from singe.loop import Loop
+from singe.loop import ROUNDS, Loop
 from singe.memory import free_memory
 from singe.objectives import Loss, Objective
 from singe.plain import plain_count, plain_number
@@ -42,6 +42,8 @@ from singe.tuner import Tuner
 
 CALIBRATION_SAMPLES = 256  # taken from the training data when no calibration data is given
 FINETUNE_STEPS = 200  # per round
+# Of a request: what decides the scores, and is not remembered under another name.
+REMEMBERED = {f.name for f in fields(Request)} - {"objective", "progress", "seed", "checkpoint"}
 LEAST_MEMORY = 64 << 20  # bytes for scoring, even where the system reports none free
 
 
@@ -210,10 +212,12 @@ def compress(
     settings = as_json(
         {
             **vars(pruning), "timing": asdict(pruning.timing), **tuning, "recalibrate": recalibrate,
+            "rounds": pruning.rounds or (ROUNDS if order == "global" else None),
+            "frozen": [n for n, p in unwrapped(model).named_parameters() if not p.requires_grad],
             "finetune_steps": finetune_steps, "final_steps": final_steps, "finetune": finetune,
             "objective": request.definition.objective.name,
             "finetune_objective": training.objective.name, "accuracy_floor": accuracy_floor,
-            "seed": seed, "score": {k: getattr(request, k) for k in sorted(score_options)},
+            "seed": seed, "score": {k: v for k, v in vars(request).items() if k in REMEMBERED},
         },
         model,
     )  # fmt: skip

@@ -60,6 +60,7 @@ def save_pruned(
             "that beside it, and call save_pruned on a model without"
         )
     if plan is not None:
+        plan = plan if isinstance(plan, Plan) else Plan(plan)
         _require_carried_out(inner, plan)
     folder = Path(folder)
     try:

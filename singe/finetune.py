@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -165,10 +166,17 @@ def training_of(
     return Training(
         optimizer or default_optimizer(lr),
         scheduler or cosine,
-        smoothed(as_objective(objective), label_smoothing),
+        smoothed(trained(objective), label_smoothing),
         autocast=autocast,
         **found,
     )
+
+
+def trained(objective: str | Loss | Objective) -> Objective:
+    """An objective whose messages name the arguments of fine-tuning."""
+    found = copy.copy(as_objective(objective))
+    found.argument, found.without_labels = "finetune_objective", "distill=1.0"
+    return found
 
 
 def smoothed(objective: Objective, label_smoothing: float) -> Objective:
@@ -183,7 +191,9 @@ def smoothed(objective: Objective, label_smoothing: float) -> Objective:
         raise OptionError(
             f"label_smoothing needs finetune_objective='cross_entropy', not {objective.name!r}"
         )
-    return CrossEntropy(label_smoothing)
+    found = copy.copy(objective)
+    found.label_smoothing = label_smoothing
+    return found
 
 
 def default_optimizer(lr: float) -> OptimizerFactory:

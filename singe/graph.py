@@ -141,11 +141,15 @@ def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [*bare.named_parameters(), *bare.named_buffers()]
 
 
-def private_copy(model: nn.Module, trainable: bool = False) -> nn.Module:
+def private_copy(model: nn.Module, trainable: bool = False, fast_path: bool = False) -> nn.Module:
     """A copy with its own module tree and buffers that shares the parameters' storage.
 
     Nothing that happens to the copy's ``.grad``, ``requires_grad``, hooks, mode or buffers reaches
     the original; writing into a parameter in place would, so nobody does.
+
+    Args:
+        fast_path: leave torch its fused inference kernels for attention, which have neither derivative
+            nor vmap rule; for timing.
 
     Raises:
         ModelError: the model cannot be deep-copied.
@@ -167,7 +171,12 @@ def private_copy(model: nn.Module, trainable: bool = False) -> nn.Module:
             "model must be deep-copyable to be scored without being touched"
         ) from error
     for module in twin.modules():
-        if isinstance(module, FUSED) and not isinstance(module.forward, partial):
+        if not isinstance(module, FUSED):
+            continue
+        patched = isinstance(module.forward, partial)
+        if fast_path and patched:
+            del module.forward
+        elif not fast_path and not patched:
             setattr(module, "forward", partial(_without_fast_path, module.forward))  # noqa: B010
     return twin.eval()
 

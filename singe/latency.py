@@ -86,13 +86,13 @@ class Stopwatch:
         self.timing = timing
         self._device = device_of(reference)
         self._batch = resized(batch, timing.batch_size)
-        self._reference = private_copy(reference)
+        self._reference = private_copy(reference, fast_path=True)
         self.reference_ms = self.compare(self._reference).reference_ms
 
     @torch.no_grad()
     def compare(self, model: nn.Module, runs: int | None = None) -> Latency:
         """Time ``model`` and the reference in turn."""
-        candidate = private_copy(model)
+        candidate = private_copy(model, fast_path=True)
         pairs: list[tuple[float, float]] = []
         with _threads(self.timing.threads):
             for run in range(-self.timing.warmup, runs or self.timing.runs):

@@ -122,13 +122,16 @@ def limits_of(
     least, most, why = {}, {}, {}
     for group in graph.groups:
         name, n = group.name, group.n_units
-        guard = floor_of(n, max_pruning_ratio)
+        alone = _least_of_grouped(group, names)
+        guard = max(floor_of(n, max_pruning_ratio), alone)
         asked = n - rounded_down(1.0 - low.get(name, 0.0), n)  # rounded up
         least[name], why[name] = max(guard, asked), "max_pruning_ratio"
         if rounded_down(max_pruning_ratio, n) == n:
             why[name] = "the last unit stays"
         if name in low and (asked > guard or named):
-            least[name], why[name] = max(1, asked), "min_keep"
+            least[name], why[name] = max(alone, asked), "min_keep"
+        if least[name] == alone > 1:
+            why[name] = "a grouped convolution keeps two"
         if name in ignored:
             least[name], why[name] = n, "ignore"
         most[name] = n if name in ignored else min(n, max(1, rounded_down(high.get(name, 1.0), n)))
@@ -146,6 +149,18 @@ def limits_of(
                 f"and no number of channels there is a multiple of round_to={round_to}; change one"
             )
     return Limits(least, most, round_to, why)
+
+
+def _least_of_grouped(group: Group, modules: Mapping[str, nn.Module]) -> int:
+    """Two, where one unit is a channel in every group of a convolution, else one.
+
+    With a single channel in each it would be depthwise, whose units are others.
+    """
+    for member in group.rows:
+        groups = getattr(modules[member.name], "groups", 1)
+        if group.n_units > 1 and member.channels.shape[1] == groups > 1:
+            return 2
+    return 1
 
 
 def _groups_of(names: Iterable[str], graph: ModelGraph, argument: str) -> set[str]:

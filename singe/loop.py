@@ -199,9 +199,11 @@ class Loop:
             present = {g.name for g in graph.groups}
             left_out = sum(len(u) for name, u in self.kept.items() if name not in present)
             target, last = target - left_out, last - left_out
+        timed = self.original.watch is not None
         return make_plan(
             self.model, graph, scores, self.original.batch, self.pruning.kind, target,
             ranking=self.pruning.ranking, limits=self.limits, last=last, watch=self.original.watch,
+            milliseconds=self.original.latency() if timed and self.report.rounds else None,
         )  # fmt: skip
 
     def _remove(self, removals: Removals) -> None:

@@ -68,9 +68,16 @@ def _per_sample(loss: Tensor, valid: Tensor | None = None) -> Tensor:
 
 
 class Objective:
-    """One objective with its checks. ``name`` is kept in ``scores.meta``."""
+    """One objective with its checks. ``name`` is kept in ``scores.meta``.
+
+    Attributes:
+        argument: what it was given as, for messages.
+        without_labels: the argument that does without labels.
+    """
 
     name: str
+    argument = "objective"
+    without_labels = "objective='kl'"
     needs_reference = False
     stacks = False  # torch.vmap can run ``total`` over outputs [V, B, ...]
 
@@ -147,7 +154,7 @@ class CrossEntropy(Objective):
         if not isinstance(labels, Tensor):
             raise DataError(
                 f"objective 'cross_entropy' needs labels, batch {batch.index} has none; give "
-                "(inputs, labels) batches or use objective='kl', which needs no labels"
+                f"(inputs, labels) batches or use {self.without_labels}, which needs no labels"
             )
         if labels.is_floating_point():
             if labels.shape != logits.shape:
@@ -161,7 +168,7 @@ class CrossEntropy(Objective):
                 raise DataError(
                     f"batch {batch.index}: floating-point labels are read as class probabilities, and "
                     "these are negative or do not sum to 1; for regression or several labels per sample "
-                    "give objective=lambda outputs, batch: F.mse_loss(outputs, batch[1])"
+                    f"give {self.argument}=lambda outputs, batch: F.mse_loss(outputs, batch[1])"
                 )
             return
         dim = class_dim(outputs, labels)

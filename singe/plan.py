@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -23,6 +24,7 @@ from singe.gradients import gradients_on
 from singe.graph import ModelGraph, expect_model, private_copy, unwrapped
 from singe.latency import Stopwatch, Timing, timing_of
 from singe.limits import MAX_PRUNING_RATIO, Limits, Share, absolute, limits_of, target_of
+from singe.plain import plain
 from singe.removal import remove_units
 from singe.scores import Scores, expect_scores, require_units
 from singe.units import find_groups, small
@@ -130,9 +132,15 @@ def _units(name: str, units: Any) -> list[int]:
 
 
 def _unit(name: str, unit: Any) -> int:
-    if isinstance(unit, bool | float | str):
-        raise ScoresError(f"the plan for {name!r} holds {unit!r}; units are integers")
-    return int(unit)
+    found = plain(unit)
+    if isinstance(found, bool):
+        raise ScoresError(
+            f"the plan for {name!r} holds {found}; units are integers: of a mask, mask.nonzero().flatten()"
+        )
+    try:
+        return operator.index(found)
+    except TypeError:
+        raise ScoresError(f"the plan for {name!r} holds {unit!r}; units are integers") from None
 
 
 @gradients_on()
@@ -226,6 +234,7 @@ def make_plan(
     limits: Limits,
     last: float | None = None,
     watch: Stopwatch | None = None,
+    milliseconds: float | None = None,
 ) -> Plan:
     """:func:`plan` for a graph that is at hand already.
 
@@ -235,13 +244,14 @@ def make_plan(
         limits: what every group may come to.
         last: a later, lower target that must be reachable as well.
         watch: measures latency; needed for that kind of target only.
+        milliseconds: what the model takes as it is; default what the watch's reference takes.
     """
     groups = {g.name: g for g in graph.groups}
     seconds = watch.layer_seconds(model) if watch else None
     cost = CostModel(model, graph, batch, seconds)
     full = {k: v for k, v in cost({}).items() if k != "latency"}
     if watch:
-        full["latency"] = watch.reference_ms
+        full["latency"] = watch.reference_ms if milliseconds is None else milliseconds
 
     def predict(gone: Mapping[str, int]) -> float:
         predicted = cost(gone)[kind]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from singe.data import Batch, device_of, read_batches
-from singe.graph import BATCH_NORMS
+from singe.graph import BATCH_NORMS, unwrapped
 from singe.modes import in_mode
 from singe.seeding import seed_all
 
@@ -39,10 +39,9 @@ def recalibrate(model: nn.Module, batches: Iterable[Batch]) -> bool:
     ]
     if not norms:
         return False
-    given = list(batches)
-    usable = [batch for batch in given if batch.size > 1] or given
-    if not usable:
-        return False
+    inner = unwrapped(
+        model
+    )  # hooks, and a momentum that changes, would have a compiled one compiled anew
     before = [{k: t.clone() for k, t in norm.named_buffers()} for norm in norms]
     momenta = [norm.momentum for norm in norms]
     with in_mode(model, training=False):
@@ -51,25 +50,38 @@ def recalibrate(model: nn.Module, batches: Iterable[Batch]) -> bool:
             norm.reset_running_stats()
             norm.train()
         try:
-            for batch in usable:
-                batch.call(model)
+            if _run(inner, batches):
+                return True
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
-            for norm, buffers in zip(norms, before, strict=True):
-                for name, tensor in norm.named_buffers():
-                    tensor.copy_(buffers[name])
             warnings.warn(
                 "the BatchNorms keep the statistics of the larger network: calibration batches of one sample "
                 "have no variance; give them two samples or more",
                 stacklevel=2,
             )
-            return False
         finally:
             for norm, momentum, hook in zip(norms, momenta, hooks, strict=True):
                 norm.momentum = momentum
                 hook.remove()
-    return True
+    for norm, buffers in zip(norms, before, strict=True):
+        for name, tensor in norm.named_buffers():
+            tensor.copy_(buffers[name])
+    return False
+
+
+def _run(model: nn.Module, batches: Iterable[Batch]) -> bool:
+    """Whether there was a batch to run; of one sample only where all are."""
+    alone, ran = [], False
+    for batch in batches:
+        if batch.size > 1:
+            batch.call(model)
+            ran = True
+        elif not ran:
+            alone.append(batch)
+    for batch in () if ran else alone:
+        batch.call(model)
+    return ran or bool(alone)
 
 
 class _MeanOverSamples:

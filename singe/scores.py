@@ -61,6 +61,14 @@ class ScoreTable(Mapping[str, Tensor]):
         except KeyError:
             raise KeyError(self._unknown(name)) from None
 
+    def __eq__(self, other: object) -> bool:
+        """Whether other holds the same names with the same values, to the bit."""
+        if not isinstance(other, ScoreTable):
+            return NotImplemented
+        return self.keys() == other.keys() and all(
+            torch.equal(t, other[n]) for n, t in self.items()
+        )
+
     def _unknown(self, name: object) -> str:
         """Why there is nothing under a name, and what there is instead."""
         near = difflib.get_close_matches(str(name), self._values, n=3, cutoff=0.4)

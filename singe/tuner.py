@@ -13,7 +13,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from singe.data import Batch, as_batch, device_of
-from singe.errors import ModelError, NonFiniteError, OptionError
+from singe.errors import DataError, ModelError, NonFiniteError, OptionError
 from singe.finetune import Training
 from singe.graph import BATCH_NORMS, named_tensors, unwrapped
 from singe.modes import in_mode
@@ -79,9 +79,12 @@ class Tuner:
         self.check()
         named = self._trainable()
         self._optimizer = self._new_optimizer(list(named.values()))
+        on_device = any(g.get("fused") or g.get("capturable") for g in self._optimizer.param_groups)
         for name, parameter in named.items():
             if name in self._gathered:
-                self._optimizer.state[parameter] = self._gathered[name]
+                entries = self._optimizer.state[parameter] = self._gathered[name]
+                if isinstance(step := entries.get("step"), Tensor):  # as in torch's load_state_dict
+                    entries["step"] = step.to(parameter.device if on_device else "cpu")
         self._scheduler = self._new_scheduler(self._optimizer, steps)
 
     def _new_optimizer(self, parameters: list[nn.Parameter]) -> Optimizer:
@@ -129,7 +132,15 @@ class Tuner:
         assert scheduler is not None
         batch = as_batch(self.stream.next(), self.step, device_of(self.model))
         seed_all(self.seed, "step", self.total)
-        loss = self._loss(batch)
+        try:
+            loss = self._loss(batch)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise DataError(
+                f"a batch of {batch.size} sample has no variance for a BatchNorm to train on; leave such a "
+                "rest out, DataLoader(..., drop_last=True)"
+            ) from error
         if not bool(torch.isfinite(loss)):
             raise NonFiniteError(
                 f"fine-tuning diverged: the loss of step {self.step} is {loss.item()}; lower `lr`"
@@ -287,11 +298,11 @@ class Tuner:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state`; the model and the average have their values back by now."""
-        parameters, device = self._trainable(), device_of(self.model)
-        for name, entries in state["gathered"].items():
+        device = device_of(self.model)
+        for entries in state["gathered"].values():
             for key, value in entries.items():
-                if isinstance(value, Tensor) and value.shape == parameters[name].shape:
-                    entries[key] = value.to(device)  # step counts stay on the CPU
+                if isinstance(value, Tensor) and key != "step":
+                    entries[key] = value.to(device)
         self._gathered = state["gathered"]
         if state["groups"] is not None:
             self.start(state["steps"])

@@ -242,8 +242,10 @@ def test_captum_options_are_checked():
         relevance.attribute(inputs, target=1, method="simpson")
     with pytest.raises(singe.OptionError, match="baselines"):
         relevance.attribute(inputs, inputs, target=1)
-    with pytest.raises(singe.DataError, match="target has 1"):
-        relevance.attribute(inputs, target=torch.tensor([1]))
+    with pytest.raises(singe.DataError, match="one class, or one for each of the"):
+        relevance.attribute(inputs, target=torch.tensor([1, 2]))
+    with pytest.raises(singe.OptionError, match="internal_batch_size must be a whole number >= 1"):
+        relevance.attribute(inputs, target=1, internal_batch_size=0)
     with pytest.raises(singe.OptionError, match=r"nn\.Module"):
         captum.ChannelIntegratedGradients(lambda x: x, "0")
 

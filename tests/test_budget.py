@@ -247,3 +247,28 @@ def test_rounding_that_makes_a_target_unreachable_says_so():
     model, x = network()
     with pytest.raises(singe.BudgetError, match=r"smallest reachable is 1\.0000"):
         singe.plan(model, random_scores(model, x), x, macs=0.5, round_to=64)
+
+
+def test_a_grouped_convolution_keeps_two_channels_in_every_group():
+    """With one it is depthwise, its units are others, and the next round would count in the wrong ones."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.ReLU(),
+        nn.Conv2d(8, 8, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+    ).eval()  # fmt: skip
+    data = [(torch.randn(4, *IMAGE), torch.arange(4))]
+    fresh = clone(model)
+    report = singe.compress(
+        model, train=data, channels=0.45, rounds=4, finetune_steps=1, criterion="magnitude",
+        max_pruning_ratio=1.0, progress=False,
+    )  # fmt: skip
+    assert model[2].out_channels >= 4
+    assert all(min(r.kept.values()) >= 1 for r in report.rounds)
+    singe.prune(fresh, report.plan, data[0][0])
+    assert [m.weight.shape for m in (fresh[0], fresh[2], fresh[4])] == [
+        m.weight.shape for m in (model[0], model[2], model[4])
+    ]
+    graph, _ = graph_of(fresh, data[0][0])
+    limits = limits_of(fresh, graph, 1.0)
+    assert limits.least["2"] == min(2, model[2].out_channels // 2)
+    assert limits.why["2"] == "a grouped convolution keeps two"

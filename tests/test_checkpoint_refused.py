@@ -51,6 +51,22 @@ def test_the_same_options_made_again_are_the_same_run(tmp_path, make):
     compress(network(), tmp_path, **make())
 
 
+def test_a_default_spelled_out_is_the_same_run(tmp_path):
+    options = {"criterion": "singe", "path": "layer", "norm": "inside", "ignore": ()}
+    first = compress(network(), tmp_path, rounds=None)
+    again = compress(network(), tmp_path, rounds=5, **options)
+    assert again.to_dict() == first.to_dict()
+
+
+def test_other_frozen_parameters_are_another_run(tmp_path):
+    """Their optimizer has no state, or one that nothing asks for: not the same bits."""
+    interrupted(tmp_path)
+    frozen = network()
+    frozen[0].requires_grad_(False)
+    with pytest.raises(singe.CheckpointError, match=r"frozen was \[\] and is now \['0.weight'"):
+        compress(frozen, tmp_path)
+
+
 def test_another_rate_in_a_partial_is_another_run(tmp_path):
     compress(network(), tmp_path, optimizer=partial(torch.optim.SGD, lr=0.1))
     with pytest.raises(singe.CheckpointError, match=r"SGD\(lr=0.1, ...\).*SGD\(lr=0.2"):

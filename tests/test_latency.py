@@ -18,6 +18,7 @@ from torch import nn
 import singe
 from singe import latency
 from singe.data import example_batch
+from singe.graph import private_copy
 from singe.latency import Stopwatch, Timing, quartiles, resized
 
 
@@ -122,6 +123,39 @@ def test_quartiles_of_what_was_timed(clock):
     assert found.reference_quartiles == pytest.approx((40, 40))
     assert (found.share, *found.share_quartiles) == pytest.approx((1.05, 1.025, 1.075))
     assert quartiles([3.0]) == (3.0, 3.0)
+
+
+def test_rounds_take_no_more_than_the_target(clock):
+    """What the network takes is measured every round: one whose target is met already removes nothing."""
+    torch.manual_seed(0)
+    model, x = Slow().eval(), torch.randn(2, *IMAGE)
+    met = []
+    report = singe.compress(
+        model, train=[(x, torch.tensor([0, 1]))], latency=0.5, rounds=6, round_to=8, finetune_steps=0,
+        criterion="magnitude", timing=Timing(runs=3, warmup=1), progress=False,
+        on_round=lambda done, scores, plan: met.append(plan.meta["before"]["latency"]),
+    )  # fmt: skip
+    assert model.conv.out_channels == 16, "20 of 40 ms allow 20 channels, in steps of 8"
+    assert [r.kept["conv"] for r in report.rounds] == [32, 32, 24, 24, 16, 16]
+    assert met == pytest.approx([40, 32, 32, 24, 24, 16])
+
+
+def test_attention_is_timed_as_the_model_runs_it():
+    """With torch's fused kernels, which scoring cannot use: also of a pruned network."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
+    watch = Stopwatch(model, example_batch(torch.randn(1, 4, 8), CPU), Timing(runs=1, warmup=0))
+    scored = private_copy(model)
+    ran = []
+    for twin in (model, scored):
+        twin.layers[0].linear1.register_forward_hook(lambda *_: ran.append("linear1"))
+    with torch.no_grad():
+        scored(torch.randn(1, 4, 8))
+    assert ran == ["linear1"], "scoring sees every layer"
+    patched = vars(private_copy(scored, fast_path=True).layers[0].self_attn)
+    assert "forward" not in patched
+    assert "forward" not in vars(watch._reference.layers[0].self_attn)
+    assert "forward" in vars(scored.layers[0].self_attn)
 
 
 def test_real_time_passes():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -80,3 +81,22 @@ def test_shares_are_not_lost_to_rounding():
     for kept in (7, 29):
         limits = {"min_keep": {root: kept / 100}, "max_keep": {root: kept / 100}}
         assert len(singe.plan(model, scores, x, macs=0.99, **limits)[root]) == 100 - kept
+
+
+def test_units_of_a_plan_are_whole_numbers():
+    """A mask has truth values for every unit, not the units: easily given, and silently wrong."""
+    units = [
+        np.array([4, 1]),
+        torch.tensor([1, 4]),
+        np.array([1, 4], dtype=np.uint8),
+        (np.int64(4), 1),
+    ]
+    assert all(Plan({"0": given})["0"] == [1, 4] for given in units)
+    mask = torch.tensor([False, True, False, False, True])
+    for wrong in (mask, mask.numpy(), [True, False]):
+        with pytest.raises(singe.ScoresError, match=r"mask\.nonzero\(\)\.flatten\(\)"):
+            Plan({"0": wrong})
+    assert Plan({"0": mask.nonzero().flatten()})["0"] == [1, 4]
+    for wrong in (torch.tensor([1.0, 2.7]), np.float32([1.5]), [1.5], ["1"]):
+        with pytest.raises(singe.ScoresError, match="units are integers"):
+            Plan({"0": wrong})

@@ -173,3 +173,10 @@ def test_latency_is_told_with_its_spread(tmp_path):
         rf"latency +{number} -> {number} ms, ratio {number}: median \(quartiles\) of 4 runs in turn"
     )
     assert re.search(told + ", batch 3, cpu, 1 thread", run(*words))
+
+
+def test_without_a_report_nothing_is_made_for_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("singe.cli.finish.explain", None)
+    words = ("--macs", 0.6, "--export", "none", "--no-report", "--json")
+    told = json.loads(run("prune", *MODEL, *DATA, *words, "--out", tmp_path / "out"))
+    assert set(told["files"]) == {"weights", "plan"}

@@ -161,3 +161,14 @@ def test_somebody_elses_safetensors(tmp_path):
 def test_values_that_are_not_finite():
     with pytest.raises(singe.NonFiniteError, match="'a'"):
         singe.Scores({"a": torch.tensor([1.0, float("nan")])}, {"a": ("a",)}, {})
+
+
+def test_scores_equal_each_other_by_value():
+    values = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0])}
+    groups = {"a": ("a",), "b": ("b",)}
+    scores = singe.Scores(values, groups, {})
+    copied = {name: t.clone() for name, t in values.items()}
+    assert scores == singe.Scores(copied, groups, {"criterion": "other"})
+    assert scores != singe.Scores({**values, "b": torch.tensor([4.0])}, groups, {})
+    assert scores != singe.Scores({"a": values["a"]}, groups, {})
+    assert scores != values

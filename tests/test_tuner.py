@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -21,7 +22,6 @@ from torch import nn
 import singe
 from singe.finetune import Training, cosine, default_optimizer
 from singe.objectives import CrossEntropy, as_objective
-from singe.recalibration import recalibrate
 from singe.removal import kept_elements, remove_units
 from singe.seeding import Stream
 from singe.tuner import Tuner
@@ -263,60 +263,6 @@ def test_distillation_of_tokens_is_over_their_classes():
     assert float(tuner._loss(batch_of((x, y)))) == pytest.approx(float(expected))
 
 
-def test_recalibration_sets_the_statistics_of_the_calibration_data():
-    model = network()
-    data = [batch_of(b) for b in BATCHES]
-    weights = [p.detach().clone() for p in model.parameters()]
-    assert recalibrate(model, data)
-    with torch.no_grad():
-        outputs = [model[0](x) for x, _ in BATCHES]
-    means = torch.stack([o.mean((0, 2, 3)) for o in outputs]).mean(0)
-    assert torch.allclose(model[1].running_mean, means, atol=1e-6)
-    assert model[1].momentum == 0.1
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), weights, strict=True))
-    assert not any(m.training for m in model.modules())
-
-
-def test_recalibration_weighs_batches_by_their_samples():
-    """However the data is cut: the mean of all samples, also of a norm that runs twice in a pass."""
-    torch.manual_seed(0)
-    norm = nn.BatchNorm1d(4)
-    model = nn.Sequential(norm, nn.Linear(4, 4, bias=False), norm).eval()
-    nn.init.eye_(model[1].weight)
-    x = torch.randn(10, 4)
-    assert recalibrate(
-        model, [batch_of((x[:8], torch.zeros(8))), batch_of((x[8:], torch.zeros(2)))]
-    )
-    mean = [x[:8].mean(0), x[8:].mean(0)]
-    # What the second call of each batch sees is normalised: its mean is 0.
-    expected = (8 * mean[0] + 2 * mean[1]) / 20
-    assert torch.allclose(norm.running_mean, expected, atol=1e-6)
-    assert norm.momentum == 0.1
-
-
-def test_recalibration_on_batches_of_one_sample():
-    """Passed over beside larger ones; alone they count, where they have a variance."""
-    conv = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()
-    alone, beside, plain = clone(conv), clone(conv), clone(conv)
-    ones = [batch_of((BATCHES[0][0][i : i + 1], BATCHES[0][1][i : i + 1])) for i in range(3)]
-    whole = [batch_of(b) for b in BATCHES]
-    assert recalibrate(beside, [*whole, ones[0]])
-    assert recalibrate(plain, whole)
-    assert same_weights(beside, plain)
-    assert recalibrate(alone, ones)
-    with torch.no_grad():
-        mean = alone[0](BATCHES[0][0][:3]).mean((0, 2, 3))
-    assert torch.allclose(alone[1].running_mean, mean, atol=1e-6)
-    flat = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)).eval()
-    before = clone(flat)
-    one = batch_of((torch.randn(1, 4), torch.zeros(1, dtype=torch.long)))
-    with pytest.warns(UserWarning, match="give them two samples or more"):
-        assert not recalibrate(flat, [one])
-    assert same_weights(flat, before)
-    assert flat[1].momentum == before[1].momentum
-    assert not any(m.training for m in flat.modules())
-
-
 def test_averaged_statistics_start_anew_with_those_they_are_averages_of():
     """Those of the network before a removal would stay in the average for many steps."""
     model = network()
@@ -332,24 +278,43 @@ def test_averaged_statistics_start_anew_with_those_they_are_averages_of():
     assert all(torch.equal(tuner.average[n], w) for n, w in weights.items())
 
 
-def test_recalibration_reaches_the_average(monkeypatch):
-    calls = []
-    restart = Tuner.restart_statistics
-    monkeypatch.setattr(Tuner, "restart_statistics", lambda t: (calls.append(t), restart(t)))
-    options = {**OPTIONS, "rounds": 3, "finetune_steps": 1, "macs": 0.6, "ema": 0.9}
-    singe.compress(network(), **options)
-    assert len(calls) == 3
-    singe.compress(network(), recalibrate=False, **options)
-    assert len(calls) == 3
+def test_what_an_optimizer_gathered_goes_where_its_parameters_are():
+    """After a checkpoint, which is read on the CPU; the meta device stands for another one."""
+    for made, factory, with_step in (
+        (torch.optim.Adafactor, torch.optim.Adafactor, False),
+        (torch.optim.AdamW, partial(torch.optim.AdamW, capturable=True), True),
+        (torch.optim.AdamW, torch.optim.AdamW, False),
+    ):
+        tuner = tuner_of(network(), made)
+        tuner.start(3)
+        tuner._one_step()
+        gathered = tuner._by_name()
+        moved = tuner_of(network().to("meta"), factory)
+        moved.load({**tuner.state(), "gathered": gathered})
+        entries = next(iter(moved._optimizer.state.values()))
+        devices = {k: t.device.type for k, t in entries.items() if isinstance(t, torch.Tensor)}
+        assert devices.pop("step") == ("meta" if with_step else "cpu")
+        assert set(devices.values()) == {"meta"}
 
 
-def test_recalibration_can_be_left_out():
-    with_it, without = network(), network()
-    options = {**OPTIONS, "finetune_steps": 0, "rounds": 1, "macs": 0.6}
-    singe.compress(with_it, **options)
-    report = singe.compress(without, recalibrate=False, **options)
-    pruned = network()
-    singe.prune(pruned, report.plan, BATCHES[0][0])
-    assert same_weights(without, pruned)
-    assert torch.equal(with_it[0].weight, without[0].weight)
-    assert not torch.equal(with_it[1].running_mean, without[1].running_mean)
+def test_a_rest_of_one_sample_says_what_to_do():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.BatchNorm1d(6), nn.Linear(6, 4))
+    tuner = tuner_of(model)
+    tuner.stream = Stream([(x[:1], y[:1]) for x, y in BATCHES], 0)
+    tuner.start(1)
+    with pytest.raises(singe.DataError, match="drop_last=True"):
+        tuner.run()
+
+
+def test_messages_name_the_arguments_of_fine_tuning():
+    with pytest.raises(singe.DataError, match=r"use distill=1\.0, which needs no labels"):
+        singe.compress(
+            network(), macs=0.7, train=[x for x, _ in BATCHES], objective="kl", finetune_steps=1,
+            rounds=1, progress=False,
+        )  # fmt: skip
+    squared = [(x, y.float()[:, None].expand(-1, 4)) for x, y in BATCHES]
+    with pytest.raises(singe.DataError, match="give finetune_objective=lambda outputs, batch"):
+        singe.compress(
+            network(), macs=0.7, train=squared, finetune_steps=1, rounds=1, progress=False,
+            objective=lambda outputs, batch: (outputs - batch[1]).square().mean(1),
+        )  # fmt: skip

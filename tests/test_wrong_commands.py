@@ -11,6 +11,7 @@ from helpers import (
 from helpers_cli import DATA, FACTORY, LOADER, MODEL, run, run_main
 from PIL import Image
 
+import singe
 from singe.errors import (
     BudgetError,
     ExportError,
@@ -79,6 +80,28 @@ def test_wrong_options_are_found_before_a_warm_up_or_a_plan(words, message, how,
     with pytest.raises(SingeError, match=message):
         run("compress", *MODEL, "--data", "data.npz", *words, *how, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("prune",), "exactly one target"),
+        (("prune", "--macs", 0.5, "--ranking", "best"), "ranking='best' is not offered"),
+        (("compare", "--share", 3), r"--share must lie in \(0, 1\), got 3"),
+        (("compare", "--macs", 0.5, "--params", 0.5), "exactly one target"),
+        (("compare", "--macs", 0.5, "--finetune-steps", 3, "--lr", -1), "--lr must be positive"),
+        (("compare", "--finetune-steps", 3), "--finetune-steps needs a budget"),
+        (("compare", "--criteria", "taylor,best"), "criterion='best' is not offered"),
+        (("compare", "--criteria", "singe:straight,taylor"), "path='straight' is not offered"),
+        (("compare", "--criteria", "taylor"), "at least two scorings, got 1"),
+    ],
+)
+def test_wrong_options_are_found_before_anything_is_scored(words, message, monkeypatch, tmp_path):
+    monkeypatch.setattr(singe, "score", None)
+    command, *options = words
+    model = ("--model", *MODEL) if command == "compare" else MODEL
+    with pytest.raises(OptionError, match=message):
+        run(command, *model, *DATA, *options, "--out", tmp_path / "out")
 
 
 @pytest.mark.parametrize("command", ["prune", "compress", "compare", "demo"])

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from singe.data import has_samples
 from singe.errors import DataError, OptionError
+from singe.plain import plain, plain_count
 from singe.quadrature import by_name
 from singe.scores import Scores
 from singe.scoring import score
@@ -61,7 +63,7 @@ class ChannelIntegratedGradients:
         self,
         inputs: Tensor | tuple[Tensor, ...],
         baselines: None = None,
-        target: Tensor | int | None = None,
+        target: Tensor | Sequence[int] | int | None = None,
         additional_forward_args: Any = None,
         n_steps: int = 50,
         method: str = "gausslegendre",
@@ -73,8 +75,8 @@ class ChannelIntegratedGradients:
         Args:
             inputs: the model's inputs, batch first.
             baselines: only None: the baseline is the gate at 0.
-            target: class indices [B] or one for all: cross-entropy's. None: the divergence from the
-                model's own output ("kl").
+            target: class indices, [B] or a list, or one for all: cross-entropy's. None: the divergence from
+                the model's own output ("kl").
             additional_forward_args: passed on behind ``inputs``.
             n_steps: nodes of the integral.
             method: Captum's names of the rules.
@@ -98,14 +100,13 @@ class ChannelIntegratedGradients:
         if extra is not None:
             arguments += extra if isinstance(extra, tuple) else (extra,)
         size = len(arguments[0])
-        if isinstance(target, int):
-            target = torch.full((size,), target, device=arguments[0].device)
-        if target is not None and len(target) != size:
-            raise DataError(f"target has {len(target)} entries for {size} samples")
+        labels = None if target is None else _labels(target, size).to(arguments[0].device)
+        if internal_batch_size is not None:
+            internal_batch_size = plain_count("internal_batch_size", internal_batch_size, 1)
         rule = by_name(method, n_steps)
         self.scores = score(
             self.forward_func,
-            _batches(arguments, target, internal_batch_size or size),
+            _batches(arguments, labels, internal_batch_size or size),
             objective="kl" if target is None else "cross_entropy",
             criterion="signed",
             path=self.path,
@@ -125,13 +126,23 @@ class ChannelIntegratedGradients:
         return True
 
 
+def _labels(target: Any, size: int) -> Tensor:
+    """int64 [B] from what Captum takes as the classes of single-label outputs."""
+    one = plain(target)
+    if isinstance(one, int):
+        return torch.full((size,), one)
+    labels = torch.as_tensor(target)
+    if labels.shape != (size,) or labels.is_floating_point():
+        raise DataError(
+            f"target must be one class, or one for each of the {size} samples; got {target!r}"
+        )
+    return labels
+
+
 def _batches(arguments: tuple[Any, ...], target: Tensor | None, size: int) -> list[Any]:
     batches = []
     total = len(arguments[0])
     for start in range(0, total, size):
-        part = tuple(
-            a[start : start + size] if isinstance(a, Tensor) and len(a) == total else a
-            for a in arguments
-        )
+        part = tuple(a[start : start + size] if has_samples(a, total) else a for a in arguments)
         batches.append((part,) if target is None else (part, target[start : start + size]))
     return batches

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,9 +25,12 @@ from singe.cli.options import (
 from singe.cli.output import Voice
 from singe.cli.prune import make_plan, set_statistics
 from singe.comparison import compare as agreement
+from singe.criteria import PATHS, as_criterion, choose
 from singe.errors import OptionError
 from singe.evaluation import accuracy
+from singe.plain import POSITIVE, plain_number
 from singe.report import write_report
+from singe.rounds import pruning_of
 from singe.scores import Scores
 
 DEFAULT_CRITERIA = "singe:layer,singe:network,taylor,magnitude,random"
@@ -67,20 +71,28 @@ def compare(
     voice = Voice(common)
     if out is not None:
         require_folder(out)
+    plain_number("--share", share, "(0, 1)")
+    plain_number("--lr", lr, POSITIVE)
+    if budget.arguments():
+        pruning_of(**budget.arguments())
+    if finetune_steps and not budget.target():
+        raise OptionError("--finetune-steps needs a budget, e.g. --macs 0.5")
     named = {path.stem: Scores.load(path) for path in scores or []}
     if len(named) < len(scores or []):
         raise OptionError("the score files need different names: they are the labels")
     inputs = None
     if model.model is not None:
+        wanted = _wanted(DEFAULT_CRITERIA if criteria is None and not named else criteria or "")
+        if len(named) + len(wanted) < 2:
+            raise OptionError(
+                f"comparing needs at least two scorings, got {len(named) + len(wanted)}"
+            )
         inputs = load_inputs(model, data, common.seed, voice)
         for found in named.values():
             found.check(inputs.model)
-        wanted = criteria if criteria is not None else "" if named else DEFAULT_CRITERIA
         named |= _score_all(inputs, wanted, scoring, common, voice)
     elif criteria is not None or budget.arguments() or scoring.arguments():
         raise OptionError("--criteria, scoring options and budgets need --model")
-    if finetune_steps and not budget.target():
-        raise OptionError("--finetune-steps needs a budget, e.g. --macs 0.5")
     result = agreement(named, share)
     if budget.target():
         assert inputs is not None
@@ -104,13 +116,28 @@ def compare(
     voice.result(result | {"files": files}, *shown, *(f"{k} {v}" for k, v in files.items()))
 
 
+def _wanted(criteria: str) -> dict[str, tuple[str, str]]:
+    """``criterion:path`` -> both; an empty path is the default."""
+    found = {}
+    for text in filter(None, (part.strip() for part in criteria.split(","))):
+        criterion, _, path = text.partition(":")
+        as_criterion(criterion)
+        if path:
+            choose("path", path, PATHS)
+        found[text] = criterion, path
+    return found
+
+
 def _score_all(
-    inputs: Inputs, wanted: str, scoring: SharedScoreOptions, common: CommonOptions, voice: Voice
+    inputs: Inputs,
+    wanted: Mapping[str, tuple[str, str]],
+    scoring: SharedScoreOptions,
+    common: CommonOptions,
+    voice: Voice,
 ) -> dict[str, Scores]:
     found: dict[str, Scores] = {}
     batches: Any = [inputs.example] if inputs.data is None else inputs.data.calibrate
-    for text in filter(None, (part.strip() for part in wanted.split(","))):
-        criterion, _, path = text.partition(":")
+    for text, (criterion, path) in wanted.items():
         options = scoring.arguments()
         own = finish.with_criterion(criterion, options.get("p"))
         options |= own | ({"path": path} if path else {})

@@ -198,7 +198,11 @@ def unpacked(archive: Path) -> Path:
             raise tarfile.ReadError("it ends in the middle; pack it again, or give a folder")
         if not images:
             raise DataError(f"{archive} holds no images, or is not whole")
-        os.replace(partial, folder)
+        try:
+            os.replace(partial, folder)
+        except OSError:
+            if not folder.is_dir():  # else another process has just unpacked the same
+                raise
     except (tarfile.TarError, OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise DataError(f"cannot unpack {archive}: {error}") from error
     finally:

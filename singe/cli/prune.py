@@ -30,6 +30,7 @@ from singe.errors import ExportError, OptionError
 from singe.evaluation import accuracy
 from singe.plan import Plan
 from singe.report import si, write_report
+from singe.rounds import pruning_of
 from singe.scores import Scores
 
 
@@ -92,6 +93,8 @@ def prune(
             raise OptionError(
                 f"--out {output.out} holds a run of compress, which prune would overwrite; give another"
             )
+    if plan is None:
+        pruning_of(**budget.arguments())  # before anything is scored
     if data.data is None and data.input_shape is None and data.image_size == DataOptions.image_size:
         data = replace(data, input_shape=_scored_shape(scores))
         if data.input_shape is None:
@@ -132,7 +135,7 @@ def prune(
         "versions": finish.environment(),
     }
     content["lead"] = _lead(content, str(done))
-    if found is not None:
+    if output.report and found is not None:
         content |= {
             "groups": finish.scored_groups(found, made),
             "score_name": finish.label(found),
