@@ -24,8 +24,11 @@ from singe.attention_cost import Tokens, counted_whole, products, sizes_of, watc
 from singe.attention_cost import macs as attention_macs
 from singe.conv1d import with_linears
 from singe.data import Batch
+from singe.errors import ModelError, SingeError, first_line
 from singe.graph import NORMS, ROWS, Group, ModelGraph, private_copy
 from singe.heads import Heads, tables_of
+from singe.memory import is_out_of_memory
+from singe.removal import Removals, remove_units
 from singe.slim import open_attention
 
 
@@ -48,6 +51,25 @@ def count(model: nn.Module, batch: Batch) -> tuple[float, int]:
         for name, module in narrow.items():
             macs += (attention_macs(module, seen[name]) - (by_layer[module] or 0)) / batch.size
     return float(macs), int(params)
+
+
+def count_without(model: nn.Module, batch: Batch, removals: Removals) -> tuple[float, int]:
+    """:func:`count` of a model once it has lost these units; it is changed.
+
+    Raises:
+        ModelError: it does not run without them.
+    """
+    try:
+        remove_units(model, batch, removals)
+        return count(model, batch)
+    except RuntimeError as error:
+        if isinstance(error, SingeError) or is_out_of_memory(error):
+            raise
+        names = ", ".join(group.name for group, _ in removals)
+        raise ModelError(
+            f"{type(model).__name__} does not run without the units that go ({first_line(error)}); name the "
+            f"layer behind that in `ignore`; it is one of {names}"
+        ) from error
 
 
 def _countable(model: nn.Module) -> nn.Module:

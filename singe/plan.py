@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from singe.budget import RANKINGS, Search, gather, order_steps, require, steps_of
-from singe.cost import CostModel, count
+from singe.cost import CostModel, count, count_without
 from singe.criteria import choose
 from singe.data import Batch, device_of, example_batch
 from singe.errors import ScoresError
@@ -25,7 +25,6 @@ from singe.graph import ModelGraph, expect_model, private_copy, unwrapped
 from singe.latency import Stopwatch, Timing, timing_of
 from singe.limits import MAX_PRUNING_RATIO, Limits, Share, absolute, limits_of, target_of
 from singe.plain import plain
-from singe.removal import remove_units
 from singe.scores import Scores, expect_scores, require_units
 from singe.units import find_groups, small
 
@@ -259,8 +258,7 @@ def make_plan(
 
     def measure(gone: Mapping[str, Sequence[int]], runs: int | None = None) -> dict[str, float]:
         twin = private_copy(model, trainable=True)
-        remove_units(twin, batch, [(groups[n], u) for n, u in gone.items()])
-        macs, params = count(twin, batch)
+        macs, params = count_without(twin, batch, [(groups[n], u) for n, u in gone.items()])
         left = full["channels"] - sum(map(len, gone.values()))
         after = {"macs": macs, "params": params, "channels": left}
         if watch:

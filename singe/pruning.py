@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from singe.cost import count
+from singe.cost import count, count_without
 from singe.data import device_of, example_batch
 from singe.errors import ModelError, OptionError, ScoresError, expect
 from singe.gradients import check_changeable, gradients_on
@@ -90,9 +90,8 @@ def prune(
     batch = small(example_batch(example_inputs, device_of(model)))
     removals = [] if not plan else _resolve(model, plan, batch)
     rehearsal = private_copy(model, trainable=True)
-    remove_units(rehearsal, batch, removals)
     macs_before, params_before = count(model, batch)
-    macs_after, params_after = count(rehearsal, batch)
+    macs_after, params_after = count_without(rehearsal, batch, removals)
     with Snapshot(model) as snapshot:  # an interrupt between two groups would leave it inconsistent
         remove_units(model, batch, removals)
         snapshot.discard()

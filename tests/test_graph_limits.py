@@ -211,3 +211,52 @@ def test_the_callers_autocast_does_not_reach_the_scores():
     with torch.autocast("cpu", torch.bfloat16):
         found = singe.score(copy.deepcopy(model), BATCHES, progress=False)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+IMAGES = [(torch.randn(4, 3, 8, 8), torch.arange(4))]
+
+
+class Shuffled(nn.Module):
+    """A channel shuffle in a branch that hardly counts."""
+
+    def __init__(self, scale: float, parts: int) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
+        self.a, self.b = nn.Conv2d(8, 12, 1), nn.Conv2d(12, 8, 1)
+        self.scale, self.parts = nn.Parameter(torch.full((1,), scale)), parts
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).relu()
+        y = self.a(x).unflatten(1, (self.parts, -1)).transpose(1, 2).flatten(1, 2)
+        return self.head((x + self.scale * self.b(y).relu()).mean((2, 3)))
+
+
+@pytest.mark.parametrize("parts", [2, 3, 4, 6])
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_a_shuffle_is_found_however_little_its_branch_counts(scale, parts):
+    """At 1e-6, as ConvNeXt starts its branches, its gates move the output by less than rounding does."""
+    torch.manual_seed(0)
+    scores = singe.score(Shuffled(scale, parts).eval(), IMAGES, criterion="magnitude")
+    assert set(scores) == {"b"}
+    assert "removing some of its units fails" in scores.meta["rejected"]["a"]
+
+
+def test_a_network_that_does_not_run_without_some_units_says_so():
+    """Where no few units show it: this one looks at how many are left."""
+
+    class Wide(nn.Sequential):
+        def forward(self, x):
+            if self[0].out_channels < 6:
+                raise RuntimeError("too narrow")
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model = Wide(nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12 * 36, 4)).eval()
+    x, y = IMAGES[0]
+    scores = singe.score(model, [(x, y)], criterion="magnitude")
+    message = r"Wide does not run without the units that go \(too narrow\).*`ignore`.* one of 0"
+    with pytest.raises(singe.ModelError, match=message):
+        singe.plan(model, scores, x, macs=0.4)
+    with pytest.raises(singe.ModelError, match=message):
+        singe.prune(model, {"0": range(8)}, x)
+    assert model[0].out_channels == 12
