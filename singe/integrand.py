@@ -12,8 +12,9 @@ from torch import nn
 from singe.criteria import CRITERIA
 from singe.errors import OptionError
 from singe.quadrature import Quadrature
+from singe.request import Request
 from singe.scores import Scores
-from singe.scoring import score
+from singe.scoring import carry_out
 
 NODES = (0.02, 0.15, 0.3, 0.45, 0.6, 0.7, 0.8, 0.87, 0.94, 1.0)  # closer where paths bend most
 
@@ -57,7 +58,11 @@ def along_the_path(
     with warnings.catch_warnings():
         # Deep along the network path nothing is left of the signal: part of the picture.
         warnings.filterwarnings("ignore", message="every score is zero")
-        found = [score(model, batches, quadrature=_single(mu), **options) for mu in nodes]
+        graph, found = None, []
+        for mu in nodes:
+            request = Request(quadrature=_single(mu), **options)
+            scores, graph = carry_out(request, model, batches, graph)
+            found.append(scores)
     kind = found[0].meta
     shown = [
         {

@@ -179,9 +179,9 @@ def score(
 
 
 def carry_out(
-    request: Request, model: nn.Module, batches: Iterable[Any]
+    request: Request, model: nn.Module, batches: Iterable[Any], graph: ModelGraph | None = None
 ) -> tuple[Scores | WeightScores, ModelGraph]:
-    """What :func:`score` does, with the groups that were found on the way."""
+    """What :func:`score` does, with the groups that were found on the way; ``graph`` if they are known."""
     expect_model(model)
     request.check_model(model)
     check_reiterable(batches)
@@ -190,7 +190,7 @@ def carry_out(
     find = find_groups if request.granularity == "unit" else find_weight_groups
     with random_state_kept(device, batches), gradients_on():
         first = first_batch(batches, device)
-        graph = find(model, first, request.layers, request.ignore)
+        graph = graph or find(model, first, request.layers, request.ignore)
         found = time.perf_counter()
         result = _compute(request, model, graph, batches)
     end = time.perf_counter()
