@@ -101,8 +101,7 @@ def _version(library: str) -> str | None:
 def _relative(arguments: list[str]) -> list[str]:
     """Paths within the checkout, wherever the results are put for the time being."""
     elsewhere = os.environ.get("SINGE_RESULTS", str(RESULTS))
-    here = RESULTS.relative_to(ROOT).as_posix()
-    return [a.replace(elsewhere, here).replace(f"{ROOT}/", "") for a in arguments]
+    return [a.replace(elsewhere, str(RESULTS)).replace(f"{ROOT}/", "") for a in arguments]
 
 
 def _cpu() -> str:

@@ -215,6 +215,12 @@ def test_the_commit_is_none_where_nothing_says_it(tmp_path, monkeypatch):
     assert "commit unknown" in report.provenance(found, "name.json")
 
 
+def test_commands_name_places_in_the_checkout(monkeypatch):
+    monkeypatch.setenv("SINGE_RESULTS", "/tmp/one/results")
+    words = ["-m", "pytest", f"{record.ROOT}/benchmarks", "--flush", "/tmp/one/results/suite.json"]
+    assert record._relative(words)[2:] == ["benchmarks", "--flush", "benchmarks/results/suite.json"]
+
+
 def test_versions_are_those_that_are_installed(monkeypatch):
     """A library may say another number: torch_pruning.__version__ is "1.6.0" in the wheel of 1.6.1."""
     monkeypatch.setattr(torch_pruning, "__version__", "0")
