@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from singe.batch_passes import BatchPasses
 from singe.channel_update import ChannelUpdates
-from singe.data import Batch, device_of
+from singe.data import Batch, cut, device_of
 from singe.decision import EarlyDecision, hardest_first
 from singe.definition import Definition
 from singe.divisible import first_few
 from singe.errors import DataError, OptionError
 from singe.graph import ModelGraph, unwrapped
-from singe.memory import PeakMemory
+from singe.memory import PeakMemory, is_out_of_memory
 from singe.network import Network
 from singe.passes import Variant, all_variants, gates_of
 from singe.precision import lower
@@ -168,9 +168,7 @@ class FusedEngine:
     def _hardest_first(self, batches: list[Batch]) -> list[Batch]:
         losses = []
         for batch in batches:
-            reference = self.sweep.record(batch)
-            moved = self._moved(batch, reference)
-            losses.append(self.objective.of_each_sample(moved, batch, reference, "tolerance"))
+            losses.append(self._sample_losses(batch))
             few = first_few(batch)
             if batch.size > 1 and (few is None or not self.passes.divisible(few)):
                 raise DataError(
@@ -179,6 +177,20 @@ class FusedEngine:
                     "sample must not depend on the others; leave `tolerance` at None"
                 )
         return hardest_first(batches, losses)
+
+    def _sample_losses(self, batch: Batch) -> Tensor:
+        """[B], from halves of the batch where the whole does not fit into memory."""
+        try:
+            reference = self.sweep.record(batch)
+            moved = self._moved(batch, reference)
+            return self.objective.of_each_sample(moved, batch, reference, "tolerance")
+        except RuntimeError as error:
+            half = batch.size // 2
+            halves = cut(batch, half, batch.size - half) if half else None
+            if not is_out_of_memory(error) or halves is None:
+                raise
+        # Not in ``except``, where the failed pass's tensors are still there.
+        return torch.cat([self._sample_losses(part) for part in halves])
 
     def _moved(self, batch: Batch, reference: Any) -> Any:
         """Outputs that tell hard samples from easy ones."""

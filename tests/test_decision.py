@@ -20,6 +20,7 @@ from torch.nn import functional as F
 import singe
 from singe.data import as_batch
 from singe.decision import EarlyDecision, hardest_first
+from singe.sweep import Sweep
 
 
 class Confident(nn.Module):
@@ -113,6 +114,27 @@ def test_samples_come_hardest_first():
         torch.cat([b.labels for b in cut]), torch.cat([b.labels for b in batches])[order]
     )
     assert [b.size for b in cut] == [3] * 11 + [1]
+
+
+def test_the_first_look_fits_into_memory(monkeypatch):
+    """Which samples are hard is asked of all of them, in halves where a whole batch is too much."""
+    model, batches = fitted(mlp, (6,))
+    options = {"path": "layer", "tolerance": 0, "pruning_ratio": 0.3, "progress": False}
+    expected = singe.score(model, batches, **options)
+    record, sizes = Sweep.record, []
+
+    def limited(self, batch):
+        sizes.append(batch.size)
+        if batch.size > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return record(self, batch)
+
+    monkeypatch.setattr(Sweep, "record", limited)
+    scores = singe.score(model, batches, **options)
+    assert max(sizes) == 10
+    assert 4 >= max(size for size in sizes if size < 5) > 1
+    for name in expected:
+        torch.testing.assert_close(scores[name], expected[name], rtol=1e-4, atol=1e-6)
 
 
 def play(contributions, n_removed, tolerance=0.0):
