@@ -100,7 +100,7 @@ def _version(library: str) -> str | None:
 
 def _relative(arguments: list[str]) -> list[str]:
     """Paths within the checkout, wherever the results are put for the time being."""
-    elsewhere = os.environ.get("SINGE_RESULTS", str(RESULTS))
+    elsewhere = os.environ.get("SINGE_RESULTS") or str(RESULTS)
     return [a.replace(elsewhere, str(RESULTS)).replace(f"{ROOT}/", "") for a in arguments]
 
 

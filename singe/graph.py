@@ -173,11 +173,12 @@ def private_copy(model: nn.Module, trainable: bool = False, fast_path: bool = Fa
     for module in twin.modules():
         if not isinstance(module, FUSED):
             continue
-        patched = isinstance(module.forward, partial)
+        forward = module.forward
+        patched = isinstance(forward, partial) and forward.func is _without_fast_path
         if fast_path and patched:
             del module.forward
         elif not fast_path and not patched:
-            setattr(module, "forward", partial(_without_fast_path, module.forward))  # noqa: B010
+            setattr(module, "forward", partial(_without_fast_path, forward))  # noqa: B010
     return twin.eval()
 
 

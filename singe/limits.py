@@ -134,7 +134,8 @@ def limits_of(
             why[name] = "a grouped convolution keeps two"
         if name in ignored:
             least[name], why[name] = n, "ignore"
-        most[name] = n if name in ignored else min(n, max(1, rounded_down(high.get(name, 1.0), n)))
+        asked = rounded_down(high.get(name, 1.0), n)
+        most[name] = n if name in ignored else min(n, max(alone, asked))
         if most[name] < least[name]:
             raise OptionError(
                 f"group {name!r} of {n} units shall keep at most {most[name]} (max_keep) and at "

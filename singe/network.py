@@ -98,7 +98,7 @@ def gate_rows(y: Tensor, gate: Tensor, probe: Tensor | None, dim: int) -> Tensor
         probe: like ``y`` or None.
     """
     # The rule that vmap has for the op takes 0.3 ms per call, more than a small layer.
-    at_once = stacked.in_one_vmap()
+    at_once = stacked.in_one_vmap() and stacked.differs(gate)  # else a vmap of the model's own
 
     def canonical(t: Tensor) -> Tensor:  # [V or 1, B, C, X] views
         t = stacked.of_all(t) if at_once else t.unsqueeze(0)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -39,19 +41,19 @@ def recalibrate(model: nn.Module, batches: Iterable[Batch]) -> bool:
     ]
     if not norms:
         return False
-    inner = unwrapped(
-        model
-    )  # hooks, and a momentum that changes, would have a compiled one compiled anew
     before = [{k: t.clone() for k, t in norm.named_buffers()} for norm in norms]
     momenta = [norm.momentum for norm in norms]
     with in_mode(model, training=False):
-        hooks = [norm.register_forward_pre_hook(_MeanOverSamples()) for norm in norms]
+        hooks = [
+            norm.register_forward_pre_hook(_MeanOverSamples(), with_kwargs=True) for norm in norms
+        ]
         for norm in norms:
             norm.reset_running_stats()
             norm.train()
+        done = False
         try:
-            if _run(inner, batches):
-                return True
+            with _eager():
+                done = _run(unwrapped(model), batches)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -64,10 +66,19 @@ def recalibrate(model: nn.Module, batches: Iterable[Batch]) -> bool:
             for norm, momentum, hook in zip(norms, momenta, hooks, strict=True):
                 norm.momentum = momentum
                 hook.remove()
-    for norm, buffers in zip(norms, before, strict=True):
-        for name, tensor in norm.named_buffers():
-            tensor.copy_(buffers[name])
-    return False
+            for norm, buffers in () if done else zip(norms, before, strict=True):
+                for name, tensor in norm.named_buffers():
+                    tensor.copy_(buffers[name])
+    return done
+
+
+def _eager() -> AbstractContextManager[Any]:
+    """Compiled parts run as they are: hooks, and a momentum that changes, would have them compiled anew."""
+    if (
+        "torch._dynamo" not in sys.modules
+    ):  # takes a second to import, and nothing is compiled without
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def _run(model: nn.Module, batches: Iterable[Batch]) -> bool:
@@ -90,6 +101,7 @@ class _MeanOverSamples:
     def __init__(self) -> None:
         self.seen = 0
 
-    def __call__(self, norm: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-        self.seen += len(inputs[0])
-        norm.momentum = len(inputs[0]) / max(1, self.seen)
+    def __call__(self, norm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        samples = len(args[0] if args else kwargs["input"])
+        self.seen += samples
+        norm.momentum = samples / max(1, self.seen)

@@ -83,8 +83,8 @@ class Tuner:
         for name, parameter in named.items():
             if name in self._gathered:
                 entries = self._optimizer.state[parameter] = self._gathered[name]
-                if isinstance(step := entries.get("step"), Tensor):  # as in torch's load_state_dict
-                    entries["step"] = step.to(parameter.device if on_device else "cpu")
+                if on_device and isinstance(step := entries.get("step"), Tensor):
+                    entries["step"] = step.to(parameter.device)  # as in torch's load_state_dict
         self._scheduler = self._new_scheduler(self._optimizer, steps)
 
     def _new_optimizer(self, parameters: list[nn.Parameter]) -> Optimizer:

@@ -272,3 +272,5 @@ def test_a_grouped_convolution_keeps_two_channels_in_every_group():
     limits = limits_of(fresh, graph, 1.0)
     assert limits.least["2"] == min(2, model[2].out_channels // 2)
     assert limits.why["2"] == "a grouped convolution keeps two"
+    most = limits_of(model, graph_of(model, data[0][0])[0], 1.0, max_keep=0.1).most
+    assert most["2"] == min(2, model[2].out_channels // 2), "and no max_keep contradicts that"

@@ -96,7 +96,8 @@ def test_recalibration_can_be_left_out():
     assert not torch.equal(with_it[1].running_mean, without[1].running_mean)
 
 
-def test_recalibration_leaves_a_compiled_model_compiled():
+@pytest.mark.parametrize("how", ["wrapped", "in place", "a part"])
+def test_recalibration_leaves_a_compiled_model_compiled(how):
     """Its hooks and momenta, another for every batch, would have it compiled anew until torch gives up."""
     graphs = []
 
@@ -104,12 +105,38 @@ def test_recalibration_leaves_a_compiled_model_compiled():
         graphs.append(module)
         return module.forward
 
-    compiled = torch.compile(network(), backend=backend)
-    assert recalibrate(compiled, [batch_of(b) for b in BATCHES])
-    assert graphs == []
-    compiled(BATCHES[0][0])
-    compiled(BATCHES[1][0])
+    class Model(nn.Module):  # torch does not look into a bare Sequential that is compiled in place
+        def __init__(self):
+            super().__init__()
+            self.body = network()
+
+        def forward(self, x):
+            return self.body(x)
+
+    model = Model()
+    if how == "wrapped":
+        model = torch.compile(model, backend=backend)
+    elif how == "in place":
+        model.compile(backend=backend)
+    else:
+        model.body = torch.compile(model.body, backend=backend)
+    model(BATCHES[0][0])
     assert len(graphs) == 1
+    assert recalibrate(model, [batch_of(b) for b in BATCHES * 4])
+    model(BATCHES[1][0])
+    assert len(graphs) == 1
+
+
+def test_a_failure_in_the_data_leaves_the_statistics():
+    def broken():
+        yield batch_of(BATCHES[0])
+        raise OSError("gone")
+
+    model, before = network(), network()
+    with pytest.raises(OSError, match="gone"):
+        recalibrate(model, broken())
+    assert same_weights(model, before)
+    assert model[1].momentum == before[1].momentum
 
 
 def test_recalibration_reads_batch_by_batch():

@@ -90,6 +90,14 @@ def test_inside_another_transform():
     compare(found, gate[None, :, None, :, None] * y, [y, gate])
 
 
+def test_a_vmap_of_the_models_own():
+    """Where the package runs none, in checks and in the definition: the gate is the same for all."""
+    torch.manual_seed(0)
+    y, gate = values(V, B, C, 3), values(C)
+    found = torch.vmap(lambda t: gate_rows(t, gate, None, 1))(y)
+    compare(found, gate[:, None] * y, [y, gate])
+
+
 def test_there_and_back():
     x = torch.randn(3, 4, 5)
 

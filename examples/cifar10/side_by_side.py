@@ -14,6 +14,7 @@ go to training alone.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterable, Iterator
 from itertools import groupby
@@ -24,7 +25,7 @@ import cifar10
 import finetuned
 import torch
 import torch.nn.functional as F
-from finetuned import ALSO, BATCH, DEVICE, NAME, ROOT, Experiment, Row
+from finetuned import ALSO, BATCH, DEVICE, Experiment, Row
 from importances import SCORERS, VARIANTS
 from torch import Tensor, nn
 
@@ -64,6 +65,11 @@ class Member:
             self.graph.replay()
             self.done.record()
 
+    def wait(self) -> None:
+        """Whatever comes on the current stream comes after this network's last step."""
+        if self.graph is not None:
+            torch.cuda.current_stream().wait_event(self.done)
+
     def _step(self) -> None:
         with torch.autocast(DEVICE, torch.bfloat16, finetuned.BF16, cache_enabled=False):
             outputs = self.model(self.x)
@@ -98,22 +104,26 @@ def train(
     x, y = next(batches)
     x, y = x.contiguous(memory_format=torch.channels_last), y.clone()
     rate = torch.tensor(lr, device=x.device)
+    # Pruning traced these parameters; nodes of such a graph that are left, of the default stream, would break
+    # the capture, and the graph lies in a reference cycle.
+    gc.collect()
     members = [Member(model, x, y, rate) for model in models]
     ready = torch.cuda.Event() if x.is_cuda else None
     looks = {round(steps * (i + 1) / LOOKS) for i in range(LOOKS)}
     for step, lr_now in enumerate(finetuned.cosine(lr, steps)):
-        if step:  # the first batch is in there
-            for source, target in zip(next(batches), (x, y), strict=True):
-                target.copy_(source)
+        batch = next(batches) if step else (x, y)
+        for member in members:  # the next batch is made while they are at the last one
+            member.wait()
+        for source, target in zip(batch, (x, y), strict=True):
+            target.copy_(source)
         rate.fill_(lr_now)
         if ready is not None:
             ready.record()
         for member in members:
             member.step(ready)
-        if ready is not None:
-            for member in members:
-                torch.cuda.current_stream().wait_event(member.done)
         if step + 1 in looks:
+            for member in members:
+                member.wait()
             yield step + 1
             for model in models:
                 model.train()
@@ -130,7 +140,8 @@ def full_batches(data: finetuned.Data, seed: int) -> Iterator[tuple[Tensor, Tens
 
 def plan_of(experiment: Experiment, job: Row, folder: Path) -> singe.Plan:
     """From the folder, or made and put there."""
-    name = f"{job['criterion']}, {job['ranking']}, {job['speedup']}, {job['seed']}.json"
+    what = ("criterion", "ranking", "speedup", "samples", "max_pruning_ratio", "seed")
+    name = f"{', '.join(str(job[k]) for k in what)}.json"
     if not (folder / name).exists():
         experiment.planned(job).save(folder / name)
     return singe.Plan.load(folder / name)
@@ -158,16 +169,18 @@ def run(experiment: Experiment, jobs: list[Row], plans: Iterable[singe.Plan]) ->
 def main() -> None:
     parser = finetuned.options(__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--plans", type=Path, default=ROOT / "out" / NAME / "plans")
+    parser.add_argument("--plans", type=Path, help="default: with the scores, in out/")
     args = parser.parse_args()
     finetuned.choose_criteria(parser, args, SCORERS, SCORERS | VARIANTS)
     args.rounds, args.train_images, args.between = 1, ALSO["train_images"], ALSO["between"]
     args.steps = args.epochs * STEPS_PER_EPOCH
-    args.plans.mkdir(parents=True, exist_ok=True)
     experiment = Experiment(args)
-    todo = [job for job in finetuned.jobs(args) if not finetuned.is_done(job)]
-    plans = [plan_of(experiment, job, args.plans) for job in todo]
-    print(f"{len(plans)} plans in {args.plans}", flush=True)
+    folder = args.plans or experiment.kept / "plans"
+    folder.mkdir(parents=True, exist_ok=True)
+    # Without epochs the results may hold the job: what is fine-tuned later is another.
+    todo = [job for job in finetuned.jobs(args) if not (args.epochs and finetuned.is_done(job))]
+    plans = [plan_of(experiment, job, folder) for job in todo]
+    print(f"{len(plans)} plans in {folder}", flush=True)
     if not args.epochs:
         return
     settings, fixed = finetuned.shared_settings(experiment), finetuned.where()
