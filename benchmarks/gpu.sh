@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one go and within BUDGET seconds (default: 560): build with CUDA, GPU
-# tests, a compute-sanitizer pass, benchmarks; of these ONLY="suite compiled" and the like. Leaves at most eight files in $OUT (default: out/gpu): six
-# JSON results, logs.tar.gz, and logs.txt with the summary and the end of every log.
+# tests, a compute-sanitizer pass, benchmarks; of these ONLY="suite compiled" and the like. Leaves at most
+# eight files in $OUT (default: out/gpu): six JSON results, logs.tar.gz, and logs.txt with the summary and
+# the end of every log.
 #
 #   make gpu                      on a machine with a GPU and the network
 #   make carry && make gpu        where nothing can be fetched: `make carry` first, elsewhere

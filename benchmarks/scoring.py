@@ -148,9 +148,10 @@ class Contest:
         """One batch of everything: caches, allocators, kernels chosen at the first call of a shape."""
         first = Work(self.work.name, self.work.model, self.work.batches[:1], self.work.layers)
         path = "layer" if self.path == "neuron" else self.path
-        for options in ({}, *(VARIANTS[n] for n in self.variants if n != COMPILED)):
-            if not options or refusal(**options) is None:
-                sweep(first, path, self.nodes, **options)
+        sweep(first, path, self.nodes)
+        for name, variant in self.variants.items():
+            if variant["refused"] is None and name != COMPILED:
+                sweep(first, path, self.nodes, **VARIANTS[name])
         ordinary(self.work.model, *self.work.batches[0], passes=1)
         for loop in self.loops.values():
             loop.step(self.plan.steps[0], self.work.batches, self.rule)

@@ -15,6 +15,12 @@ from singe.scores import Scores
 Values = NDArray[np.float64]
 
 
+def require_two(count: int) -> None:
+    """Raise OptionError for fewer scorings than can be compared."""
+    if count < 2:
+        raise OptionError(f"comparing needs at least two scorings, got {count}")
+
+
 def compare(scores: Mapping[str, Scores], share: float = 0.3) -> dict[str, Any]:
     """Agreement of every pair of scorings.
 
@@ -33,8 +39,7 @@ def compare(scores: Mapping[str, Scores], share: float = 0.3) -> dict[str, Any]:
         OptionError: fewer than two scorings, or a share out of range.
         ScoresError: scorings of different models or groups.
     """
-    if len(scores) < 2:
-        raise OptionError(f"comparing needs at least two scorings, got {len(scores)}")
+    require_two(len(scores))
     share = plain_number("share", share, "(0, 1)")
     first, *others = scores.items()
     for name, other in others:

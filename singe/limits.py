@@ -134,8 +134,8 @@ def limits_of(
             why[name] = "a grouped convolution keeps two"
         if name in ignored:
             least[name], why[name] = n, "ignore"
-        asked = rounded_down(high.get(name, 1.0), n)
-        most[name] = n if name in ignored else min(n, max(alone, asked))
+        highest = max(alone, rounded_down(high.get(name, 1.0), n))
+        most[name] = n if name in ignored else min(n, highest)
         if most[name] < least[name]:
             raise OptionError(
                 f"group {name!r} of {n} units shall keep at most {most[name]} (max_keep) and at "

@@ -55,7 +55,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Batch]) -> bool:
             with _eager():
                 done = _run(unwrapped(model), batches)
         except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
+            if not lacks_variance(error):
                 raise
             warnings.warn(
                 "the BatchNorms keep the statistics of the larger network: calibration batches of one sample "
@@ -72,11 +72,16 @@ def recalibrate(model: nn.Module, batches: Iterable[Batch]) -> bool:
     return done
 
 
+def lacks_variance(error: ValueError) -> bool:
+    """Whether a BatchNorm in training mode saw a single value per channel."""
+    return "more than 1 value per channel" in str(error)
+
+
 def _eager() -> AbstractContextManager[Any]:
     """Compiled parts run as they are: hooks, and a momentum that changes, would have them compiled anew."""
     if (
         "torch._dynamo" not in sys.modules
-    ):  # takes a second to import, and nothing is compiled without
+    ):  # nothing is compiled without, and it takes a second to import
         return nullcontext()
     return torch.compiler.set_stance("force_eager")
 

@@ -99,11 +99,12 @@ class Reduction:
                 _without(_total(damage), damage, left_out) / self._samples(sums, group, left_out)
             )
         keys = [site_key(m) for m in group.members]
-        sites = [sums.gradients[group.name, k] for k in keys if (group.name, k) in sums.gradients]
+        keys = [key for key in keys if (group.name, key) in sums.gradients]
+        sites = [sums.gradients[group.name, key] for key in keys]
         totals = [_total(gradients) for gradients in sites]
         weight = None
         if self.integrand == "variation" and not self.gates_only:
-            own = [self._weight(group, k) for k in keys if (group.name, k) in sums.gradients]
+            own = [self._weight(group, key) for key in keys]
             weight = _side_by_side(own, 1).to(totals[0])
         omega = totals[0].new_tensor(self.omega)
         norm = "sum" if self.each_sample else self.p

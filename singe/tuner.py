@@ -18,6 +18,7 @@ from singe.finetune import Training
 from singe.graph import BATCH_NORMS, named_tensors, unwrapped
 from singe.modes import in_mode
 from singe.objectives import class_dim, logits_of
+from singe.recalibration import lacks_variance
 from singe.removal import take
 from singe.seeding import Stream, seed_all
 
@@ -135,7 +136,7 @@ class Tuner:
         try:
             loss = self._loss(batch)
         except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
+            if not lacks_variance(error):
                 raise
             raise DataError(
                 f"a batch of {batch.size} sample has no variance for a BatchNorm to train on; leave such a "

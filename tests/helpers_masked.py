@@ -103,3 +103,15 @@ def assert_same(actual: list[Tensor], wanted: list[Tensor], case: object = "") -
         torch.testing.assert_close(
             a, w, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n} {case}: {m}"
         )
+
+
+def assert_same_gradients(found: Tensor, wanted: Tensor, leaves: list[Tensor]) -> None:
+    """Two outputs of the same leaves, and the gradients of a random weighting of each."""
+    torch.testing.assert_close(found, wanted)
+    weight = torch.randn_like(wanted)
+    for own, other in zip(
+        torch.autograd.grad((found * weight).sum(), leaves),
+        torch.autograd.grad((wanted * weight).sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(own, other)

@@ -215,9 +215,9 @@ def test_the_commit_is_none_where_nothing_says_it(tmp_path, monkeypatch):
     assert "commit unknown" in report.provenance(found, "name.json")
 
 
-def test_commands_name_places_in_the_checkout(monkeypatch):
-    monkeypatch.setenv("SINGE_RESULTS", "/tmp/one/results")
-    words = ["-m", "pytest", f"{record.ROOT}/benchmarks", "--flush", "/tmp/one/results/suite.json"]
+def test_commands_name_places_in_the_checkout(monkeypatch, tmp_path):
+    monkeypatch.setenv("SINGE_RESULTS", str(tmp_path))
+    words = ["-m", "pytest", f"{record.ROOT}/benchmarks", "--flush", f"{tmp_path}/suite.json"]
     assert record._relative(words)[2:] == ["benchmarks", "--flush", "benchmarks/results/suite.json"]
 
 

@@ -15,6 +15,7 @@ from helpers_masked import (
     FORWARD,
     LITERAL,
     RESIDUALS,
+    assert_same_gradients,
     inputs,
 )
 from torch import Tensor
@@ -49,14 +50,7 @@ def test_autograd_equals_the_formula(act: str) -> None:
         leaves = [t.requires_grad_() for t in (y, gate, residual) if t is not None]
         found = masked_forward(y, gate, scale, shift, residual, act)
         wanted = literal(y, gate, scale, shift, residual, act)
-        torch.testing.assert_close(found, wanted)
-        weight = torch.randn_like(found)
-        for f, w in zip(
-            torch.autograd.grad((found * weight).sum(), leaves),
-            torch.autograd.grad((wanted * weight).sum(), leaves),
-            strict=True,
-        ):
-            torch.testing.assert_close(f, w)
+        assert_same_gradients(found, wanted, leaves)
 
 
 @pytest.mark.parametrize("of_samples", [False, True])

@@ -7,6 +7,7 @@ import torch
 from helpers import (
     one_thread,  # noqa: F401 - autouse
 )
+from helpers_masked import assert_same_gradients
 from torch import Tensor
 
 from singe import stacked
@@ -30,17 +31,6 @@ def values(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
-def compare(found: Tensor, wanted: Tensor, leaves: list[Tensor]) -> None:
-    torch.testing.assert_close(found, wanted)
-    weight = torch.randn_like(wanted)
-    for own, other in zip(
-        torch.autograd.grad((found * weight).sum(), leaves),
-        torch.autograd.grad((wanted * weight).sum(), leaves),
-        strict=True,
-    ):
-        torch.testing.assert_close(own, other)
-
-
 @pytest.mark.parametrize("of_samples", [False, True])
 @pytest.mark.parametrize(("dim", "shape"), CASES)
 def test_one_setting(dim, shape, of_samples):
@@ -49,7 +39,7 @@ def test_one_setting(dim, shape, of_samples):
     gate = values(*([B] * of_samples), C)
     assert not stacked.in_one_vmap()
     found = gate_rows(y, gate, probe, dim)
-    compare(found, literal(y, gate, probe, dim), [y, gate, probe])
+    assert_same_gradients(found, literal(y, gate, probe, dim), [y, gate, probe])
 
 
 @pytest.mark.parametrize("y_dim", [None, 0, 1, -1])
@@ -74,7 +64,7 @@ def test_all_settings_at_once(dim, shape, with_probe, y_dim):
     wanted = torch.stack(
         [literal(a, g, p, dim) for a, g, p in zip(each, gate, probes, strict=True)]
     )
-    compare(found, wanted, [t for t in (y, gate, probe) if t is not None])
+    assert_same_gradients(found, wanted, [t for t in (y, gate, probe) if t is not None])
 
 
 def test_inside_another_transform():
@@ -87,7 +77,7 @@ def test_inside_another_transform():
         return gate_rows(y, gate, None, 1)
 
     found = torch.vmap(torch.vmap(one), (0, None))(y, gate)
-    compare(found, gate[None, :, None, :, None] * y, [y, gate])
+    assert_same_gradients(found, gate[None, :, None, :, None] * y, [y, gate])
 
 
 def test_a_vmap_of_the_models_own():
@@ -95,7 +85,7 @@ def test_a_vmap_of_the_models_own():
     torch.manual_seed(0)
     y, gate = values(V, B, C, 3), values(C)
     found = torch.vmap(lambda t: gate_rows(t, gate, None, 1))(y)
-    compare(found, gate[:, None] * y, [y, gate])
+    assert_same_gradients(found, gate[:, None] * y, [y, gate])
 
 
 def test_there_and_back():

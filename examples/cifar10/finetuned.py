@@ -90,6 +90,13 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> floa
     return float(torch.cat(right).mean())
 
 
+def sgd(model: nn.Module, lr: Any, **options: Any) -> torch.optim.SGD:
+    """Of all runs."""
+    return torch.optim.SGD(
+        model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4, **options
+    )
+
+
 def cosine(lr: float, steps: int) -> list[float]:
     """The learning rate of every step, from ``lr`` to zero."""
     return [0.5 * lr * (1 + math.cos(math.pi * step / steps)) for step in range(steps)]
@@ -104,9 +111,7 @@ def train(
 ) -> None:
     """SGD with a cosine to zero, in bfloat16 where that is fast, channels-last; in place."""
     model.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4
-    )
+    optimizer = sgd(model, lr)
     for step, lr_now in enumerate(cosine(lr, steps)):
         for group in optimizer.param_groups:
             group["lr"] = lr_now

@@ -46,10 +46,7 @@ class Member:
     def __init__(self, model: nn.Module, x: Tensor, y: Tensor, lr: Tensor) -> None:
         self.model = model.to(memory_format=torch.channels_last).train()
         self.x, self.y = x, y
-        self.optimizer = torch.optim.SGD(
-            model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4,
-            fused=x.is_cuda,
-        )  # fmt: skip
+        self.optimizer = finetuned.sgd(model, lr, fused=x.is_cuda)
         self.graph: Any = None
         if x.is_cuda:
             self.stream, self.done = torch.cuda.Stream(), torch.cuda.Event()

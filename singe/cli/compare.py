@@ -25,6 +25,7 @@ from singe.cli.options import (
 from singe.cli.output import Voice
 from singe.cli.prune import make_plan, set_statistics
 from singe.comparison import compare as agreement
+from singe.comparison import require_two
 from singe.criteria import PATHS, as_criterion, choose
 from singe.errors import OptionError
 from singe.evaluation import accuracy
@@ -83,10 +84,7 @@ def compare(
     inputs = None
     if model.model is not None:
         wanted = _wanted(DEFAULT_CRITERIA if criteria is None and not named else criteria or "")
-        if len(named) + len(wanted) < 2:
-            raise OptionError(
-                f"comparing needs at least two scorings, got {len(named) + len(wanted)}"
-            )
+        require_two(len(named) + len(wanted))
         inputs = load_inputs(model, data, common.seed, voice)
         for found in named.values():
             found.check(inputs.model)
