@@ -90,6 +90,23 @@ def read_graph(
     return ModelGraph(tuple(groups), folds, rejected, rejected_layers)
 
 
+def readers_in_training(
+    model: nn.Module, batch: Batch, groups: Iterable[Group], layers: set[str]
+) -> dict[str, str]:
+    """Group -> the one of ``layers`` that reads its channels in training mode, where one does."""
+    twin = with_linears(private_copy(model, trainable=True))
+    names = {module: name for name, module in twin.named_modules()}
+    dg = build_dependency_graph(twin, batch, training=True)
+    readers: dict[str, str] = {}
+    for group in groups:
+        root = twin.get_submodule(group.name)
+        prune = dg.get_pruner_of_module(root).prune_out_channels
+        items = dg.get_pruning_group(root, prune, group.root_channels.flatten().tolist())
+        if found := {names.get(item.dep.target.module, "") for item in items} & layers:
+            readers[group.name] = min(found)
+    return readers
+
+
 def _find_folds(dg: tp.DependencyGraph, names: dict[nn.Module, str]) -> dict[str, str]:
     """conv/linear -> BatchNorm pairs in which each is the other's only neighbour."""
     folds = {}

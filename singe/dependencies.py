@@ -104,8 +104,10 @@ def _signed(dim: int) -> int:
     return dim - 2**64 if dim >= 2**63 else dim
 
 
-def build_dependency_graph(model: nn.Module, batch: Batch) -> tp.DependencyGraph:
-    """Torch-Pruning's graph of ``model``, traced with one small batch.
+def build_dependency_graph(
+    model: nn.Module, batch: Batch, training: bool = False
+) -> tp.DependencyGraph:
+    """Torch-Pruning's graph of ``model``, traced with one small batch, in training mode if asked.
 
     Raises:
         ModelError: the forward pass or the trace failed.
@@ -117,7 +119,7 @@ def build_dependency_graph(model: nn.Module, batch: Batch) -> tp.DependencyGraph
             graph.build_dependency(
                 model,
                 batch.args,
-                forward_fn=lambda m, _: batch.call(m),
+                forward_fn=lambda m, _: batch.call(m.train(training)),
                 output_transform=_traced,
                 customized_pruners=pruners(),
                 verbose=False,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from singe.coupling import readers_in_training
 from singe.data import Batch, device_of
 from singe.errors import ModelError, NonFiniteError, first_line
 from singe.graph import NORMS, ROWS, Group, ModelGraph, private_copy
@@ -18,6 +19,8 @@ from singe.memory import is_out_of_memory
 from singe.network import Network, set_gates
 from singe.removal import remove_units
 from singe.seeding import random_state_kept
+
+READ = "a layer that runs in training mode only reads it"
 
 
 @torch.no_grad()
@@ -42,10 +45,11 @@ def verified(model: nn.Module, batch: Batch, graph: ModelGraph) -> ModelGraph:
             f"{distance(base, original):.2e} (relative); is its evaluation mode deterministic?"
         )
     idle = _without_a_part(private_copy(model), batch, idle) if idle else idle
-    trains = False
+    trains, in_training = False, set[str]()  # the layers that run in training mode only
     if idle:
         try:
-            idle &= _watched(private_copy(model).train(), batch)[1]
+            in_training = idle - _watched(private_copy(model).train(), batch)[1]
+            idle -= in_training
             trains = True
         except Exception as error:  # losses inside, targets it wants, a single value per channel
             if is_out_of_memory(error):
@@ -78,14 +82,16 @@ def verified(model: nn.Module, batch: Batch, graph: ModelGraph) -> ModelGraph:
             return f"gating some of its units and removing them differ by {off:.1e} (relative)"
         trouble = _trouble_in_training(small_model, batch) if trains else None
         if trouble is not None:
-            return f"a layer that runs in training mode only reads it ({trouble})"
+            return f"{READ} ({trouble})"
         return None
 
+    readers = _readers_in_training(model, batch, graph, in_training) if in_training else {}
+    reasons = {name: f"{READ} ({layer})" for name, layer in readers.items()}
+    left = [g for g in graph.groups if g.name not in reasons]
     # Heads on their own: without a trace they are cheap.
-    reasons = with_problems([g for g in graph.groups if g.heads], problem)
-    plain = [g for g in graph.groups if not g.suspicious and not g.heads]
-    reasons |= with_problems(plain, problem)
-    for suspicious in (g for g in graph.groups if g.suspicious):
+    reasons |= with_problems([g for g in left if g.heads], problem)
+    reasons |= with_problems([g for g in left if not g.suspicious and not g.heads], problem)
+    for suspicious in (g for g in left if g.suspicious):
         reasons |= with_problems([suspicious], problem)
     failed = {layer: g.name for g in graph.groups if g.name in reasons for layer in g.layers}
     return replace(
@@ -94,6 +100,20 @@ def verified(model: nn.Module, batch: Batch, graph: ModelGraph) -> ModelGraph:
         rejected={**graph.rejected, **reasons},
         rejected_layers={**graph.rejected_layers, **failed},
     )
+
+
+def _readers_in_training(
+    model: nn.Module, batch: Batch, graph: ModelGraph, layers: set[str]
+) -> dict[str, str]:
+    """What one trace tells; whatever it cannot tell is found by trying: GoogLeNet, 1 try in place of 39."""
+    groups = [g for g in graph.groups if not g.heads]
+    try:
+        with random_state_kept(device_of(model)):
+            return readers_in_training(model, batch, groups, layers)
+    except Exception as error:  # of the trace or of Torch-Pruning, whose errors have no common type
+        if is_out_of_memory(error):
+            raise
+        return {}
 
 
 def with_problems(

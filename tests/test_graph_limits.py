@@ -38,9 +38,19 @@ def test_layers_that_run_in_training_only_keep_their_inputs():
     model = Branches(in_training=True)
     scores = singe.score(model, BATCHES, progress=False)
     assert list(scores) == ["b"]
-    assert "runs in training mode only" in scores.meta["rejected"]["a"]
+    assert scores.meta["rejected"]["a"].endswith("runs in training mode only reads it (aux)")
     singe.compress(model, train=BATCHES, channels=0.7, rounds=1, finetune_steps=2, progress=False)
     assert model.train()(X)[1].shape == (8, 3)
+
+
+def test_what_reads_in_training_is_found_by_trying_where_no_trace_tells(monkeypatch):
+    def no_trace(*_):
+        raise RuntimeError("no trace")
+
+    monkeypatch.setattr("singe.verification.readers_in_training", no_trace)
+    scores = singe.score(Branches(in_training=True), BATCHES, progress=False)
+    assert list(scores) == ["b"]
+    assert "runs in training mode only reads it (" in scores.meta["rejected"]["a"]
 
 
 def test_layers_that_never_run_are_named():

@@ -80,12 +80,14 @@ class Auxiliary(nn.Module):
     def __init__(self, enough: int) -> None:
         super().__init__()
         self.enough = enough
-        self.up, self.down, self.extra = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(6, 3)
+        self.first, self.up = nn.Linear(4, 6), nn.Linear(6, 5)
+        self.down, self.extra = nn.Linear(5, 3), nn.Linear(5, 3)
 
     def forward(self, x):
-        hidden = self.up(x).relu()
+        first = self.first(x).relu()
+        hidden = self.up(first).relu()
         if self.training:
-            if hidden.shape[1] < self.enough:
+            if first.shape[1] < self.enough:
                 full()
             return self.down(hidden), self.extra(hidden)
         return self.down(hidden)
