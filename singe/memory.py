@@ -50,13 +50,12 @@ def _cgroup_free() -> int:
     return UNLIMITED
 
 
-# What libraries say, in a plain RuntimeError, when they cannot get their working memory.
-GPU_TEXTS = (
-    "unable to find an engine to execute this computation",  # cuDNN
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDA error: out of memory",
-    "Triton Error [CUDA]: out of memory",
+# What a plain RuntimeError says where there is no memory left: drivers, Triton, cuBLAS and cuDNN 8, cuDNN 9.
+TEXTS = (
+    "out of memory",
+    "_ALLOC_FAILED",
+    "_ALLOCATION_FAILED",
+    "unable to find an engine to execute this computation",
 )
 
 
@@ -65,7 +64,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError):
         return True
     text = str(error)
-    if any(known in text for known in GPU_TEXTS):
+    if any(known in text for known in TEXTS):
         return True
     return "DefaultCPUAllocator" in text and "allocate" in text
 

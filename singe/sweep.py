@@ -147,7 +147,7 @@ class Sweep:
             else:
                 outputs = self._run_update(variants, batch, self._mus(variants), None)
             totals = self._totals(outputs, len(variants), batch, reference)
-        indices = torch.tensor([one.index for one in variants])
+        indices = torch.tensor([one.index for one in variants], device="cpu")
         self.sums.end_loss[fold].index_add_(0, indices, totals.double().cpu())
 
     def _add_gradients(
@@ -337,14 +337,7 @@ class Sweep:
         return self.sums.slot((group.name, key), shape, self.network.open_gate(key))
 
     def _add_to(self, sums: Tensor, variants: Sequence[Variant], pieces: list[ByUnit]) -> None:
-        """Add to [S, U, m * K], weighted where nodes are summed."""
-        if self.one_by_one and not self.nodes_in_one:  # every variant has a place of its own
-            nodes = torch.tensor([one.node for one in variants], device=sums.device)
-            units = torch.tensor([one.unit for one in variants], device=sums.device)
-            (piece,) = pieces
-            assert isinstance(piece, Tensor)
-            sums[nodes, units] += piece.flatten(1)
-            return
+        """Add to [S, U, m * K], weighted where nodes are summed; into views, which takes no memory."""
         widths = [piece[0].shape[-1] for piece in pieces]
         places = sums.unflatten(-1, (-1, sum(widths))).split(widths, -1)  # [S, U, m, k] each
         for index, one in enumerate(variants):

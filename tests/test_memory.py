@@ -17,7 +17,9 @@ from helpers import (
     run_engine,
 )
 from helpers_networks import CASES
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from singe import memory, units, verification
 from singe.data import cut
@@ -172,6 +174,38 @@ def test_sums_are_made_before_anything_is_added(monkeypatch):
     monkeypatch.setattr(Sums, "slot", short)
     assert_close(run_engine(model, data).scores, expected.scores, 1e-12)
     assert len(made) > 3
+
+
+class NoMemory(TorchDispatchMode):
+    """Raises where an operation makes a tensor of its own."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves(args) if isinstance(t, Tensor)}
+        for made in tree_leaves(result):
+            if isinstance(made, Tensor) and made.untyped_storage().data_ptr() not in given:
+                full()
+        return result
+
+
+@pytest.mark.parametrize("norm", ["inside", "outside"])
+@pytest.mark.parametrize("path", ["layer", "network", "neuron"])
+def test_adding_takes_no_memory(path, norm, monkeypatch):
+    """So that a pass is added whole, or not at all: coupled layers have a sum each."""
+    case = CASES["residual"]
+    model, data = case.model(), case.batches((6, 5))
+    expected = run_engine(model, data, path=path, norm=norm)
+    add_to, added = Sweep._add_to, []
+
+    def without_memory(self, *args):
+        with NoMemory():
+            add_to(self, *args)
+        added.append(self)
+
+    monkeypatch.setattr(Sweep, "_add_to", without_memory)
+    found = run_engine(model, data, path=path, norm=norm)
+    assert added
+    assert_close(found.scores, expected.scores, 1e-12)
 
 
 @pytest.mark.parametrize("gradients_only", [False, True], ids=["plain", "variants"])
