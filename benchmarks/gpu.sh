@@ -122,7 +122,7 @@ step triton 115 "${test[@]}" -n 14 -m "not gpu" tests/test_masked_forward{,_op}.
 triton=tests/test_masked_forward.py::test_triton_equals_torch
 step sanitizer 50 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
   compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9 --target-processes application-only \
-  "${test[@]}" -k "not beyond" tests/test_integral.py::TestCuda \
+  "${test[@]}" -k "not beyond and not more_channels" tests/test_integral.py::TestCuda \
   "${triton}[relu-torch.float32]" "${triton}[gelu-torch.bfloat16]" "${triton}[silu-torch.float64]"
 
 step kernels 45 "$PYTHON" -m benchmarks.kernels --device cuda --rounds 10
@@ -137,6 +137,10 @@ step suite 100 "${matrix[@]}" --flush "$RESULTS/suite-cuda.json" \
 step peers 60 "${matrix[@]}" --flush "$RESULTS/peers-cuda.json" benchmarks/bench_peers.py
 step growth 60 "$PYTHON" -m benchmarks.growth --device cuda --axes nodes samples depth
 step compiled 80 "$PYTHON" -m benchmarks.compiled --device cuda --batches 8
+
+# The block kernel uses its shared memory again and again between barriers.
+step races 20 compute-sanitizer --tool racecheck --error-exitcode 9 --target-processes application-only \
+  "${test[@]}" "tests/test_integral.py::TestCuda::test_equals_cpu_and_repeats[torch.float32-2-weighted]"
 
 cp -f "$RESULTS"/*-cuda.json benchmarks/results/ 2>/dev/null || true
 for kind in "${kinds[@]}"; do

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from singe.errors import KernelError
-from singe.kernels import native
-from singe.kernels.integral import Norm, accumulate
+from singe.kernels import integral, native
+from singe.kernels.integral import Norm, accumulate, accumulate_reference
 
 NORMS: list[Norm] = [1, 2, "sum"]
 # Rows are summed in float64, so what remains is the rounding of score: 2^-24 = 6e-8 in float32,
@@ -357,16 +357,47 @@ class FakeCore:
         (FakeCore(driver=0), 0, "no NVIDIA driver"),
         (FakeCore(driver=12080), 0, "built with CUDA 13.0, the driver only knows 12.8"),
         (FakeCore(), 3, "there is no CUDA device 3: 1 are visible"),
-        (FakeCore(problem="no image"), 0, "no image; the GPU is sm_75, rebuild for it: `SINGE_CU"),
+        (
+            FakeCore(problem="no kernel image is available"),
+            0,
+            "is available; the GPU is sm_75, rebuild for it: `SINGE_CUDA_ARCHS=75 SINGE_CUDA=ON pip",
+        ),
         (FakeCore(driver=13010), 0, ""),
     ],
 )
 def test_why_cuda_is_not_usable(monkeypatch, core, device, message):
-    monkeypatch.setattr(native, "_load", lambda: (core, ""))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
-    said = native.cuda_problem.__wrapped__(device)
+    pretend(monkeypatch, core)
+    said = native.cuda_problem(device)
     assert message in said
     assert bool(message) == bool(said)
+
+
+def test_a_card_without_memory_is_asked_again(monkeypatch):
+    core = FakeCore(problem="singe: CUDA: out of memory")
+    pretend(monkeypatch, core)
+    assert native.cuda_problem(0) == "singe: CUDA: out of memory"
+    core.problem = ""
+    assert not native.cuda_problem(0)
+    core.problem = "singe: CUDA: out of memory"
+    assert not native.cuda_problem(0), "the kernels have been loaded"
+
+
+def test_a_gpu_that_the_core_cannot_serve_is_told_of(monkeypatch):
+    pretend(monkeypatch, FakeCore(cuda=False))
+    monkeypatch.delenv("SINGE_INTEGRAL", raising=False)
+    score, grad, weight, omega = make(3, 4, 5)
+    expected = score.clone()
+    accumulate_reference(expected, grad, weight, omega, 2)
+    with pytest.warns(UserWarning, match="plain torch: .*built without CUDA"):
+        integral._cuda(score, grad, weight, omega, "2")
+    assert torch.equal(score, expected)
+
+
+def pretend(monkeypatch, core: FakeCore) -> None:
+    monkeypatch.setattr(native, "_load", lambda: (core, ""))
+    monkeypatch.setattr(native, "_setup_problem", native._setup_problem.__wrapped__)
+    monkeypatch.setattr(native, "_ready", set())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
 
 
 class TestCuda:
@@ -379,16 +410,37 @@ class TestCuda:
         monkeypatch.setenv("SINGE_INTEGRAL", "native")
         # Short rows (a warp each) and long ones (a block each), packed loads (K % 8 = 0) and not.
         for shape in [(1, 1, 1), (4, 17, 129), (5, 3, 1025), (4, 64, 4608), (3, 600, 32)]:
-            inputs = make(*shape, dtype, weighted)
-            on_gpu = [None if t is None else t.cuda() for t in inputs]
-            again = on_gpu[0].clone()
-            accumulate(*on_gpu, p)
-            accumulate(again, *on_gpu[1:], p)
-            assert torch.equal(on_gpu[0], again)
-            _, scale = in_float64(*inputs, p)
-            accumulate(*inputs, p)
-            error = (on_gpu[0].cpu().double() - inputs[0].double()).abs()
-            assert (error <= TOLERANCE[dtype] * scale).all()
+            self.check(dtype, p, *make(*shape, dtype, weighted))
+
+    @pytest.mark.parametrize("shape", [(1, 65_539, 1025), (1, 524_300, 4)], ids=str)
+    def test_more_channels_than_a_grid_has_blocks(self, monkeypatch, shape):
+        """65,535 blocks, of eight rows where these are short; a block then goes on to the next."""
+        monkeypatch.setenv("SINGE_INTEGRAL", "native")
+        self.check(torch.float16, 1, *make(*shape, torch.float16))
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_any_layout_of_the_inputs(self, monkeypatch, layout):
+        """Loads of 16 bytes want an address that is a multiple of them."""
+        monkeypatch.setenv("SINGE_INTEGRAL", "native")
+        for size in (32, 1032):
+            score, grad, weight, omega = (t.cuda() for t in make(4, 6, size))
+            other = score.clone()
+            accumulate(score, grad, weight, omega)
+            view = LAYOUTS[layout]
+            accumulate(other, view(grad), view(weight[None])[0], omega)
+            assert torch.equal(score, other)
+
+    def check(self, dtype, p, *inputs):
+        """Against the CPU, twice."""
+        on_gpu = [None if t is None else t.cuda() for t in inputs]
+        again = on_gpu[0].clone()
+        accumulate(*on_gpu, p)
+        accumulate(again, *on_gpu[1:], p)
+        assert torch.equal(on_gpu[0], again)
+        _, scale = in_float64(*inputs, p)
+        accumulate(*inputs, p)
+        error = (on_gpu[0].cpu().double() - inputs[0].double()).abs()
+        assert (error <= TOLERANCE[dtype] * scale).all()
 
     def test_empty_and_nan(self):
         for shape in [(0, 3, 5), (2, 0, 5), (2, 3, 0)]:

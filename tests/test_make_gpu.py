@@ -80,7 +80,7 @@ def test_at_most_eight_files_though_steps_fail(bench):
         "logs.txt",
         "logs.tar.gz",
     }
-    assert "failed: sanitizer targets" in summary
+    assert "failed: sanitizer targets races" in summary
     assert "no result of targets" in summary
     assert "Device not supported" in summary, "the end of every log"
     with tarfile.open(bench / "out" / "logs.tar.gz") as archive:

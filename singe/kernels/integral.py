@@ -10,6 +10,7 @@ The op ``torch.ops.singe.accumulate`` has a compiled CPU and a compiled CUDA imp
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Literal
 
 import torch
@@ -172,7 +173,10 @@ def _cpu(score: Tensor, grad: Tensor, weight: Tensor | None, omega: Tensor, p: s
 
 def _cuda(score: Tensor, grad: Tensor, weight: Tensor | None, omega: Tensor, p: str) -> None:
     device = grad.device if grad.is_cuda else score.device  # a mix of devices is _check's to tell
-    _run(score, grad, weight, omega, p, native.cuda_problem(device.index or 0))
+    problem = native.cuda_problem(device.index or 0)
+    if problem and not os.environ.get("SINGE_INTEGRAL"):
+        warnings.warn(f"the integral runs on plain torch: {problem}", stacklevel=2)
+    _run(score, grad, weight, omega, p, problem)
 
 
 # Library.define + impl costs 3 us a call, @torch.library.custom_op 19 us.

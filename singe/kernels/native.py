@@ -13,7 +13,10 @@ from typing import Any
 
 import torch  # before _core: whichever comes first brings the OpenMP runtime both then share
 
+# What the driver says of kernels that are not built for a GPU.
+UNFIT = ("no kernel image", "invalid device function", "unsupported toolchain")
 REBUILD = "SINGE_CUDA=ON pip install --force-reinstall --no-deps ."
+_ready: set[int] = set()  # devices whose kernels have been found to load
 
 
 @functools.cache
@@ -37,12 +40,16 @@ def cpu_problem() -> str:
     return _load()[1]
 
 
-@functools.cache
 def cuda_problem(device: int) -> str:
     """Why the compiled CUDA kernels cannot be used on this device, or an empty string.
 
     Looks at the core, its build, the driver and the GPU's architecture, in this order.
     """
+    return _setup_problem(device) or _device_problem(device)
+
+
+@functools.cache
+def _setup_problem(device: int) -> str:
     module, reason = _load()
     if module is None:
         return reason
@@ -60,14 +67,25 @@ def cuda_problem(device: int) -> str:
     count = int(module.cuda_device_count())
     if device >= count:
         return f"there is no CUDA device {device}: {count} are visible"
+    return ""
+
+
+def _device_problem(device: int) -> str:
+    """What passes, a card without memory left, is asked for again the next time."""
+    if device in _ready:
+        return ""
+    module = core()
+    assert module is not None
     said = str(module.cuda_problem(device))
-    if said:
+    if not said:
+        _ready.add(device)
+    elif any(text in said for text in UNFIT):
         major, minor = torch.cuda.get_device_capability(device)
         return (
             f"{said}; the GPU is sm_{major}{minor}, rebuild for it: "
             f"`SINGE_CUDA_ARCHS={major}{minor} {REBUILD}`"
         )
-    return ""
+    return said
 
 
 def status() -> dict[str, Any]:
