@@ -19,13 +19,16 @@ ROOT = Path(__file__).resolve().parent
 
 def missing_tools() -> list[str]:
     """What pip has to fetch: ninja, and cmake unless it knows `--fresh` (3.24)."""
-    tools = [] if shutil.which("ninja") else ["ninja"]
-    cmake = shutil.which("cmake")
-    said = subprocess.run([cmake, "--version"], capture_output=True, text=True) if cmake else None
-    version = re.search(r"(\d+)\.(\d+)", said.stdout) if said else None
-    if version is None or tuple(map(int, version.groups())) < (3, 24):
-        tools.append("cmake>=3.24")
-    return tools
+    tools = [] if version_of("ninja") else ["ninja"]
+    return tools if version_of("cmake") >= (3, 24) else [*tools, "cmake>=3.24"]
+
+
+def version_of(tool: str) -> tuple[int, ...]:
+    """Empty if it does not run: ninja's own wheels up to 1.11 have scripts that fail in pip's environment."""
+    path = shutil.which(tool)
+    said = subprocess.run([path, "--version"], capture_output=True, text=True) if path else None
+    found = re.search(r"(\d+)\.(\d+)", said.stdout) if said else None
+    return tuple(map(int, found.groups())) if found else ()
 
 
 class CMakeBuild(build_ext):

@@ -165,8 +165,14 @@ def test_sdist_then_wheel_then_wheel_again(checkout, tmp_path):
     """With build isolation, as users do it. The second build finds the first one's leftovers."""
     pip = (sys.executable, "-m", "pip")
     # Without a ninja of its own pip puts one into the isolated environment, and then deletes that.
-    settings = {"SINGE_CUDA": "OFF", "PATH": path_without("ninja", tmp_path / "bin")}
-    settings["CMAKE_BUILD_TYPE"] = "Debug"  # half the time
+    path = path_without("ninja", tmp_path / "bin")
+    settings = {"SINGE_CUDA": "OFF", "CMAKE_BUILD_TYPE": "Debug"}  # half the time
+    broken = (
+        tmp_path / "broken" / "ninja"
+    )  # as the script of a ninja that is not in that environment
+    broken.parent.mkdir()
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
     probe = subprocess.run(
         [*pip, "download", "-q", "--no-deps", "-d", tmp_path / "probe", "ninja", "pybind11"],
         capture_output=True,
@@ -184,7 +190,7 @@ def test_sdist_then_wheel_then_wheel_again(checkout, tmp_path):
     assert not [name for name in names if name.endswith(".so")]
 
     unpacked = next((tmp_path / "sdist").iterdir())
-    for attempt in ("first", "second"):
+    for attempt, settings["PATH"] in (("first", path), ("second", f"{broken.parent}:{path}")):
         wheels = tmp_path / attempt
         run(*pip, "wheel", "-q", "--no-deps", "-w", wheels, ".", cwd=unpacked, **settings)
         with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
