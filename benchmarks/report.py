@@ -25,7 +25,7 @@ KINDS = ("targets", "suite", "peers", "growth", "kernels")
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 NO_GPU = (
     "**GPU figures are outstanding.** No result measured on a GPU lies in `benchmarks/results/`. "
-    "`make gpu` produces them on a machine with one (JSON, logs, within seven minutes); until then "
+    "`make gpu` produces them on a machine with one (JSON, logs, within ten minutes); until then "
     "nothing is claimed about the speed on GPUs, nor about the Triton kernel against torch.compile."
 )
 Documents = dict[str, dict[str, Any]]  # kind -> the file's content
