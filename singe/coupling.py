@@ -225,7 +225,7 @@ def _describe(
             members.append(Member(name, "norm", channels))
     if not consumers:
         return "no layer reads its channels, so they reach the model's output"
-    root_channels = torch.arange(n_channels).view(blocks, n_units).T.contiguous()
+    root_channels = torch.arange(n_channels, device="cpu").view(blocks, n_units).T.contiguous()
     return Group(
         names[root], n_units, root_channels, tuple(members), tuple(consumers), suspicious, units
     )
@@ -287,8 +287,8 @@ def _only_multiplies(node: Any) -> bool:
 
 def units_by_channel(channels: Tensor, width: int) -> Tensor:
     """int64 [width] from [U, m] channels per unit: the unit of every channel, -1 where it has none."""
-    units = torch.full((width,), -1)
-    units[channels] = torch.arange(len(channels))[:, None]
+    units = torch.full((width,), -1, device="cpu")
+    units[channels] = torch.arange(len(channels), device="cpu")[:, None]
     return units
 
 
@@ -296,8 +296,10 @@ def _channels_by_unit(idxs: list[int], root_idxs: list[int], n_units: int) -> Te
     """[U, m] channels per unit, or None if units hold different numbers of channels."""
     if len(idxs) % n_units or None in root_idxs:  # Torch-Pruning lost track of some
         return None
-    unit = torch.tensor(root_idxs) % n_units
+    unit = torch.tensor(root_idxs, device="cpu") % n_units
     order = torch.argsort(unit, stable=True)
-    if not torch.equal(unit[order], torch.arange(n_units).repeat_interleave(len(idxs) // n_units)):
+    if not torch.equal(
+        unit[order], torch.arange(n_units, device="cpu").repeat_interleave(len(idxs) // n_units)
+    ):
         return None
-    return torch.tensor(idxs)[order].view(n_units, -1)
+    return torch.tensor(idxs, device="cpu")[order].view(n_units, -1)

@@ -21,7 +21,9 @@ def of_units(
     if criterion.name == "random":
         generator = torch.Generator().manual_seed(seed)
         for name, values in result.scores.items():
-            result.scores[name] = torch.rand(len(values), generator=generator, dtype=torch.float64)
+            result.scores[name] = torch.rand(
+                len(values), generator=generator, dtype=torch.float64, device="cpu"
+            )
         return result
     network = Network(model, graph.groups, graph.folds)
     for group in graph.groups:
@@ -43,7 +45,7 @@ def of_weights(model: nn.Module, graph: ModelGraph, criterion: Criterion, seed: 
         rows = rows_of(module, weight.detach().cpu())[member.channels].double()
         if criterion.name == "magnitude":
             return rows.abs()
-        return torch.rand(rows.shape, generator=generator, dtype=torch.float64)
+        return torch.rand(rows.shape, generator=generator, dtype=torch.float64, device="cpu")
 
     result = Result.empty((), 0)
     result.scores = by_parameter(plain, graph.groups, of_rows)

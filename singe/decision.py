@@ -41,11 +41,11 @@ class EarlyDecision:
     def __init__(self, tolerance: float, n_removed: Callable[[Mapping[str, Tensor]], int]) -> None:
         self.tolerance = tolerance
         self.n_removed = n_removed
-        self.removed = torch.zeros(0, dtype=torch.bool)  # settled, and to go
-        self.kept = torch.zeros(0, dtype=torch.bool)  # settled, and to stay
-        self.low = torch.zeros(0, dtype=torch.float64)  # [U] bounds on the totals of all data
-        self.high = torch.zeros(0, dtype=torch.float64)
-        self.recent = torch.zeros(0, 0, dtype=torch.float64)  # [looks, U] contribution per sample
+        self.removed = torch.zeros(0, dtype=torch.bool, device="cpu")  # settled, and to go
+        self.kept = torch.zeros(0, dtype=torch.bool, device="cpu")  # settled, and to stay
+        nothing = torch.zeros(0, dtype=torch.float64, device="cpu")
+        self.low = self.high = nothing  # [U] bounds on the totals of all data
+        self.recent = nothing[None]  # [looks, U] contribution per sample
 
     def update(
         self, totals: Mapping[str, Tensor], own: Mapping[str, Tensor], size: int, left: int
@@ -63,7 +63,7 @@ class EarlyDecision:
         """
         total, latest = torch.cat(list(totals.values())), torch.cat(list(own.values()))
         if not len(self.low):
-            self.removed = torch.zeros(len(total), dtype=torch.bool)
+            self.removed = torch.zeros(len(total), dtype=torch.bool, device="cpu")
             self.kept = self.removed.clone()
             self.low, self.high = total.clone(), total.clone()
             self.recent = latest.new_zeros(0, len(total))

@@ -85,7 +85,7 @@ class FusedEngine:
         scales = row_scales(self.network.module, graph.folds)
         self.reduction = Reduction(self.network, definition, self.sets, scales)
         self.sweep = Sweep(self.network, updates, definition, self.sums, self.device, compile)
-        active = torch.ones(n_sets, dtype=torch.bool)
+        active = torch.ones(n_sets, dtype=torch.bool, device="cpu")
         self.passes = BatchPasses(self.sweep, definition, self.jobs, active, self.room)
 
     def run(

@@ -62,7 +62,7 @@ def dialect(norm: Any) -> Dialect | None:
     for dim in dict.fromkeys((1, own_dim)):
         # Other sizes than the number of channels, so that the wrong dimension fails.
         shape = [2, 3, 5, channels] if dim == -1 else [2, channels, 3, 5]
-        x = torch.randn(shape, generator=generator).to(weight)
+        x = torch.randn(shape, generator=generator, device="cpu").to(weight)
         try:
             found = forward(norm, x)
         except Exception:  # the wrong dimension

@@ -41,7 +41,7 @@ class Member:
     def is_whole(self, n_channels: int) -> bool:
         """Whether unit u is channel u of a module with ``n_channels``, so nothing needs gathering."""
         flat = self.channels.flatten()
-        return len(flat) == n_channels and torch.equal(flat, torch.arange(n_channels))
+        return len(flat) == n_channels and torch.equal(flat, torch.arange(n_channels, device="cpu"))
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def expect_model(model: object) -> None:
 
     Raises:
         OptionError: no module.
-        ModelError: TorchScript, quantized, on the meta device, or layers that do not know their sizes yet.
+        ModelError: TorchScript, quantized, on the meta device or on several, or layers without sizes yet.
     """
     expect("model", model, nn.Module, "an nn.Module")
     assert isinstance(model, nn.Module)
@@ -130,6 +130,12 @@ def expect_model(model: object) -> None:
     )  # fmt: skip
     if name := next(quantized, None):
         raise ModelError(f"{name} is quantized; score and prune the float model, then quantize it")
+    devices = sorted({str(p.device) for p in model.parameters()})
+    if len(devices) > 1:
+        raise ModelError(
+            f"the parameters are on {', '.join(devices)}; move the model to one device, "
+            f"model.to({devices[-1]!r})"
+        )
     lazy = (n for n, p in model.named_parameters() if nn.parameter.is_lazy(p))
     if name := next(lazy, None):
         raise ModelError(f"{name} has no size yet; run the model once, model(inputs), before")

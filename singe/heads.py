@@ -118,10 +118,10 @@ def _read(name: str, module: Any, attention: Attention) -> Heads | str:
     named = [name if packed else prefix + layer for layer in layers]
     rows: dict[str, Tensor] = {}
     for layer, part, start in zip(named, parts, starts, strict=True):
-        own = start + torch.arange(part).view(units, -1)
+        own = start + torch.arange(part, device="cpu").view(units, -1)
         rows[layer] = torch.cat([rows[layer], own], 1) if layer in rows else own
-    value_rows = starts[2] + torch.arange(parts[2]).view(units, -1)
-    columns = torch.arange(width).view(units, -1)
+    value_rows = starts[2] + torch.arange(parts[2], device="cpu").view(units, -1)
+    columns = torch.arange(width, device="cpu").view(units, -1)
     return Heads(name, named[2], value_rows, rows, prefix + attention.proj, columns, attention)
 
 
@@ -177,7 +177,7 @@ def _keep_entries(module: Any, name: str, dim: int, kept: list[int], units: int)
     """Keep the entries of some units in a parameter or buffer with one entry per query head."""
     tensor = attribute(module, name)
     owner, _, leaf = name.rpartition(".")
-    entries = torch.arange(tensor.shape[dim]).view(units, -1)[kept].flatten().tolist()
+    entries = torch.arange(tensor.shape[dim], device="cpu").view(units, -1)[kept].flatten().tolist()
     setattr(module.get_submodule(owner), leaf, _narrowed(tensor, dim, entries))
 
 

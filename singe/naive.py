@@ -156,7 +156,8 @@ def naive_scores(
 
     def root_mean_squares_at(units: UnitSet, mu: float) -> dict[str, Tensor]:
         """[U, 1]: over the samples, of the derivative of each one's loss along every gate."""
-        squares = {group.name: torch.zeros(group.n_units, 1).double() for group, _ in units}
+        nothing = torch.zeros((), dtype=torch.float64, device="cpu")
+        squares = {group.name: nothing.repeat(group.n_units, 1) for group, _ in units}
         textbook.set_scale(units, mu)
         for batch, reference in zip(batches, references, strict=True):
             losses = objective.of_each_sample(network(batch), batch, reference, "p='fisher'")
@@ -185,7 +186,7 @@ def naive_scores(
         for mu in definition.quadrature.nodes:
             for name, values in integrand_at(units, mu).items():
                 integrands[name].append(values)
-        omega = torch.tensor(definition.quadrature.weights, dtype=torch.float64)
+        omega = torch.tensor(definition.quadrature.weights, dtype=torch.float64, device="cpu")
         signed_sum = 0.0
         for group, chosen in units:
             values = torch.stack(integrands[group.name])[:, chosen].cpu()  # [S, U', K]
@@ -227,7 +228,7 @@ def _weight_scores(
                     weight, grad = textbook.weight_entries(member)
                     value = (weight * grad).double()
                     if definition.criterion.integrand == "gradient":
-                        scale = scales.get(member.name, torch.ones(len(grad))).to(grad.device)
+                        scale = scales.get(member.name, grad.new_ones(len(grad))).to(grad.device)
                         value = grad.double() * scale.view(-1, *[1] * (grad.dim() - 1))
                     rows = member.channels[chosen].flatten()
                     total = scores.setdefault((group.name, member.name), torch.zeros_like(value))

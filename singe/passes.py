@@ -82,16 +82,16 @@ def runs_of_groups(variants: Sequence[Variant]) -> Iterator[tuple[UnitSet, slice
 def gates_of(network: Network, variants: Sequence[Variant]) -> dict[str, Tensor]:
     """[V, C] gates of every site that these variants touch."""
     gates: dict[str, Tensor] = {}  # filled on the CPU: a GPU gets each in one piece
-    mus = torch.tensor([one.mu for one in variants], dtype=torch.float64)
+    mus = torch.tensor([one.mu for one in variants], dtype=torch.float64, device="cpu")
     for units, where in runs_of_groups(variants):
-        rows = torch.arange(len(variants))[where, None]
+        rows = torch.arange(len(variants), device="cpu")[where, None]
         for position, (group, _) in enumerate(units):
             moved = _moved(variants[where], position)
             for member in group.members:
                 key = site_key(member)
                 if key not in gates:
                     dtype, channels = network.open_gate(key).dtype, network.sites[key].channels
-                    gates[key] = torch.ones(len(variants), channels, dtype=dtype)
+                    gates[key] = torch.ones(len(variants), channels, dtype=dtype, device="cpu")
                 gate = gates[key]
                 gate[rows, member.channels[moved].flatten(1)] = mus[where, None].to(gate.dtype)
     return {key: gate.to(network.open_gate(key).device) for key, gate in gates.items()}
@@ -101,5 +101,5 @@ def _moved(variants: Sequence[Variant], position: int) -> Tensor:
     """int64 [V, k]: the units that each variant moves of the group at ``position``."""
     chosen = [one.units[position][1] for one in variants]
     if all(one is chosen[0] for one in chosen):
-        return torch.tensor(chosen[:1]).expand(len(chosen), -1)
-    return torch.tensor(chosen)
+        return torch.tensor(chosen[:1], device="cpu").expand(len(chosen), -1)
+    return torch.tensor(chosen, device="cpu")

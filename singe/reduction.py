@@ -80,7 +80,7 @@ class Reduction:
         seen = samples > 0
         folds = seen.sum(0).to(torch.float64)
         ratio = torch.where(seen, samples.sum(0) / samples, torch.inf)  # h
-        zero = torch.zeros(())
+        zero = torch.zeros((), device="cpu")
         jackknife = folds * theta - torch.where(seen, (1 - 1 / ratio) * without, zero).sum(0)
         pseudo = ratio * theta - (ratio - 1) * without
         squares = torch.where(seen, (pseudo - jackknife).square() / (ratio - 1), zero)
@@ -130,12 +130,12 @@ class Reduction:
         shape = (*member.channels.shape, *site.full[0].shape[1:])  # [U, m, *row]
         sums_of_layer = sums.gradients.get((group.name, member.name))
         if sums_of_layer is None:  # never called
-            return lambda left_out: torch.zeros(shape, dtype=torch.float64)
+            return lambda left_out: torch.zeros(shape, dtype=torch.float64, device="cpu")
         total = _total(sums_of_layer)  # [S, U, m * K]
         channels = member.channels.to(total.device)
         factor = site.weight[channels].to(total)  # [U, m, K]
         if self.integrand == "gradient":  # of the user's weight, not of the folded one
-            scale = self.row_scales.get(member.name, torch.ones(site.channels))
+            scale = self.row_scales.get(member.name, torch.ones(site.channels, device="cpu"))
             factor = scale.to(total)[channels, None].expand_as(factor)
         size = site.full[0][0].numel()  # without the bias, the last column
 

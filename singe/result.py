@@ -46,18 +46,19 @@ class Result:
 
     @classmethod
     def empty(cls, groups: Sequence[Group], n_samples: int) -> Result:
-        zeros = {g.name: torch.zeros(g.n_units, dtype=torch.float64) for g in groups}
+        zeros = {g.name: torch.zeros(g.n_units, dtype=torch.float64, device="cpu") for g in groups}
         return cls(zeros, n_samples)
 
     def note_completeness(self, units: UnitSet, path: str, gap: float) -> None:
         """Record the gap of one set of units."""
         self.completeness = self.completeness if self.completeness is not None else {}
         if path == "network":
-            self.completeness["network"] = torch.tensor([gap])
+            self.completeness["network"] = torch.tensor([gap], device="cpu")
             return
         group, chosen = units[0]
         if path == "layer":
-            self.completeness[group.name] = torch.tensor([gap])
+            self.completeness[group.name] = torch.tensor([gap], device="cpu")
         else:
-            gaps = self.completeness.setdefault(group.name, torch.zeros(group.n_units))
+            nothing = torch.zeros(group.n_units, device="cpu")
+            gaps = self.completeness.setdefault(group.name, nothing)
             gaps[chosen] = gap

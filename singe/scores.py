@@ -195,7 +195,9 @@ class Scores(ScoreTable):
         if known is not None:
             return known
         count = len(self[group])
-        return torch.full((channels,), -1) if channels % count else torch.arange(channels) % count
+        if channels % count:
+            return torch.full((channels,), -1, device="cpu")
+        return torch.arange(channels, device="cpu") % count
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write a safetensors file; everything but the tensors goes into its metadata as JSON.

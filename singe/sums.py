@@ -17,7 +17,9 @@ from singe.result import unit_sets
 
 def set_of_units(groups: Sequence[Group], path: str) -> dict[str, Tensor]:
     """Per group int64 [U]: the index of the set of units (see ``unit_sets``) each unit moves with."""
-    found = {group.name: torch.zeros(group.n_units, dtype=torch.int64) for group in groups}
+    found = {
+        group.name: torch.zeros(group.n_units, dtype=torch.int64, device="cpu") for group in groups
+    }
     for index, units in enumerate(unit_sets(groups, path)):
         for group, chosen in units:
             found[group.name][chosen] = index
@@ -37,7 +39,7 @@ class Sums:
     def __init__(self, folds: int, n_sets: int) -> None:
         self.folds = folds
         self.gradients: dict[tuple[str, str], Tensor] = {}
-        self.samples = torch.zeros(folds, n_sets, dtype=torch.float64)
+        self.samples = torch.zeros(folds, n_sets, dtype=torch.float64, device="cpu")
         self.base_loss = torch.zeros_like(self.samples)
         self.end_loss = torch.zeros_like(self.samples)
 

@@ -107,7 +107,7 @@ def uncovered(name: str, module: nn.Module, groups: Sequence[Group]) -> list[Gro
     """A group of the rows that are in none of ``groups``, if there are any."""
     weight = module.weight
     assert isinstance(weight, Tensor)
-    free = torch.ones(len(rows_of(module, weight)), dtype=torch.bool)
+    free = torch.ones(len(rows_of(module, weight)), dtype=torch.bool, device="cpu")
     for group in groups:
         for member in group.rows:
             if member.name == name:

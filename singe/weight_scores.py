@@ -78,8 +78,8 @@ def by_parameter(
                 weight = model.get_submodule(name).weight
                 assert isinstance(weight, Tensor)
                 shape = rows_of(model.get_submodule(name), weight).shape
-                found[name] = torch.zeros(shape, dtype=torch.float64)
-                covered[name] = torch.zeros(len(found[name]), dtype=torch.bool)
+                found[name] = torch.zeros(shape, dtype=torch.float64, device="cpu")
+                covered[name] = torch.zeros(len(found[name]), dtype=torch.bool, device="cpu")
             found[name][member.channels] = values
             covered[name][member.channels.flatten()] = True
     return {

@@ -38,6 +38,18 @@ def params_of(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def test_the_users_default_device_has_no_say():
+    plain, other = network(), network()
+    options = {"distill": 0.5, "ema": 0.9, "evaluate": BATCHES, "accuracy_floor": 0.0}
+    expected = singe.compress(plain, macs=0.6, **OPTIONS, **options)
+    with torch.device("meta"):
+        found = singe.compress(other, macs=0.6, **OPTIONS, **options)
+    assert found.plan == expected.plan
+    assert all(
+        torch.equal(a, b) for a, b in zip(plain.parameters(), other.parameters(), strict=True)
+    )
+
+
 class Failing:
     """Training data that fails after so many batches, and counts the passes."""
 

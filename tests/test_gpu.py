@@ -101,3 +101,18 @@ def test_compress_on_the_gpu() -> None:
     assert report.macs_after <= 0.6 * report.macs_before
     assert all(p.is_cuda for p in model.parameters())
     assert torch.isfinite(model(data[0][0].cuda())).all()
+
+
+def test_a_model_on_two_devices_is_refused() -> None:
+    model = residual()
+    model[0].cuda()
+    with pytest.raises(singe.ModelError, match=r"on cpu, cuda:0; move the model to one device"):
+        singe.score(model, make_batches((3, 8, 8), [8]), progress=False)
+
+
+def test_a_default_device_has_no_say() -> None:
+    model, data = residual(), make_batches((3, 8, 8), [8, 8])
+    expected = singe.score(model, data, progress=False)
+    with torch.device("cuda"):
+        scores = singe.score(model, data, progress=False)
+    assert all(torch.equal(scores[name], values) for name, values in expected.items())

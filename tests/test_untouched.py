@@ -78,6 +78,19 @@ def test_after_success(options, engine):
 
 
 @pytest.mark.parametrize("engine", ["fused", "naive"])
+@pytest.mark.parametrize("options", RUNS, ids=lambda o: "-".join(map(str, o.values())))
+def test_the_users_default_device_has_no_say(options, engine):
+    """torch.set_default_device("cuda"), say: "meta" tensors fail wherever they meet others."""
+    model, batches = used_model(), CASE.batches()
+    expected = singe.score(model, batches, engine=engine, progress=False, **options)
+    with torch.device("meta"):
+        found = singe.score(model, batches, engine=engine, progress=False, **options)
+        plan = singe.plan(model, found, batches[0][0], macs=0.7, ranking="global")
+    assert all(same_bits(found[name], values) for name, values in expected.items())
+    assert plan == singe.plan(model, expected, batches[0][0], macs=0.7, ranking="global")
+
+
+@pytest.mark.parametrize("engine", ["fused", "naive"])
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_after_an_exception_in_the_middle(engine, error):
     """The objective fails on the second batch, when the first has been through the whole path."""

@@ -130,8 +130,8 @@ def _labels(target: Any, size: int) -> Tensor:
     """int64 [B] from what Captum takes as the classes of single-label outputs."""
     one = plain(target)
     if isinstance(one, int):
-        return torch.full((size,), one)
-    labels = torch.as_tensor(target)
+        return torch.full((size,), one, device="cpu")
+    labels = torch.as_tensor(target, device="cpu")
     if labels.shape != (size,) or labels.is_floating_point():
         raise DataError(
             f"target must be one class, or one for each of the {size} samples; got {target!r}"

@@ -54,7 +54,8 @@ def channel_scores(scores: Scores, model: nn.Module, check: bool = True) -> dict
                 continue  # nn.MultiheadAttention keeps several matrices
             units = scores.units_of(group, name, _outputs(modules[name]))
             mine = units >= 0
-            found.setdefault(name, torch.full(units.shape, torch.nan))[mine] = values[units[mine]]
+            of_layer = found.setdefault(name, values.new_full(units.shape, torch.nan))
+            of_layer[mine] = values[units[mine]]
     return {name: values for name, values in found.items() if not bool(values.isnan().any())}
 
 

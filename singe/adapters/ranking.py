@@ -87,7 +87,7 @@ def ranking(
                 f"normalizer {normalizer!r} makes NaN or infinity of the scores of {name!r} (do they "
                 "add up to zero?); use normalizer=None"
             )
-    flat = torch.cat(parts) if parts else torch.empty(0)
+    flat = torch.cat(parts) if parts else torch.empty(0, device="cpu")
     if len(flat) > 1 and bool((flat == flat[0]).all()):
         raise ScoresError(
             f"all {len(flat)} scores are {float(flat[0]):.3g}: they rank nothing. Did the objective "
@@ -113,5 +113,5 @@ def _without_ties(flat: Tensor) -> Tensor:
     order = torch.argsort(run, stable=True)
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)[:-1]])
     place = torch.empty_like(order)
-    place[order] = torch.arange(len(flat)) - starts.repeat_interleave(counts)
+    place[order] = torch.arange(len(flat), device="cpu") - starts.repeat_interleave(counts)
     return flat + 0.5 * gaps[run] * place / counts[run]

@@ -316,13 +316,13 @@ class Importance:
     def _part(self, name: str, item: Any, position: Mapping[int, int]) -> tuple[Tensor, Tensor]:
         """[n] scores that one layer gives the root channels, and [n] which of them it gives any."""
         table = self.table[name]
-        idxs = torch.as_tensor(list(item[1]))
+        idxs = torch.as_tensor(list(item[1]), device="cpu")
         root_idxs: Sequence[int] = getattr(item, "root_idxs", None) or list(position)
-        places = torch.tensor([position.get(r, -1) for r in root_idxs])
+        places = torch.tensor([position.get(r, -1) for r in root_idxs], device="cpu")
         units = self._units_of(name, int(idxs.max()) + 1)[idxs]
         known = (places >= 0) & (units >= 0)
-        values = torch.zeros(len(position), dtype=table.dtype)
-        count = torch.zeros(len(position), dtype=table.dtype)
+        values = torch.zeros(len(position), dtype=table.dtype, device="cpu")
+        count = torch.zeros(len(position), dtype=table.dtype, device="cpu")
         values.index_add_(0, places[known], table[units[known]])
         count.index_add_(0, places[known], torch.ones_like(table[units[known]]))
         # A head's q, k and v rows stand at one place: its score counts once.
