@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 SOURCE, NAME = "transformers.pytorch_utils", "Conv1D"
 
@@ -31,7 +32,7 @@ class Linears:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._linears: dict[Any, nn.Linear] = {
-            m: nn.Linear(1, 1) for m in model.modules() if is_transposed(m)
+            m: skip_init(nn.Linear, 1, 1) for m in model.modules() if is_transposed(m)
         }
         self._given: dict[
             nn.Module, tuple[Tensor, Tensor]

@@ -36,9 +36,10 @@ from singe.slim import open_attention
 def count(model: nn.Module, batch: Batch) -> tuple[float, int]:
     """``(MACs per sample, parameters)`` of a model."""
     twin = _countable(model)
-    inputs = batch.kwargs if batch.kwargs else batch.args
+    args, kwargs = batch.inputs()
     with contextlib.redirect_stdout(io.StringIO()):  # it prints for keyword inputs,
-        macs, params, by_layer, _ = tp.utils.count_ops_and_params(twin, inputs, layer_wise=True)
+        counted = tp.utils.count_ops_and_params(twin, kwargs or args, layer_wise=True)
+    macs, params, by_layer, _ = counted
     if batch.kwargs:  # and takes them for one sample
         macs /= batch.size
     narrow = {

@@ -8,14 +8,16 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from singe.errors import DataError, NonFiniteError, OptionError, first_line
 from singe.seeding import random_state_kept
 
 LABEL_KEYS = ("labels", "label", "targets", "target")
+IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Batch:
     Attributes:
         args: positional inputs of the model.
         kwargs: keyword inputs of the model (from a dict batch).
-        labels: the targets, or None.
+        labels: the targets, or None; next tokens where the labels are the tokens that go in.
         raw: the batch as it came (on the model's device); user objectives receive this.
         size: number of samples B, the first dimension of the first input tensor.
         index: position in the data, for messages.
@@ -40,7 +42,17 @@ class Batch:
 
     def call(self, model: nn.Module) -> Any:
         """The model's outputs for this batch."""
-        return model(*self.args, **self.kwargs)
+        args, kwargs = self.inputs()
+        return model(*args, **kwargs)
+
+    def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Copies of ``args`` and ``kwargs``: a model may normalise in place what it is given."""
+        args, kwargs = tree_map(_own, (self.args, self.kwargs))
+        return args, kwargs
+
+
+def _own(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -128,7 +140,21 @@ def as_batch(raw: Any, index: int, device: torch.device) -> Batch:
                 f"batch {index} has {bad} NaN or infinite input values (shape "
                 f"{tuple(tensor.shape)}); clean the data or drop this batch"
             )
-    return Batch(args, kwargs, labels, raw, tensors[0].shape[0], index)
+    return Batch(args, kwargs, _targets(labels, tensors), raw, tensors[0].shape[0], index)
+
+
+def _targets(labels: Any, inputs: Iterable[Tensor]) -> Any:
+    """Labels as they are; but where they are the tokens [B, T] that go in, the next one of each.
+
+    So language models are given them, which shift them themselves (transformers' ``labels=input_ids``).
+    """
+    if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():
+        return labels
+    ignored = labels == IGNORE_INDEX
+    for tokens in inputs:
+        if tokens.shape == labels.shape and bool(((tokens == labels) | ignored).all()):
+            return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    return labels
 
 
 def check_reiterable(batches: Any, argument: str = "batches") -> None:
@@ -147,13 +173,17 @@ def check_reiterable(batches: Any, argument: str = "batches") -> None:
         raise DataError(
             f"{argument} must be re-iterable (a list or a DataLoader), got {type(batches).__name__}"
         )
+    source = batches.dataset if isinstance(batches, DataLoader) else batches
+    if source is not batches and not isinstance(source, IterableDataset):
+        return
     # A wrapper of a shuffling loader draws when it starts.
     with random_state_kept(torch.device("cpu")):
-        once = not isinstance(batches, DataLoader) and iter(batches) is iter(batches)
-    if isinstance(batches, Iterator) or once:
+        once = iter(source) is iter(source)
+    if isinstance(source, Iterator) or once:
+        verb = "is" if source is batches else "reads"
         raise DataError(
-            f"{argument} is a one-shot iterator ({type(batches).__name__}): it can be read only "
-            "once, and may be used up already; pass a list or a DataLoader instead"
+            f"{argument} {verb} a one-shot iterator ({type(source).__name__}): it can be read "
+            "only once, and may be used up already; pass a list or a DataLoader of data that starts again"
         )
 
 

@@ -127,9 +127,12 @@ def build_dependency_graph(
     except Exception as error:
         if isinstance(error, SingeError) or is_out_of_memory(error):
             raise
+        inputs = tree_leaves((batch.args, batch.kwargs))
+        shapes = ", ".join(str(list(t.shape)) for t in inputs if isinstance(t, Tensor))
         raise ModelError(
             f"tracing {type(model).__name__} with the first batch failed: {error}; check that "
-            "model(inputs) runs in evaluation mode and returns tensors"
+            "model(inputs) runs in evaluation mode and returns tensors. It was given the first samples, cut "
+            f"along the first dimension, shapes {shapes}"
         ) from error
     return graph
 

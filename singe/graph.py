@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from singe.errors import ModelError, expect
 from singe.gates import BATCH_NORMS
@@ -169,6 +170,7 @@ def private_copy(model: nn.Module, trainable: bool = False, fast_path: bool = Fa
         for p in model.parameters()
     }
     memo.update({id(b): b.detach().clone() for b in model.buffers()})
+    memo.update({id(t): t.detach().clone() for t in _remembered(model)})
     try:
         twin = copy.deepcopy(model, memo)
     except Exception as error:
@@ -186,6 +188,16 @@ def private_copy(model: nn.Module, trainable: bool = False, fast_path: bool = Fa
         elif not fast_path and not patched:
             setattr(module, "forward", partial(_without_fast_path, forward))  # noqa: B010
     return twin.eval()
+
+
+def _remembered(model: nn.Module) -> Iterator[Tensor]:
+    """What forward passes have left in attributes (features, attention maps); torch copies leaves only."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if not any(hasattr(module, f"{name}_{part}") for part in ("orig", "g")):
+                yield from (
+                    t for t in tree_leaves(value) if isinstance(t, Tensor) and not t.is_leaf
+                )
 
 
 def _culprit(model: nn.Module) -> str:

@@ -15,7 +15,7 @@ from torch import nn
 from singe.checkpoint import Folder
 from singe.cost import count
 from singe.data import device_of, first_batch
-from singe.errors import OptionError
+from singe.errors import NonFiniteError, OptionError
 from singe.evaluation import Evaluate
 from singe.finetune import FinetuneFunction, Stage, call_finetune
 from singe.graph import ModelGraph, unwrapped
@@ -150,7 +150,7 @@ class Loop:
         elif request.layers is not None:  # a group of one unit cannot be asked for
             request = replace(request, layers=left)
         if left:
-            scores, graph = self._score(request, index)
+            scores, graph = self._score_again(request, index)
             plan = self._plan(graph, scores, index)
             self._remove([(g, plan[g.name]) for g in graph.groups if g.name in plan])
         else:  # every group is down to its last unit
@@ -178,6 +178,17 @@ class Loop:
         scores, graph = carry_out(request, self.model, self.calibrate)
         assert isinstance(scores, Scores)
         return scores, graph
+
+    def _score_again(self, request: Request, index: int) -> tuple[Scores, ModelGraph]:
+        try:
+            return self._score(request, index)
+        except NonFiniteError as error:
+            if not self.report.rounds:
+                raise
+            raise NonFiniteError(
+                f"after the fine-tuning of round {index - 1} the network cannot be scored: {error}. If the "
+                "fine-tuning diverged, lower `lr`"
+            ) from error
 
     def _plan(self, graph: ModelGraph, scores: Scores, index: int) -> Plan:
         if self.visits is None:

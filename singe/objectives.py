@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from singe.data import Batch
+from singe.data import IGNORE_INDEX, Batch
 from singe.errors import DataError, NonFiniteError, OptionError, first_line
 
 PROBABILITY_TOLERANCE = 0.01  # of their sum; bfloat16 probabilities are off by a few thousandths
-IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -39,16 +38,20 @@ def logits_of(outputs: Any) -> Tensor:
 def class_dim(outputs: Any, labels: Any = None) -> int:
     """The dimension of the classes: 1 of [B, C, ...] as in torch, 2 of the [B, T, C] of token models.
 
-    Class indices tell by their shape. Without them, [B, T, C] is what comes as an object with
-    ``.logits``: so language models return it.
+    Class indices tell by their shape. Without them, or where there are as many tokens as classes, [B, T, C]
+    is what comes under the name ``logits``: so language models return it.
     """
     logits = logits_of(outputs)
+    named = hasattr(outputs, "logits") or (isinstance(outputs, dict) and "logits" in outputs)
+    usual = 2 if named and logits.dim() == 3 else 1
     if isinstance(labels, Tensor) and not labels.is_floating_point():
-        if labels.shape[1:] == logits.shape[2:]:
-            return 1
-        if labels.shape[1:] == logits.shape[1:-1]:
-            return logits.dim() - 1
-    return 2 if logits.dim() == 3 and hasattr(outputs, "logits") else 1
+        fit = [d for d in (1, logits.dim() - 1) if labels.shape == _without_dim(logits, d)]
+        return usual if usual in fit or not fit else fit[0]
+    return usual
+
+
+def _without_dim(tensor: Tensor, dim: int) -> torch.Size:
+    return tensor.shape[:dim] + tensor.shape[dim + 1 :]
 
 
 def _widened(logits: Tensor) -> Tensor:
@@ -151,7 +154,12 @@ class CrossEntropy(Objective):
 
     def check(self, outputs: Any, batch: Batch) -> None:
         logits, labels = logits_of(outputs), batch.labels
-        if not isinstance(labels, Tensor):
+        if labels is not None and not isinstance(labels, Tensor):
+            raise DataError(
+                f"the labels of batch {batch.index} are a {type(labels).__name__}; make a tensor of them, "
+                "torch.as_tensor(labels)"
+            )
+        if labels is None:
             raise DataError(
                 f"objective 'cross_entropy' needs labels, batch {batch.index} has none; give "
                 f"(inputs, labels) batches or use {self.without_labels}, which needs no labels"
@@ -172,7 +180,7 @@ class CrossEntropy(Objective):
                 )
             return
         dim = class_dim(outputs, labels)
-        expected = logits.shape[:dim] + logits.shape[dim + 1 :]
+        expected = _without_dim(logits, dim)
         if labels.shape != expected:
             raise DataError(
                 f"batch {batch.index}: labels have shape {tuple(labels.shape)}, the model's "

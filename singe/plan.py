@@ -17,7 +17,7 @@ from singe.budget import RANKINGS, Search, gather, order_steps, require, steps_o
 from singe.cost import CostModel, count, count_without
 from singe.criteria import choose
 from singe.data import Batch, device_of, example_batch
-from singe.errors import ScoresError
+from singe.errors import ScoresError, expect
 from singe.explain import explain_groups, table
 from singe.files import replacing
 from singe.gradients import gradients_on
@@ -45,6 +45,9 @@ class Plan(Mapping[str, list[int]]):
     def __init__(
         self, remove: Mapping[str, Sequence[int]], meta: Mapping[str, Any] | None = None
     ) -> None:
+        expect(
+            "remove", remove, Mapping, "a mapping of groups or layers to units, {'conv1': [3, 7]}"
+        )
         found = {name: _units(name, units) for name, units in remove.items()}
         self._remove = {name: units for name, units in found.items() if units}
         self.meta = dict(meta or {})
@@ -204,6 +207,11 @@ def plan(
     watch = Stopwatch(model, batch, timing) if kind == "latency" else None
     batch = small(batch)
     graph = find_groups(model, batch, layers=list(scores))
+    for group in graph.groups:
+        if len(scores[group.name]) != group.n_units:
+            raise ScoresError(
+                f"there are {len(scores[group.name])} scores for the {group.n_units} units of {group.name}"
+            )
     limits = limits_of(model, graph, max_pruning_ratio, min_keep, max_keep, ignore, round_to)
     target = absolute(value, full_cost(model, graph, batch, watch)[kind])
     return make_plan(

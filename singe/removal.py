@@ -37,6 +37,7 @@ def remove_units(
     model = unwrapped(model)
     training = {name: module.training for name, module in model.named_modules()}
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    channels_last = {name for name, p in model.named_parameters() if _is_channels_last(p)}
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)  # the trace follows grad_fns
@@ -63,6 +64,15 @@ def remove_units(
     finally:
         linears.back()
         _restore_flags(model, training, trainable)
+        for name, parameter in model.named_parameters():
+            if name in channels_last and not _is_channels_last(parameter):
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    """Stored so, and not as usual at the same time (1 x 1 kernels are both)."""
+    last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return last and not tensor.is_contiguous()
 
 
 @contextmanager

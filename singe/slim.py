@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from singe.attention import REGISTRY
 
@@ -129,7 +130,7 @@ def open_attention(module: Any) -> None:
     """Let an attention module of a private copy call all layers that a gate may sit in."""
     take_slim(module)
     if isinstance(module, SlimMultiheadAttention) and not hasattr(module, "in_proj"):
-        layer = nn.Linear(1, 1, bias=False)
+        layer = skip_init(nn.Linear, 1, 1, bias=False)  # without drawing from the user's generator
         layer.weight, layer.bias = module.in_proj_weight, module.in_proj_bias
         layer.out_features, layer.in_features = layer.weight.shape
         module.in_proj = layer

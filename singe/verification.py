@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from singe.network import Network, set_gates
 from singe.removal import remove_units
 from singe.seeding import random_state_kept
 
+NOTHING = 1e-6
+SMALL = 10  # units of a group; of fewer, those that are left may all have the neighbours they had
 READ = "a layer that runs in training mode only reads it"
 
 
@@ -62,8 +65,10 @@ def verified(model: nn.Module, batch: Batch, graph: ModelGraph) -> ModelGraph:
             stacklevel=2,
         )
 
-    def problem(groups: Sequence[Group]) -> str | None:
-        units = [(g, _a_few(g)) for g in groups]
+    def problem(
+        groups: Sequence[Group], choose: Callable[[Group], list[int]] = _a_few
+    ) -> str | None:
+        units = [(g, choose(g)) for g in groups]
         set_gates(network, units, 0.0)
         gated = float_outputs(network(batch))
         small_model = private_copy(model)
@@ -90,7 +95,10 @@ def verified(model: nn.Module, batch: Batch, graph: ModelGraph) -> ModelGraph:
     left = [g for g in graph.groups if g.name not in reasons]
     # Heads on their own: without a trace they are cheap.
     reasons |= with_problems([g for g in left if g.heads], problem)
-    reasons |= with_problems([g for g in left if not g.suspicious and not g.heads], problem)
+    plain = [g for g in left if not g.suspicious and not g.heads]
+    reasons |= with_problems(plain, problem)
+    small = [g for g in plain if 2 < g.n_units < SMALL and g.name not in reasons]
+    reasons |= with_problems(small, partial(problem, choose=lambda group: [1]))
     for suspicious in (g for g in left if g.suspicious):
         reasons |= with_problems([suspicious], problem)
     failed = {layer: g.name for g in graph.groups if g.name in reasons for layer in g.layers}
@@ -184,10 +192,21 @@ def float_outputs(outputs: Any) -> list[Tensor]:
 
 
 def distance(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-    """Largest difference relative to the largest value of ``right``."""
-    scale = max((float(r.abs().max()) for r in right if r.numel()), default=0.0) or 1.0
-    worst = max((float((a - b).abs().max()) for a, b in zip(left, right, strict=True)), default=0.0)
-    return worst / scale
+    """Largest difference relative to the largest value of its tensor in ``right``.
+
+    A tensor of next to nothing beside the others (a loss that is zero but for rounding) counts as one
+    of a millionth of theirs.
+    """
+    scales = [float(r.abs().max()) if r.numel() else 0.0 for r in right]
+    least = NOTHING * max(scales, default=0.0) or 1.0
+    return max(
+        (
+            float((a - b).abs().max()) / max(scale, least)
+            for a, b, scale in zip(left, right, scales, strict=True)
+            if b.numel()
+        ),
+        default=0.0,
+    )
 
 
 def tolerance_of(outputs: Sequence[Tensor]) -> float:

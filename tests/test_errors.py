@@ -16,7 +16,7 @@ from helpers import (
 from helpers_networks import CASES, Head
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import singe
 
@@ -54,6 +54,26 @@ def with_value(index: int, value: float) -> list:
     return batches
 
 
+class Stream(IterableDataset):
+    def __init__(self, samples) -> None:
+        self.samples = samples
+
+    def __iter__(self):
+        return iter(self.samples)
+
+
+def used_stream() -> DataLoader:
+    """Its samples come from a generator: the second pass over the loader has none left."""
+    samples = [(x, y) for xs, ys in CASE.batches() for x, y in zip(xs, ys, strict=True)]
+    return DataLoader(Stream(sample for sample in samples), batch_size=2)
+
+
+def test_a_stream_that_starts_again_is_read_as_often_as_it_takes():
+    samples = [(x, y) for xs, ys in CASE.batches() for x, y in zip(xs, ys, strict=True)]
+    found = score(CASE.model(), DataLoader(Stream(samples), batch_size=2))
+    assert found.meta["samples"] == len(samples)
+
+
 def with_label(index: int, label: int) -> list:
     batches = CASE.batches((2, 2, 2))
     batches[index][1][0] = label
@@ -69,6 +89,12 @@ def with_label(index: int, label: int) -> list:
         (lambda: (b for b in CASE.batches()), singe.DataError, "one-shot.*list or a DataLoader"),
         (used_generator, singe.DataError, "one-shot.*list or a DataLoader"),
         (lambda: iter(CASE.batches()), singe.DataError, "one-shot.*list or a DataLoader"),
+        (used_stream, singe.DataError, r"reads a one-shot iterator \(Stream\)"),
+        (
+            lambda: [(x, y.tolist()) for x, y in CASE.batches()],
+            singe.DataError,
+            "labels of batch 0 are a list; make a tensor",
+        ),
         (lambda: CASE.batches()[0], singe.DataError, r"one single batch.*\[\(x, y\)\]"),
         (lambda: CASE.batches()[0][0], singe.DataError, "one single batch"),
         (lambda: 3, singe.DataError, "re-iterable.*int"),
@@ -333,6 +359,13 @@ X = CASE.batches()[0][0][:2]
         (lambda m, s: singe.plan(m, s, "x", macs=0.5), "example_inputs must hold an input"),
         (lambda m, s: singe.plan(m, s, X, macs=50.0), "up to 1 is a share"),
         (lambda m, s: singe.prune(m, s, X), r"holds scores; make a plan.*singe\.plan"),
+        (lambda m, s: singe.Plan([3]), "remove must be a mapping.*got list"),
+        (
+            lambda m, s: singe.plan(
+                m, singe.Scores({n: v[:-1] for n, v in s.items()}, s.groups, s.meta), X, macs=0.5
+            ),
+            r"there are \d+ scores for the \d+ units of",
+        ),
         (lambda m, s: singe.prune(m, [3], X), "plan must be a singe.Plan, or a dict"),
         (
             lambda m, s: singe.prune(m, {"3.body.9": [1]}, X),

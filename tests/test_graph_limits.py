@@ -16,6 +16,7 @@ import singe
 
 X = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
 BATCHES = [(X, torch.arange(8) % 3)]
+IMAGES = [(torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(4))]
 
 
 class Branches(nn.Module):
@@ -83,6 +84,52 @@ def test_a_permutation_that_leaves_the_middle_is_seen():
             return self.c(self.b(self.a(x).relu().flip(1)).relu())
 
     scores = singe.score(Flipped(), BATCHES, progress=False)
+    assert list(scores) == ["b"]
+    assert "gating some of its units" in scores.meta["rejected"]["a"]
+
+
+class Neighbours(nn.Module):
+    """Channels that look at those beside them, at few units."""
+
+    def __init__(self, units: int, mix: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.mix, self.b = nn.Conv2d(3, units, 3), mix, nn.Conv2d(units, 5, 1)
+        self.c = nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.mix(3 * self.a(x).relu())).relu().mean((2, 3)))
+
+
+class Cumulative(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cumsum(1)
+
+
+@pytest.mark.parametrize(
+    "mix", [nn.LocalResponseNorm(3, alpha=1.0), Cumulative()], ids=["lrn", "sum"]
+)
+@pytest.mark.parametrize("units", range(3, 13))
+def test_neighbours_are_seen_however_few_units_there_are(units, mix):
+    scores = singe.score(Neighbours(units, mix).eval(), IMAGES, criterion="magnitude")
+    assert list(scores) == ["b"]
+    assert "gating some of its units" in scores.meta["rejected"]["a"]
+
+
+def test_an_output_in_pixels_hides_no_fault_in_the_logits():
+    class Detector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.box = nn.Conv2d(3, 8, 3), nn.Linear(3, 4)
+            self.b, self.c = nn.Linear(8, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            tied = self.a(x).softmax(1).mean((2, 3))
+            boxes = 1e4 * self.box(x.mean((2, 3))).sigmoid()
+            return {"logits": self.c(self.b(tied).relu()), "boxes": boxes, "loss": 0 * boxes.sum()}
+
+    scores = singe.score(Detector().eval(), IMAGES, criterion="magnitude")
     assert list(scores) == ["b"]
     assert "gating some of its units" in scores.meta["rejected"]["a"]
 
@@ -221,9 +268,6 @@ def test_the_callers_autocast_does_not_reach_the_scores():
     with torch.autocast("cpu", torch.bfloat16):
         found = singe.score(copy.deepcopy(model), BATCHES, progress=False)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-IMAGES = [(torch.randn(4, 3, 8, 8), torch.arange(4))]
 
 
 class Shuffled(nn.Module):

@@ -81,6 +81,36 @@ def test_the_dimension_of_the_classes():
     assert class_dim(SimpleNamespace(logits=logits), pixels) == 1
 
 
+def test_as_many_tokens_as_classes():
+    """A tie: torch's own convention for a tensor, that of language models under the name of logits."""
+    logits, labels = randn(2, 3, 3), torch.tensor([[0, 1, 2], [2, 1, 1]])
+    for outputs in (SimpleNamespace(logits=logits), {"logits": logits}):
+        expected = 2 * F.cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
+        assert total("cross_entropy", outputs, (randn(2, 3), labels)) == pytest.approx(expected)
+    expected = 2 * F.cross_entropy(logits, labels).item()
+    assert total("cross_entropy", logits, (randn(2, 3), labels)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_tokens_that_are_their_own_labels_are_predicted_from_those_before(named):
+    ids, logits = torch.randint(5, (2, 4), generator=RNG), randn(2, 4, 5)
+    labels = ids.clone()
+    labels[1, 3] = -100  # padded
+    raw = {"input_ids": ids, "labels": labels} if named else (ids, labels)
+    of_samples = [
+        F.cross_entropy(logits[0, :3], ids[0, 1:]), F.cross_entropy(logits[1, :2], ids[1, 1:3]),
+    ]  # fmt: skip
+    assert total("cross_entropy", logits, raw) == pytest.approx(float(sum(of_samples)))
+    labels[0, 0] = (
+        4 - ids[0, 0] if ids[0, 0] != 2 else 0
+    )  # not all the same: labels of another kind
+    expected = sum(
+        F.cross_entropy(one[of_one != -100], of_one[of_one != -100])
+        for one, of_one in zip(logits, labels, strict=True)
+    )
+    assert total("cross_entropy", logits, raw) == pytest.approx(float(expected))
+
+
 def test_kl_of_tokens_is_over_their_classes():
     logits, original = randn(2, 3, 4), randn(2, 3, 4)
     labels = torch.zeros(2, 3, dtype=torch.long)

@@ -288,6 +288,89 @@ def test_tied_parameters_stay_tied(engine):
     assert_unchanged(model, before)
 
 
+class InPlace(nn.Module):
+    """Normalises what it is given where it lies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x.sub_(0.5).div_(0.25)).relu())
+
+
+@pytest.mark.parametrize("engine", ["fused", "naive"])
+def test_a_model_that_writes_into_its_inputs(engine):
+    model, x = InPlace(), torch.rand(9, 6)
+    data, given = [(x, torch.arange(9) % 4)], x.clone()
+    scores = singe.score(model, data, engine=engine, progress=False)
+    assert torch.equal(x, given)
+    singe.compress(
+        model, train=data, channels=0.7, rounds=1, finetune_steps=2, evaluate=data, progress=False
+    )
+    assert torch.equal(x, given)
+    plain = nn.Sequential(InPlace().a, nn.ReLU(), InPlace().b)
+    expected = singe.score(plain, [((given - 0.5) / 0.25, data[0][1])], progress=False)
+    torch.testing.assert_close(scores["a"], expected["0"])
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_model_that_remembers_what_it_computed(trained):
+    """Features and attention maps in attributes: torch.deepcopy refuses them, a copy of ours does not."""
+
+    class Remembers(InPlace):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.features = [self.a(x).relu()]
+            return self.b(self.features[0])
+
+    model, x, y = Remembers(), torch.rand(9, 6), torch.arange(9) % 4
+    if trained:
+        nn.functional.cross_entropy(model(x), y).backward()
+    scores = singe.score(model, [(x, y)], progress=False)
+    assert hasattr(model, "features") == trained
+    singe.prune(model, singe.plan(model, scores, x, params=0.7), x)
+    assert model.a.out_features < 8
+    report = singe.compress(
+        model, train=[(x, y)], params=0.8, rounds=2, finetune_steps=1, progress=False
+    )
+    assert report.params_after <= 0.8 * report.params_before
+
+
+def test_heads_are_planned_and_pruned_without_drawing():
+    torch.manual_seed(0)
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.MultiheadAttention(8, 4, batch_first=True)
+            self.out = nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(self.mix(x, x, x)[0].mean(1))
+
+    model, x = Attention(), torch.randn(6, 7, 8)
+    scores = singe.score(model, [(x, torch.arange(6) % 4)], progress=False)
+    process = process_state()
+    plan = singe.plan(model, scores, x, params=0.8)
+    assert process_state() == process
+    singe.prune(model, plan, x)
+    assert process_state() == process
+
+
+def test_pruned_weights_lie_as_they_lay():
+    model = randomise(channels_last().double()).to(memory_format=torch.channels_last)
+    data = CASES["residual"].batches()
+    scores = singe.score(model, data, criterion="magnitude")
+    before = [
+        p.stride()[1] == 1 for p in model.parameters() if p.dim() == 4 and p[0, 0].numel() > 1
+    ]
+    singe.prune(model, singe.plan(model, scores, data[0][0], params=0.6), data[0][0])
+    after = [p.stride()[1] == 1 for p in model.parameters() if p.dim() == 4 and p[0, 0].numel() > 1]
+    assert before == after
+    assert any(before)
+
+
 def test_planning_changes_nothing():
     model, batches = used_model(), CASE.batches()
     scores = singe.score(model, batches, progress=False)
