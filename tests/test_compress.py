@@ -189,6 +189,15 @@ def test_an_objective_that_diverges_puts_everything_back():
     assert_unchanged(model, before, versions=False)
 
 
+def test_fine_tuning_that_leaves_nothing_to_score_is_named():
+    """One step at 1e5: its loss is finite, the network it leaves is not."""
+    model = network()
+    before = snapshot(model)
+    with pytest.raises(singe.NonFiniteError, match=r"fine-tuning of round 1 .*lower `lr`"):
+        singe.compress(model, macs=0.5, lr=1e5, **{**OPTIONS, "finetune_steps": 1})
+    assert_unchanged(model, before, versions=False)
+
+
 def test_a_target_out_of_reach_fails_before_anything_is_trained():
     """And the smallest reachable one it names is a share of the model that came in."""
     model = network()
