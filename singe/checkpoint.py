@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -23,7 +24,7 @@ from singe.errors import CheckpointError
 from singe.files import replacing
 from singe.graph import unwrapped
 
-FORMAT = "singe-checkpoint-4"
+FORMAT = "singe-checkpoint-5"
 KEPT = 2
 
 
@@ -83,14 +84,22 @@ class Folder:
         return path
 
     def write(self, name: str, text: str) -> None:
-        """A file for readers beside the checkpoints.
+        """A file for readers beside the checkpoints; raises as :meth:`keep`."""
+
+        def save(path: Path) -> None:
+            with replacing(path) as partial:
+                partial.write_text(text)
+
+        self.keep(name, save)
+
+    def keep(self, name: str, save: Callable[[Path], None]) -> None:
+        """``save(path)`` a file beside the checkpoints.
 
         Raises:
             CheckpointError: the disk is full or not writable.
         """
         try:
-            with replacing(self.path / name) as partial:
-                partial.write_text(text)
+            save(self.path / name)
         except OSError as error:
             raise CheckpointError(f"cannot write {self.path / name}: {error}") from error
 
@@ -179,6 +188,8 @@ def pack(value: Any, tensors: dict[str, Tensor]) -> Any:
     Raises:
         CheckpointError: something else is in it.
     """
+    if isinstance(value, np.generic):  # np.float64 is a float as well, and not JSON's
+        value = value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor):

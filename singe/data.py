@@ -14,6 +14,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, t
 from torch.utils.data import DataLoader, IterableDataset
 
 from singe.errors import DataError, NonFiniteError, OptionError, first_line
+from singe.memory import is_out_of_memory
 from singe.seeding import random_state_kept
 
 LABEL_KEYS = ("labels", "label", "targets", "target")
@@ -71,7 +72,7 @@ def find_device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).cpu()  # "meta" holds no values
     except (RuntimeError, AssertionError) as error:
         raise OptionError(f"device {name!r} cannot be used: {first_line(error)}") from error
     return device
@@ -185,6 +186,34 @@ def check_reiterable(batches: Any, argument: str = "batches") -> None:
             f"{argument} {verb} a one-shot iterator ({type(source).__name__}): it can be read "
             "only once, and may be used up already; pass a list or a DataLoader of data that starts again"
         )
+
+
+def cannot_run(model: nn.Module, batch: Batch, error: Exception, use: str = "") -> DataError:
+    """What to raise where a model does not run on a batch of data for some ``use``."""
+    inputs = ", ".join(
+        f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}"
+        for t in tree_leaves((batch.args, batch.kwargs))
+        if isinstance(t, Tensor)
+    )
+    own = next((str(p.dtype).removeprefix("torch.") for p in model.parameters()), "none")
+    return DataError(
+        f"the model does not run on {use}{use and ' '}batch {batch.index}, inputs {inputs} (its own "
+        f"parameters: {own}): {first_line(error)}"
+    )
+
+
+def outputs_on(model: nn.Module, batch: Batch, use: str) -> Any:
+    """The model's outputs for a batch of data for some ``use``.
+
+    Raises:
+        DataError: torch cannot run the model on it. What the model itself raises goes through.
+    """
+    try:
+        return batch.call(model)
+    except RuntimeError as error:
+        if type(error) is not RuntimeError or is_out_of_memory(error):
+            raise
+        raise cannot_run(model, batch, error, use) from error
 
 
 def read_batches(

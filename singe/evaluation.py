@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singe.data import check_reiterable, device_of, read_batches
+from singe.data import check_reiterable, device_of, outputs_on, read_batches
 from singe.errors import DataError, OptionError
 from singe.modes import in_mode
 from singe.objectives import IGNORE_INDEX, check_classes, class_dim, logits_of
@@ -47,7 +47,7 @@ def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
     right = total = 0
     with in_mode(model, training=False):
         for batch in read_batches(batches, device_of(model), "evaluation"):
-            outputs = batch.call(model)
+            outputs = outputs_on(model, batch, "evaluation")
             logits, dim = logits_of(outputs), class_dim(outputs, batch.labels)
             predicted = logits.argmax(dim)
             if not isinstance(batch.labels, Tensor):

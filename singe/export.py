@@ -15,13 +15,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from singe.data import Batch, device_of, example_batch, first_samples
 from singe.errors import ExportError, ModelError
 from singe.files import replacing
 from singe.gates import registered
-from singe.graph import NORMS, ROWS, private_copy, unwrapped
+from singe.graph import NORMS, ROWS, expect_model, private_copy, unwrapped
 from singe.plan import Plan
 from singe.scores import fingerprint
 from singe.slim import slim_of, take_slim
@@ -53,6 +53,7 @@ def save_pruned(
         ModelError: ``model`` still has what ``plan`` removes, or state that is no tensor; or ``folder``
             cannot be made.
     """
+    expect_model(model)
     inner = unwrapped(model)
     if extra := [k for k, t in inner.state_dict().items() if not isinstance(t, Tensor)]:
         raise ModelError(
@@ -106,6 +107,7 @@ def load_pruned(model: nn.Module, path: str | PathLike[str]) -> nn.Module:
     Raises:
         ModelError: another architecture, or no such file; the model is unchanged then.
     """
+    expect_model(model)
     file, inner = _weights_of(path), unwrapped(model)
     header = _read_header(file)
     if header is None:
@@ -179,9 +181,15 @@ def export_onnx(
     batch = _two_samples(model, example_inputs)
     program = _capture(model, batch)
     with replacing(path) as partial:
-        with _quiet():
-            torch.onnx.export(program, f=partial, external_data=False, verbose=False)
-        difference = _compare(partial, private_copy(model).eval(), batch)
+        try:
+            with _quiet():
+                torch.onnx.export(program, f=partial, external_data=False, verbose=False)
+            difference = _compare(partial, private_copy(model).eval(), batch)
+        except Exception as error:  # onnxruntime's have types of their own
+            raise ExportError(
+                f"ONNX, or onnxruntime, cannot do with this {type(unwrapped(model)).__name__}: "
+                f"{' '.join(str(error).split())[:300]}"
+            ) from error
         if not difference <= tolerance:
             raise ExportError(
                 f"onnxruntime's outputs are off by {difference:.3g} (allowed: {tolerance:g}); "
@@ -322,10 +330,10 @@ def _two_samples(model: nn.Module, example_inputs: Any) -> Batch:
 
 
 def _capture(model: nn.Module, batch: Batch) -> torch.export.ExportedProgram:
-    def free(t: Tensor) -> dict[int, Any] | None:
-        return {0: torch.export.Dim.AUTO} if t.dim() else None
+    def free(leaf: Any) -> dict[int, Any] | None:
+        return {0: torch.export.Dim.AUTO} if isinstance(leaf, Tensor) and leaf.dim() else None
 
-    shapes: Any = tree_map_only(Tensor, free, (batch.args, batch.kwargs))
+    shapes: Any = tree_map(free, (batch.args, batch.kwargs))
     twin = private_copy(model).eval()
     twin.requires_grad_(False)
     try:
@@ -352,12 +360,24 @@ def _compare(file: Path, model: nn.Module, batch: Batch) -> float:
     names = [i.name for i in runner.get_inputs()]
     got = runner.run(None, {n: t.cpu().numpy() for n, t in zip(names, inputs, strict=True)})
     expected = [t for t in tree_leaves(batch.call(model)) if isinstance(t, Tensor)]
-    worst = 0.0
-    for mine, theirs in zip(expected, got, strict=True):
-        wide = mine.detach().cpu().double()
-        gap = (wide - torch.from_numpy(theirs).double()).abs().max()
-        worst = max(worst, float(gap / wide.abs().max().clamp(min=1.0)))
-    return worst
+    return max(
+        (_relative(t.detach().cpu().double(), torch.from_numpy(a).double())
+         for t, a in zip(expected, got, strict=True)),
+        default=0.0,
+    )  # fmt: skip
+
+
+def _relative(mine: Tensor, theirs: Tensor) -> float:
+    """Largest difference beside the largest value, at least 1; infinite where one has -inf or NaN alone."""
+    finite = mine.isfinite()
+    if not torch.equal(finite, theirs.isfinite()) or not torch.equal(
+        mine[~finite].nan_to_num(), theirs[~finite].nan_to_num()
+    ):
+        return float("inf")
+    mine, theirs = mine[finite], theirs[finite]
+    if not mine.numel():
+        return 0.0
+    return float((mine - theirs).abs().max() / mine.abs().max().clamp(min=1.0))
 
 
 @contextmanager

@@ -130,6 +130,11 @@ class Loop:
         if self.pruning.visit == "damage":
             names.sort(key=lambda n: float(scores[n][plan[n]].sum()))
         self.visits = portions(names, self.pruning.rounds)
+        if not names:
+            warnings.warn(
+                "the network meets the target as it is, so no layer is visited and nothing is fine-tuned",
+                stacklevel=4,
+            )
 
     @property
     def rounds(self) -> int:
@@ -158,7 +163,8 @@ class Loop:
         for name, units in plan.items():
             gone = set(units)
             self.kept[name] = [k for u, k in enumerate(self.kept[name]) if u not in gone]
-        if self.recalibrate and set_statistics(self.model, self.calibrate, self.seed, index):
+        changed = self.recalibrate and plan.n_units > 0
+        if changed and set_statistics(self.model, self.calibrate, self.seed, index):
             self.tuner.restart_statistics()
         self._scores, self._round_plan = scores, plan
         self.current = {
@@ -308,16 +314,22 @@ class Loop:
         return {
             "kept": {name: list(units) for name, units in self.kept.items()},
             "values": self.original.values(),
+            "frozen": [n for n, p in self._parameters() if not p.requires_grad],
             "average": None if average is None else {n: t.clone() for n, t in average.items()},
         }
 
     def _return_to(self, network: Mapping[str, Any]) -> None:
         self.kept = {name: list(units) for name, units in network["kept"].items()}
         self.original.rebuild(self.kept, network["values"])
+        for name, parameter in self._parameters():  # a finetune function may freeze and thaw
+            parameter.requires_grad_(name not in network["frozen"])
         average, device = network["average"], device_of(self.model)
         self.tuner.average = (
             None if average is None else {n: t.to(device) for n, t in average.items()}
         )
+
+    def _parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        return unwrapped(self.model).named_parameters()
 
     def _save(self) -> None:
         if self.folder is None:
@@ -359,7 +371,7 @@ class Loop:
         if self.folder is None:
             return
         self.folder.write(f"round-{index:02d}.plan.json", self._round_plan.to_json())
-        self._scores.save(self.folder.path / f"round-{index:02d}.scores.safetensors")
+        self.folder.keep(f"round-{index:02d}.scores.safetensors", self._scores.save)
 
     # ------------------------------------------------------------------ telling
 

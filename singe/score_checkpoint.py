@@ -7,6 +7,7 @@ import json
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
@@ -174,4 +175,5 @@ class ScoreCheckpoint:
                 f"the data has {self._position} batches, but {self.path} was made with "
                 f"{self.resumed} already; resume with the same data, or remove the file to start again"
             )
-        self.path.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that went read-only has a warning by now
+            self.path.unlink(missing_ok=True)

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from singe.adjoint import channels_of, row_gradients, unit_row_gradients
 from singe.channel_update import ChannelUpdates
-from singe.data import Batch, shapes_of
+from singe.data import Batch, cannot_run, shapes_of
 from singe.definition import Definition
-from singe.errors import DataError, SingeError, first_line
+from singe.errors import SingeError
 from singe.graph import Group, Member
 from singe.layout import differentiate
 from singe.memory import is_out_of_memory
@@ -81,25 +80,13 @@ class Sweep:
                 raise
             if not self.network.channels_last:
                 if type(error) is RuntimeError:  # torch's own; a model may raise what it likes
-                    raise self._cannot_run(batch, error) from error
+                    raise cannot_run(self.network.module, batch, error) from error
                 raise
             self.network.set_channels_last(False)  # ``x.view(len(x), -1)``, for one
             return self.record(batch)
         self.objective.check(reference, batch)
         self.recorded_shapes = shapes_of(batch)
         return reference
-
-    def _cannot_run(self, batch: Batch, error: RuntimeError) -> DataError:
-        inputs = ", ".join(
-            f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}"
-            for t in tree_leaves((batch.args, batch.kwargs))
-            if isinstance(t, Tensor)
-        )
-        own = next((str(p.dtype) for p in self.network.module.parameters()), "none")
-        return DataError(
-            f"the model does not run on batch {batch.index}, inputs {inputs} (its own parameters: "
-            f"{own.removeprefix('torch.')}): {first_line(error)}"
-        )
 
     def _recorded(self, batch: Batch) -> Any:
         self.network.clear()

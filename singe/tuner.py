@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from singe.data import Batch, as_batch, device_of
+from singe.data import Batch, as_batch, device_of, outputs_on
 from singe.errors import DataError, ModelError, NonFiniteError, OptionError
 from singe.finetune import Training
 from singe.graph import BATCH_NORMS, named_tensors, unwrapped
@@ -95,6 +95,15 @@ class Tuner:
                 f"optimizer returned {type(made).__name__}; it must return a torch.optim.Optimizer whose "
                 "step() needs no closure"
             )
+        own, held = set(parameters), {p for g in made.param_groups for p in g["params"]}
+        if (
+            held - own and own - held
+        ):  # more than these is fine, a loss may have some; fewer is as well
+            raise OptionError(
+                f"the optimizer holds {len(held - own)} parameters that it was not given, and lacks "
+                f"{len(own - held)} that it was: pruning makes new ones, so make the optimizer of those, "
+                "optimizer=lambda parameters: torch.optim.SGD(parameters, 0.01)"
+            )
         return made
 
     def _new_scheduler(self, optimizer: Optimizer, steps: int) -> LRScheduler:
@@ -103,6 +112,11 @@ class Tuner:
             raise OptionError(
                 f"scheduler returned {type(made).__name__}; it must return an LRScheduler that can be "
                 "stepped after every training step, without a metric"
+            )
+        if getattr(made, "optimizer", optimizer) is not optimizer:
+            raise OptionError(
+                "the scheduler is of another optimizer; make it of the one that it is given, "
+                "scheduler=lambda optimizer, steps: ..."
             )
         return made
 
@@ -187,7 +201,7 @@ class Tuner:
         kind = device_of(self.model).type
         mixed = torch.autocast(kind, training.autocast) if training.autocast else nullcontext()
         with mixed:
-            outputs = batch.call(self.model)
+            outputs = outputs_on(self.model, batch, "training")
             if self.teacher is not None:
                 with torch.no_grad():
                     wanted = logits_of(batch.call(self.teacher)).float()

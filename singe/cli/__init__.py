@@ -54,7 +54,9 @@ def main() -> None:
         app(prog_name="singe")
     except (SingeError, OSError) as error:
         console = Console(stderr=True, soft_wrap=True, highlight=False)
-        console.print("error: " + " ".join(str(error).split()), style="red", markup=False)
+        # A loader's worker hands on its whole traceback as the message.
+        said = str(error).rpartition(f"{type(error).__name__}: ")[2]
+        console.print("error: " + " ".join(said.split()), style="red", markup=False)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

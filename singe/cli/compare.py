@@ -71,7 +71,7 @@ def compare(
     """
     voice = Voice(common)
     if out is not None:
-        require_folder(out)
+        require_folder(out, data.data)
     plain_number("--share", share, "(0, 1)")
     plain_number("--lr", lr, POSITIVE)
     if budget.arguments():

@@ -80,7 +80,7 @@ def compress(
     voice = Voice(common)
     formats = output.formats()
     if not output.dry_run:
-        require_folder(output.out)
+        require_folder(output.out, data.data)
         if not tuning.resume and holds_run(output.out):
             raise OptionError(
                 f"--out {output.out} holds a run: --resume continues it if this command made it, or "
@@ -229,7 +229,9 @@ def _show_plan(
     """The whole budget in one shot: what would go by the first scores, and how long a run takes."""
     scores = run_score(inputs, options, common.seed, voice)
     plan = make_plan(inputs, scores, budget)
-    rounds = tuning.rounds or (len(scores) if tuning.order == "layerwise" else ROUNDS)
+    rounds = tuning.rounds or ROUNDS
+    if tuning.order == "layerwise":  # a round at most for every group that loses something
+        rounds = min(tuning.rounds or len(plan), len(plan))
     per_round = FINETUNE_STEPS if tuning.finetune_steps is None else tuning.finetune_steps
     steps = tuning.warmup_steps + rounds * per_round + (tuning.final_steps or 0)
     seconds = steps * seconds_per_step(inputs) + rounds * sum(scores.meta["seconds"].values())

@@ -37,6 +37,8 @@ def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
         content = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise OptionError(f"cannot read the configuration {path}: {error}") from error
+    if any("config" in table for table in (content, *content.values()) if isinstance(table, dict)):
+        raise OptionError(f"{path}: a configuration cannot name another; give its options here")
     root: Any = ctx.find_root().command
     commands = {name: _names(command) for name, command in root.commands.items()}
     commands = {name: known for name, known in commands.items() if "config" in known}

@@ -130,6 +130,10 @@ class Source:
         order = np.random.default_rng(how.seed).permutation(len(labels)).tolist()
         if apart is None:
             order, last = _split(order, labels, how.held_out)
+            if not order:
+                raise DataError(
+                    f"--held-out {how.held_out:g} of {len(labels)} samples leaves none to train on"
+                )
             apart = Subset(same, last)
         parts = [Subset(train, order), Subset(same, order[: how.calibration])]
         count = len(apart) if how.evaluation is None else min(how.evaluation, len(apart))
@@ -237,6 +241,11 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
             raise DataError(
                 f"{path}: the {part} part has {len(x)} samples and labels of shape {y.shape} and "
                 f"type {y.dtype}; expected one integer label per sample"
+            )
+        if x.dtype.kind not in "buif" or int(y.max()) >= 2**31:
+            raise DataError(
+                f"{path}: the {part} part has samples of type {x.dtype} and labels up to {y.max()}; "
+                "expected real numbers, and classes from 0"
             )
         found[f"y_{part}"] = y.reshape(-1)
     return found

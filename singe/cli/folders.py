@@ -15,12 +15,17 @@ REPORT = ("report.html", "report.json")
 CHECKPOINT, WARMUP = "checkpoint", "warmup"  # of compress, in --out
 
 
-def require_folder(out: Path) -> None:
+def require_folder(out: Path, data: str | None = None) -> None:
     """See that ``--out`` can be made and written to, by trying; what was made for that goes again.
 
     Raises:
-        OptionError: it cannot.
+        OptionError: it cannot, or lies in the folder of the data, whose classes are its folders.
     """
+    if data is not None and out.resolve().is_relative_to(Path(data).resolve()):
+        raise OptionError(
+            f"--out {out} lies in --data {data}, where the report's pictures would be one more class; "
+            "give a folder elsewhere"
+        )
     made: list[Path] = []
     try:
         if out.is_file():

@@ -85,6 +85,11 @@ def decode(path: Path, size: int, mode: str) -> Tensor:
 
     try:
         with Image.open(path) as file:
+            if file.mode[0] in "IF":  # PIL would clip them to 0..255: white or black
+                raise DataError(
+                    f"the image {path} has more than 8 bits per channel ({file.mode}); convert it to 8, "
+                    "or give arrays, .npz"
+                )
             image = file.convert(mode)
             scale = size / min(image.size)
             wide, high = (max(size, round(side * scale)) for side in image.size)
@@ -92,7 +97,9 @@ def decode(path: Path, size: int, mode: str) -> Tensor:
             if (wide, high) != image.size:
                 image = image.resize((wide, high), Image.Resampling.BILINEAR)
             image = image.crop((left, top, left + size, top + size))
-    except (OSError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(
             f"cannot read the image {path}: {error}; remove it from the data"
         ) from error

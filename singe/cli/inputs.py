@@ -131,8 +131,9 @@ def _inputs(data: Data) -> Any:
 
 def _zeros(data: DataOptions) -> Tensor:
     text = data.input_shape or f"3,{data.image_size},{data.image_size}"
-    shape = [int(n) for n in numbers("--input-shape", text)]
-    if not shape or min(shape) < 1:
-        raise OptionError(f"--input-shape {text!r} must be positive numbers")
+    found = numbers("--input-shape", text)
+    if not all(n >= 1 and n.is_integer() for n in found):
+        raise OptionError(f"--input-shape {text!r} must be whole numbers from 1")
+    shape = [int(n) for n in found]
     generator = torch.Generator().manual_seed(0)
     return torch.randn(2, *shape, generator=generator)

@@ -242,7 +242,10 @@ class BudgetOptions:
 
 @dataclass
 class TuningOptions:
-    OUTRANKS: ClassVar = {"order=layerwise": ("schedule",), "order=global": ("visit",)}
+    OUTRANKS: ClassVar = {
+        "order=layerwise": ("schedule",), "order=global": ("visit",), "distill=0.0": ("temperature",),
+        "amp=False": ("amp_dtype",),
+    }  # fmt: skip
     rounds: Annotated[int | None, _option(_TUNING, "Rounds of score, prune, fine-tune.", min=1)] = (
         None
     )
@@ -264,8 +267,11 @@ class TuningOptions:
     clip_grad_norm: Annotated[float | None, _option(_TUNING, "Clip gradients to this norm.")] = None
     amp: Annotated[bool, _option(_TUNING, "Fine-tune in mixed precision.")] = False
     amp_dtype: Annotated[
-        str, _option(_TUNING, "With --amp: bfloat16, or float16 with scaled gradients.")
-    ] = "bfloat16"
+        str | None,
+        _option(
+            _TUNING, "With --amp: bfloat16, or float16 with scaled gradients. (default: bfloat16)"
+        ),
+    ] = None
     label_smoothing: Annotated[float | None, _option(_TUNING, "Of the cross-entropy.")] = None
     distill: Annotated[
         float | None, _option(_TUNING, "Weight of the original's logits in the loss, 0..1.")
@@ -286,8 +292,11 @@ class TuningOptions:
 
     def autocast(self) -> torch.dtype | None:
         """The dtype of mixed precision, or None without."""
-        choose("--amp-dtype", self.amp_dtype, AMP_DTYPES)
-        return getattr(torch, self.amp_dtype) if self.amp else None
+        dtype = self.amp_dtype or AMP_DTYPES[0]
+        choose("--amp-dtype", dtype, AMP_DTYPES)
+        if self.amp_dtype and not self.amp:
+            raise OptionError("--amp-dtype is of mixed precision: give --amp as well")
+        return getattr(torch, dtype) if self.amp else None
 
 
 @dataclass
@@ -326,7 +335,7 @@ class CommonOptions:
         _option(_OUTPUT, "TOML file with any of these options; the command line wins.",
                 is_eager=True, callback=read_config),
     ] = None  # fmt: skip
-    seed: Annotated[int, _option(_OUTPUT, "For every random choice.")] = 0
+    seed: Annotated[int, _option(_OUTPUT, "For every random choice.", min=0, max=2**63 - 1)] = 0
     as_json: Annotated[
         bool, _option(_OUTPUT, "Print JSON on standard output, nothing else.", "--json")
     ] = False
@@ -342,7 +351,7 @@ def numbers(option: str, text: str) -> tuple[float, ...]:
 
 
 def _number_or_word(text: str | None) -> int | str | None:
-    return int(text) if text is not None and text.isdigit() else text
+    return int(text) if text is not None and text.isascii() and text.isdigit() else text
 
 
 def _shares(option: str, given: list[str]) -> float | dict[str, float]:
@@ -355,7 +364,9 @@ def _shares(option: str, given: list[str]) -> float | dict[str, float]:
             raise OptionError(f"{option} {text!r} must be a share, or layer=share") from None
         if not equals and len(given) == 1:
             return value
-        if not equals:
+        if not equals or not name:
             raise OptionError(f"{option}: give one share for all groups, or layer=share for each")
+        if name in named:
+            raise OptionError(f"{option} names {name} twice")
         named[name] = value
     return named

@@ -88,7 +88,7 @@ def prune(
             f"--scores are made already: leave out {', '.join(late)} (--ignore holds for the plan)"
         )
     if not output.dry_run:
-        require_folder(output.out)
+        require_folder(output.out, data.data)
         if holds_run(output.out):
             raise OptionError(
                 f"--out {output.out} holds a run of compress, which prune would overwrite; give another"

@@ -39,6 +39,7 @@ class Theme:
             "xtick.labelcolor": self.ink, "ytick.labelcolor": self.ink,
             "grid.color": self.faint, "grid.alpha": 0.25, "legend.frameon": False,
             "axes.spines.top": False, "axes.spines.right": False,
+            "text.parse_math": False,  # names of files and layers may hold dollars
             "axes.titlesize": "medium", "axes.titlelocation": "left", "font.size": 10,
         }  # fmt: skip
         with matplotlib.rc_context(settings):
