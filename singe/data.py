@@ -8,7 +8,6 @@ from itertools import chain
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.data import DataLoader, IterableDataset
@@ -18,7 +17,6 @@ from singe.memory import is_out_of_memory
 from singe.seeding import random_state_kept
 
 LABEL_KEYS = ("labels", "label", "targets", "target")
-IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Batch:
     Attributes:
         args: positional inputs of the model.
         kwargs: keyword inputs of the model (from a dict batch).
-        labels: the targets, or None; next tokens where the labels are the tokens that go in.
+        labels: the targets, or None.
         raw: the batch as it came (on the model's device); user objectives receive this.
         size: number of samples B, the first dimension of the first input tensor.
         index: position in the data, for messages.
@@ -141,21 +139,7 @@ def as_batch(raw: Any, index: int, device: torch.device) -> Batch:
                 f"batch {index} has {bad} NaN or infinite input values (shape "
                 f"{tuple(tensor.shape)}); clean the data or drop this batch"
             )
-    return Batch(args, kwargs, _targets(labels, tensors), raw, tensors[0].shape[0], index)
-
-
-def _targets(labels: Any, inputs: Iterable[Tensor]) -> Any:
-    """Labels as they are; but where they are the tokens [B, T] that go in, the next one of each.
-
-    So language models are given them, which shift them themselves (transformers' ``labels=input_ids``).
-    """
-    if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():
-        return labels
-    ignored = labels == IGNORE_INDEX
-    for tokens in inputs:
-        if tokens.shape == labels.shape and bool(((tokens == labels) | ignored).all()):
-            return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    return labels
+    return Batch(args, kwargs, labels, raw, tensors[0].shape[0], index)
 
 
 def check_reiterable(batches: Any, argument: str = "batches") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from singe.data import IGNORE_INDEX, Batch
+from singe.data import Batch
 from singe.errors import DataError, NonFiniteError, OptionError, first_line
 
 PROBABILITY_TOLERANCE = 0.01  # of their sum; bfloat16 probabilities are off by a few thousandths
+IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default
+NEXT_TOKEN = (
+    'lambda outputs, batch: F.cross_entropy(outputs.logits[:, :-1].mT, batch["labels"][:, 1:], '
+    'reduction="none").mean(1)'
+)
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -187,6 +193,15 @@ class CrossEntropy(Objective):
                 f"outputs {tuple(logits.shape)} need {tuple(expected)}"
             )
         check_classes(labels, logits.shape[dim], f"batch {batch.index}")
+        tokens = batch.kwargs.get("input_ids")
+        if not isinstance(tokens, Tensor) or tokens.shape != labels.shape:
+            return
+        if bool(((tokens == labels) | (labels == IGNORE_INDEX)).all()):
+            warnings.warn(
+                "the labels are the input_ids, and every output is compared with the token that went in; for "
+                f"a model that predicts the next one give {self.argument}={NEXT_TOKEN}",
+                stacklevel=2,
+            )
 
     def per_sample(self, outputs: Any, batch: Batch, reference: Any) -> Tensor:
         logits, labels = _widened(logits_of(outputs)), batch.labels
