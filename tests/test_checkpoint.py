@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -170,6 +171,31 @@ def test_a_finetune_function_resumes_at_its_round(tmp_path):
     assert same_weights(cut, whole)
 
 
+def test_what_a_finetune_function_has_frozen_stays_frozen(tmp_path):
+    """Head first, then all: a run that is continued, or rolled back, trains what the other would."""
+    calls = []
+
+    def finetune(model, stage):
+        calls.append(stage.round)
+        if calls == [1, 2]:
+            raise Power
+        if stage.round == 1:
+            model[1].requires_grad_(False)
+        return float(not model[1].weight.requires_grad)
+
+    cut, whole = network(), network()
+    with pytest.raises(Power):
+        compress(cut, tmp_path, finetune=finetune, ema=None)
+    report = compress(cut, tmp_path, finetune=finetune, ema=None)
+    assert calls == [1, 2, 2]
+    assert [r.finetune_loss for r in report.rounds] == [1.0, 1.0]
+    compress(whole, finetune=finetune, ema=None)
+    assert [p.requires_grad for p in cut.parameters()] == [
+        p.requires_grad for p in whole.parameters()
+    ]
+    assert not cut[1].weight.requires_grad
+
+
 def test_a_finished_run_is_not_run_again(tmp_path):
     model, again, rounds = network(), network(), []
     report = compress(model, tmp_path)
@@ -201,12 +227,14 @@ def test_containers_come_back_as_they_were():
     value = {
         "a": (1, 2.5, float("inf"), None, True, "x"),
         3: [torch.arange(6).view(2, 3).t(), torch.tensor(1.5, dtype=torch.bfloat16)],
-        "empty": {}, "none": [torch.empty(0, 3)],
+        "empty": {}, "none": [torch.empty(0, 3)], "numpy": np.float32(0.5),
     }  # fmt: skip
     tensors: dict = {}
     back = unpack(json.loads(json.dumps(pack(value, tensors))), tensors)
     assert back["a"] == value["a"]
-    assert list(back) == ["a", 3, "empty", "none"]
+    assert list(back) == ["a", 3, "empty", "none", "numpy"]
+    assert back["numpy"] == 0.5
+    assert type(back["numpy"]) is float
     for left, right in zip(back[3] + back["none"], value[3] + value["none"], strict=True):
         assert torch.equal(left, right)
         assert left.dtype == right.dtype

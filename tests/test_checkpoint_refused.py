@@ -24,6 +24,7 @@ from helpers_checkpoint import (
     network,
 )
 from helpers_loop import same_weights
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 
 import singe
@@ -148,6 +149,17 @@ def test_a_full_disk(tmp_path):
     assert not list(tmp_path.glob(".*partial"))
     compress(cut, tmp_path, evaluate=Evaluate(99))
     assert same_weights(cut, whole)
+
+
+def test_scores_that_find_no_room_are_said_to_as_a_checkpoint_is(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr("singe.scores.save_file", full)
+    with pytest.raises(
+        singe.CheckpointError, match=r"cannot write .*round-01\.scores\.safetensors: .*No space"
+    ):
+        compress(network(), tmp_path)
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

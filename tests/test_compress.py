@@ -315,6 +315,26 @@ def test_the_plan_says_why_no_more_goes(order, round_to, target):
     assert any("at its limit: max_pruning_ratio" in row["why"] for row in rows)
 
 
+def test_where_nothing_goes_statistics_stay():
+    model = network()
+    before = {name: t.clone() for name, t in model.named_buffers()}
+    singe.compress(model, macs=1.0, **{**OPTIONS, "finetune_steps": 0, "rounds": 1})
+    assert all(torch.equal(t, before[name]) for name, t in model.named_buffers())
+    with pytest.warns(UserWarning, match="meets the target as it is, so no layer is visited"):
+        singe.compress(model, macs=1.0, order="layerwise", **{**OPTIONS, "rounds": None})
+
+
+@pytest.mark.parametrize("use", ["train", "evaluate"])
+def test_data_that_the_model_does_not_run_on_is_named(use):
+    wrong = [(x[:, :2], y) for x, y in BATCHES]
+    options = {**OPTIONS, "calibrate": BATCHES, use: wrong}
+    name = {"train": "training", "evaluate": "evaluation"}[use]
+    with pytest.raises(
+        singe.DataError, match=rf"does not run on {name} batch 0, inputs \[4, 2, 8, 8\]"
+    ):
+        singe.compress(network(), macs=0.6, **options)
+
+
 def test_nothing_to_train_is_found_before_anything_is_scored():
     model = network().requires_grad_(False)
     scored: list[int] = []

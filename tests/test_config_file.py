@@ -108,6 +108,8 @@ def test_an_order_on_the_command_line_sets_aside_what_belongs_to_the_other(tmp_p
 
     assert planned('schedule = "cubic"', "--order", "layerwise")["plan"]
     assert planned('order = "layerwise"\nvisit = "damage"', "--order", "global")["plan"]
+    assert planned("distill = 0.5\ntemperature = 4.0", "--distill", 0)["plan"]
+    assert planned('amp = true\namp_dtype = "float16"', "--no-amp")["plan"]
     with pytest.raises(singe.OptionError, match="the order of the groups under order='layerwise'"):
         planned('order = "global"\nvisit = "damage"')
     with pytest.raises(singe.OptionError, match="schedule shares the budget out"):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import singe
+from singe import export
 from singe.errors import ExportError, ModelError
 from singe.export import export_onnx, export_pt2, load_pruned, save_pruned
 from singe.gates import unregister_layer
@@ -256,6 +257,57 @@ def test_keyword_inputs(tmp_path):
         export_pt2(model, {"pixel_values": X}, tmp_path / "model.pt2")
     ).module()
     torch.testing.assert_close(program(pixel_values=X)["logits"], model(X)["logits"])
+
+
+def test_arguments_that_are_no_tensors(tmp_path):
+    class Switched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = convnet()
+
+        def forward(self, x, factor=1.0, return_dict=True):
+            return {"logits": factor * self.body(x)} if return_dict else factor * self.body(x)
+
+    model = Switched().eval()
+    for inputs in ((X, 2.0), {"x": X, "return_dict": False}):
+        program = torch.export.load(export_pt2(model, inputs, tmp_path / "model.pt2")).module()
+        positional, named = (inputs, {}) if isinstance(inputs, tuple) else ((), inputs)
+        expected, got = model(*positional, **named), program(*positional, **named)
+        torch.testing.assert_close(got, expected)
+
+
+def test_onnx_whose_outputs_are_not_all_finite(tmp_path):
+    """Masked classes are compared as well; what is infinite on one side only is no small difference."""
+    pytest.importorskip("onnxscript")
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = convnet()
+
+        def forward(self, x):
+            out = self.body(x)
+            return torch.cat([out, torch.full_like(out[:, :1], -torch.inf)], 1)
+
+    assert export_onnx(Masked().eval(), X, tmp_path / "model.onnx") <= 1e-4
+    two, minus = torch.tensor([1.0, 2.0]), torch.tensor([1.0, -torch.inf])
+    assert export._relative(minus, minus) == 0.0
+    assert export._relative(minus, torch.tensor([1.5, -torch.inf])) == 0.5
+    for one, other in ((two, minus), (minus, two), (minus, -minus), (two, two * torch.nan)):
+        assert export._relative(one, other) == float("inf")
+
+
+def test_what_onnxruntime_cannot_run_is_told(tmp_path):
+    pytest.importorskip("onnxscript")
+    with pytest.raises(ExportError, match="onnxruntime, cannot do with this Sequential"):
+        export_onnx(convnet().eval().bfloat16(), X.bfloat16(), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("call", [lambda p: save_pruned(5, p), lambda p: load_pruned(5, p)])
+def test_something_that_is_no_model(call, tmp_path):
+    with pytest.raises(singe.OptionError, match=r"model must be an nn\.Module, got int"):
+        call(tmp_path)
 
 
 def test_a_model_that_cannot_be_captured(tmp_path):

@@ -223,12 +223,35 @@ def test_npz_features_stay_as_they_are(tmp_path):
         ({"x": np.zeros((3, 2)), "y": np.zeros(2, int)}, "one integer label per sample"),
         ({"x": np.zeros((3, 2)), "y": np.zeros(3)}, "one integer label per sample"),
         ({"x": np.zeros((2, 2)), "y": np.array([object(), 1])}, "cannot read"),
+        ({"x": np.array(["a", "b"]), "y": np.zeros(2, int)}, "samples of type <U1"),
+        ({"x": np.zeros((2, 2), complex), "y": np.zeros(2, int)}, "samples of type complex128"),
+        ({"x": np.zeros((2, 2)), "y": np.array([0, 2**63], np.uint64)}, f"labels up to {2**63}"),
     ],
 )
 def test_npz_in_another_form(tmp_path, arrays, message):
     np.savez(tmp_path / "d.npz", **arrays)
     with pytest.raises(DataError, match=message):
         Source(str(tmp_path / "d.npz"))
+
+
+def test_a_held_out_part_that_leaves_nothing(tmp_path):
+    np.savez(tmp_path / "d.npz", x=np.zeros((6, 2)), y=np.arange(6) % 2)
+    with pytest.raises(DataError, match=r"--held-out 0\.999 of 6 samples leaves none"):
+        Source(str(tmp_path / "d.npz")).read(nn.Linear(2, 2), Reading(held_out=0.999))
+
+
+def test_pictures_that_would_be_read_wrongly(tmp_path):
+    """PIL clips what has more than 8 bits: white, or black."""
+    for name, values in (
+        ("a.png", np.arange(64, dtype=np.uint16) * 1000),
+        ("b.tif", np.float32(0.5)),
+    ):
+        Image.fromarray(np.broadcast_to(values, (64, 64)).copy()).save(tmp_path / name)
+        with pytest.raises(DataError, match=rf"{name} has more than 8 bits per channel"):
+            decode(tmp_path / name, 8, "L")
+    (tmp_path / "c.ppm").write_bytes(b"P6\nx 3\n255\n" + bytes(27))
+    with pytest.raises(DataError, match=r"cannot read the image .*c\.ppm"):
+        decode(tmp_path / "c.ppm", 8, "RGB")
 
 
 def test_folders_in_another_form(tmp_path):

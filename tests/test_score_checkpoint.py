@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -237,6 +238,21 @@ def test_a_full_disk_stops_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(score_checkpoint, "replacing", full)
     with pytest.warns(UserWarning, match=r"cannot write the checkpoint.*No space left"):
         found = score(tmp_path / "run.safetensors", data())
+    expected = score(None, data())
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_disk_that_has_become_read_only_loses_no_scores(tmp_path, monkeypatch):
+    path, unlink = tmp_path / "run.safetensors", Path.unlink
+
+    def refuse(self, missing_ok=False):
+        if self == path:
+            raise OSError(errno.EROFS, "Read-only file system")
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    found = score(path, data())
+    monkeypatch.undo()
     expected = score(None, data())
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 

@@ -297,6 +297,21 @@ def test_what_an_optimizer_gathered_goes_where_its_parameters_are():
         assert set(devices.values()) == {"meta"}
 
 
+def test_an_optimizer_of_other_parameters_is_refused():
+    """Made before the pruning it holds layers that are no more, and would train the others alone."""
+    model = nn.Linear(3, 2)
+    older, foreign = nn.Linear(3, 2), nn.Parameter(torch.zeros(2))
+    for held in ([older.weight, model.bias], older.parameters()):
+        optimizer = torch.optim.SGD(held, 0.1)
+        with pytest.raises(singe.OptionError, match=r"holds \d parameters that it was not given"):
+            tuner_of(model, lambda _, made=optimizer: made).start(1)
+    for held in ([model.bias], [*model.parameters(), foreign]):  # a part, or a loss's own as well
+        tuner_of(model, lambda _, held=held: torch.optim.SGD(held, 0.1)).start(1)
+    other = torch.optim.lr_scheduler.ConstantLR(torch.optim.SGD(model.parameters(), 0.1))
+    with pytest.raises(singe.OptionError, match="scheduler is of another optimizer"):
+        singe.compress(network(), macs=0.7, scheduler=lambda optimizer, steps: other, **OPTIONS)
+
+
 def test_a_rest_of_one_sample_says_what_to_do():
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.BatchNorm1d(6), nn.Linear(6, 4))
     tuner = tuner_of(model)

@@ -176,23 +176,6 @@ def test_pooling_and_activations_do_not_make_a_plan_overshoot() -> None:
     assert 0.5 - 1 / 32 < share <= 0.5
 
 
-def test_files_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch) -> None:
-    scores = singe.score(residual().double(), BATCHES, criterion="magnitude")
-    path = tmp_path / "scores.safetensors"
-    scores.save(path)
-    before = path.read_bytes()
-
-    def full(tensors, partial, metadata):
-        partial.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("singe.scores.save_file", full)
-    with pytest.raises(OSError, match="No space"):
-        scores.save(path)
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
-
-
 class Pooled(nn.Module):
     """Global pooling as a function, as many models write it."""
 

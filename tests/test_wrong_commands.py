@@ -56,6 +56,28 @@ def test_inputs_that_do_not_fit_the_model_are_told_with_their_option(place, opti
         (("compress", *MODEL, "--macs", 0.5), "compress needs data"),
         (("compress", *MODEL, *DATA, "--macs", 0.5, "--optimizer", "lion"), "lion"),
         (("prune", *MODEL, *DATA, "--macs", 0.5, "--min-keep", "a=b"), "--min-keep"),
+        (
+            ("prune", *MODEL, *DATA, "--macs", 0.5, "--min-keep", "=0.5"),
+            "--min-keep: give one share",
+        ),
+        (
+            ("prune", *MODEL, *DATA, "--macs", 0.5, "--min-keep", "0=0.5", "--min-keep", "0=0.9"),
+            "--min-keep names 0 twice",
+        ),
+        (("score", *MODEL, *DATA, "--quadrature", "²"), "quadrature"),
+        (("score", "net.py:make", *DATA, "--device", "meta"), "'meta' cannot be used"),
+        (
+            ("score", *MODEL, "--criterion", "magnitude", "--input-shape", "3,8.5,8"),
+            "whole numbers",
+        ),
+        (
+            ("score", *MODEL, "--criterion", "magnitude", "--input-shape", "3,nan,8"),
+            "whole numbers",
+        ),
+        (
+            ("compress", *MODEL, *DATA, "--macs", 0.5, "--amp-dtype", "float16"),
+            "give --amp as well",
+        ),
     ],
 )
 def test_wrong_use(words, message, tmp_path):
@@ -119,6 +141,34 @@ def test_an_impossible_folder_is_found_before_the_work(command, out, message, mo
         run(command, *model[command], "--out", out)
 
 
+@pytest.mark.parametrize("command", ["prune", "compress", "compare"])
+@pytest.mark.parametrize("out", ["pictures/out", "pictures"])
+def test_a_report_among_the_data_would_be_a_class(command, out, monkeypatch):
+    monkeypatch.setattr("singe.cli.inputs.load_model", None)
+    Path("pictures").mkdir(exist_ok=True)
+    model = ("--model", *MODEL) if command == "compare" else MODEL
+    with pytest.raises(OptionError, match=rf"--out {out} lies in --data pictures"):
+        run(command, *model, "--data", "pictures", "--macs", 0.5, "--out", out)
+
+
+def test_a_seed_that_is_none(monkeypatch):
+    for seed in (-1, 2**63):
+        assert run_main(monkeypatch, "score", *MODEL, *DATA, "--seed", seed) == 2
+
+
+def test_an_image_that_a_worker_cannot_read_is_one_line(place, monkeypatch, capsys):
+    for name in ("a", "b"):
+        folder = place / "pictures" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for index in range(4):
+            (folder / f"{index}.png").write_bytes(b"no image")
+    words = ("score", *MODEL, "--data", "pictures", "--image-size", 8, "--workers", 1)
+    assert run_main(monkeypatch, *words) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: cannot read the image ")
+    assert "Traceback" not in said
+
+
 @pytest.mark.parametrize(
     ("out", "message"),
     [("nowhere/s.st", r"--out nowhere/s\.st: there is no folder nowhere; make it"),
@@ -171,6 +221,8 @@ def test_a_missing_exporter_is_found_before_the_work(tmp_path, monkeypatch):
         ("macs = true", "c.toml: macs takes a value, not true"),
         ("[prune]\nmin-keep = false", r"\[prune\] min-keep takes a value, not false"),
         ("= 3", "cannot read the configuration"),
+        ("config = 'other.toml'", "cannot name another"),
+        ("[score]\nconfig = 'other.toml'", "cannot name another"),
     ],
 )
 def test_a_wrong_file(tmp_path, text, message):
