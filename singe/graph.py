@@ -211,7 +211,6 @@ def _culprit(model: nn.Module) -> str:
                 return f": {where} is masked; torch.nn.utils.prune.remove(layer, {attribute!r}) ends that"
             if hasattr(module, f"{attribute}_g"):
                 return f": {where} is normed; torch.nn.utils.remove_weight_norm(layer) ends that"
-            return f": {where} is the result of a computation; do not keep it in the model"
     return ""
 
 

@@ -152,13 +152,6 @@ def test_float_models_that_can_be_quantized_are_scored():
     assert score(Adds().double(), make_batches((6,), (3,)))
 
 
-def test_a_computed_tensor_that_a_model_keeps():
-    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)).double()
-    model.features = model[0](torch.rand(2, 6).double())
-    with pytest.raises(singe.ModelError, match=r": features is the result of a computation"):
-        score(model, make_batches((6,), (2,)))
-
-
 def test_masks_that_were_left_in_a_layer():
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)).double()
     torch_prune.random_unstructured(model[0], "weight", 0.5)
