@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, fields, replace
 from os import PathLike
@@ -24,7 +23,7 @@ from singe.finetune import (
     training_of,
 )
 from singe.gradients import check_changeable, gradients_on
-from singe.graph import expect_model, unwrapped
+from singe.graph import expect_model, separate_copy, unwrapped
 from singe.latency import Timing
 from singe.limits import MAX_PRUNING_RATIO, Share
 from singe.loop import ROUNDS, Loop
@@ -228,7 +227,7 @@ def compress(
             calibrate = _first_samples(train, CALIBRATION_SAMPLES, seed)
         if request.max_memory is None:
             request = replace(request, max_memory=max(LEAST_MEMORY, free_memory(device) // 4))
-        teacher = copy.deepcopy(unwrapped(model)).eval() if training.distill > 0 else None
+        teacher = separate_copy(model).eval() if training.distill > 0 else None
         tuner = Tuner(model, training, Stream(train, derive(seed, "train")), seed, teacher)
         if finetune is None and finetune_steps + final_steps > 0:
             tuner.check()  # now, not after the first removal

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from inspect import isgeneratorfunction
 from itertools import chain
 from typing import Any
 
@@ -51,7 +52,8 @@ class Batch:
 
 
 def _own(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+    """A copy of a tensor that can be written to; torch refuses that of expanded ones."""
+    return value.clone() if isinstance(value, Tensor) and 0 not in value.stride() else value
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -158,18 +160,27 @@ def check_reiterable(batches: Any, argument: str = "batches") -> None:
         raise DataError(
             f"{argument} must be re-iterable (a list or a DataLoader), got {type(batches).__name__}"
         )
-    source = batches.dataset if isinstance(batches, DataLoader) else batches
-    if source is not batches and not isinstance(source, IterableDataset):
-        return
+    stream = batches.dataset if isinstance(batches, DataLoader) else None
     # A wrapper of a shuffling loader draws when it starts.
     with random_state_kept(torch.device("cpu")):
-        once = iter(source) is iter(source)
-    if isinstance(source, Iterator) or once:
-        verb = "is" if source is batches else "reads"
+        once = iter(batches) is iter(batches) if stream is None else _streams_once(stream)
+    if isinstance(batches, Iterator) or once:
+        verb, kind = ("is", type(batches)) if stream is None else ("reads", type(stream))
         raise DataError(
-            f"{argument} {verb} a one-shot iterator ({type(source).__name__}): it can be read "
+            f"{argument} {verb} a one-shot iterator ({kind.__name__}): it can be read "
             "only once, and may be used up already; pass a list or a DataLoader of data that starts again"
         )
+
+
+def _streams_once(dataset: Any) -> bool:
+    """Whether a loader's stream hands out one iterator again and again; as far as asking does no harm."""
+    if not isinstance(dataset, IterableDataset) or isgeneratorfunction(type(dataset).__iter__):
+        return False
+    try:
+        first = iter(dataset)
+        return first is not dataset and first is iter(dataset)
+    except Exception:  # it may want to be in a worker
+        return False
 
 
 def cannot_run(model: nn.Module, batch: Batch, error: Exception, use: str = "") -> DataError:
@@ -190,7 +201,7 @@ def outputs_on(model: nn.Module, batch: Batch, use: str) -> Any:
     """The model's outputs for a batch of data for some ``use``.
 
     Raises:
-        DataError: torch cannot run the model on it. What the model itself raises goes through.
+        DataError: a plain RuntimeError, as torch raises where shapes or types do not fit.
     """
     try:
         return batch.call(model)

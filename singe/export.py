@@ -22,6 +22,7 @@ from singe.errors import ExportError, ModelError
 from singe.files import replacing
 from singe.gates import registered
 from singe.graph import NORMS, ROWS, expect_model, private_copy, unwrapped
+from singe.memory import is_out_of_memory
 from singe.plan import Plan
 from singe.scores import fingerprint
 from singe.slim import slim_of, take_slim
@@ -186,8 +187,10 @@ def export_onnx(
                 torch.onnx.export(program, f=partial, external_data=False, verbose=False)
             difference = _compare(partial, private_copy(model).eval(), batch)
         except Exception as error:  # onnxruntime's have types of their own
+            if isinstance(error, OSError) or is_out_of_memory(error):
+                raise
             raise ExportError(
-                f"ONNX, or onnxruntime, cannot do with this {type(unwrapped(model)).__name__}: "
+                f"ONNX, or onnxruntime, cannot handle this {type(unwrapped(model)).__name__}: "
                 f"{' '.join(str(error).split())[:300]}"
             ) from error
         if not difference <= tolerance:

@@ -190,6 +190,12 @@ def private_copy(model: nn.Module, trainable: bool = False, fast_path: bool = Fa
     return twin.eval()
 
 
+def separate_copy(model: nn.Module) -> nn.Module:
+    """A copy that shares nothing, as copy.deepcopy makes it; of tensors that were kept, the values."""
+    model = unwrapped(model)
+    return copy.deepcopy(model, {id(t): t.detach().clone() for t in _remembered(model)})
+
+
 def _remembered(model: nn.Module) -> Iterator[Tensor]:
     """What forward passes have left in attributes (features, attention maps); torch copies leaves only."""
     for module in model.modules():

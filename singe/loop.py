@@ -133,7 +133,7 @@ class Loop:
         if not names:
             warnings.warn(
                 "the network meets the target as it is, so no layer is visited and nothing is fine-tuned",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     @property

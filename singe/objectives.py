@@ -16,7 +16,7 @@ from singe.errors import DataError, NonFiniteError, OptionError, first_line
 PROBABILITY_TOLERANCE = 0.01  # of their sum; bfloat16 probabilities are off by a few thousandths
 IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default
 NEXT_TOKEN = (
-    'lambda outputs, batch: F.cross_entropy(outputs.logits[:, :-1].mT, batch["labels"][:, 1:], '
+    'lambda outputs, batch: F.cross_entropy({logits}[:, :-1].mT, batch["labels"][:, 1:], '
     'reduction="none").mean(1)'
 )
 
@@ -196,10 +196,13 @@ class CrossEntropy(Objective):
         tokens = batch.kwargs.get("input_ids")
         if not isinstance(tokens, Tensor) or tokens.shape != labels.shape:
             return
-        if bool(((tokens == labels) | (labels == IGNORE_INDEX)).all()):
+        counted = labels != IGNORE_INDEX
+        if bool(counted.any()) and torch.equal(tokens[counted], labels[counted].to(tokens)):
+            where = "outputs.logits" if hasattr(outputs, "logits") else 'outputs["logits"]'
+            offered = NEXT_TOKEN.format(logits="outputs" if outputs is logits else where)
             warnings.warn(
                 "the labels are the input_ids, and every output is compared with the token that went in; for "
-                f"a model that predicts the next one give {self.argument}={NEXT_TOKEN}",
+                f"a model that predicts the next one give {self.argument}={offered}",
                 stacklevel=2,
             )
 

@@ -314,8 +314,32 @@ class Sweep:
         All memory is taken before anything is added: a pass that runs out of it leaves no half of itself.
         """
         slots = [self._slot(group, key, pieces) for group, key, _, pieces in computed]
+        if self.one_by_one and not self.nodes_in_one:  # every variant has a place of its own
+            rows = [
+                self._places(sums, variants, pieces)
+                for (_, _, variants, pieces), sums in zip(computed, slots, strict=True)
+            ]
+            for sums, (places, values) in zip(slots, rows, strict=True):
+                self._add_rows(sums[fold], places, values)
+            return
         for (_, _, variants, pieces), sums in zip(computed, slots, strict=True):
             self._add_to(sums[fold], variants, pieces)
+
+    @staticmethod
+    def _places(
+        sums: Tensor, variants: Sequence[Variant], pieces: list[ByUnit]
+    ) -> tuple[Tensor, Tensor]:
+        """Row [V] of every variant, S and U of [F, S, U, m * K] sums as one, and what to add [V, m * K]."""
+        (piece,) = pieces
+        assert isinstance(piece, Tensor)
+        units = sums.shape[2]
+        rows = [(one.node or 0) * units + one.unit for one in variants]
+        return torch.tensor(rows, device=sums.device), piece.flatten(1)
+
+    @staticmethod
+    def _add_rows(sums: Tensor, places: Tensor, values: Tensor) -> None:
+        """Add to [S, U, m * K]; no row is there twice."""
+        sums.flatten(0, 1).index_add_(0, places, values)
 
     def _slot(self, group: Group, key: str, pieces: list[ByUnit]) -> Tensor:
         slots = 1 if self.nodes_in_one else len(self.quadrature)

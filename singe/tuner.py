@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +61,7 @@ class Tuner:
             device_of(model).type, enabled=training.autocast == torch.float16
         )
         self._gathered: dict[str, dict[str, Any]] = {}  # parameter -> what its optimizer gathered
+        self._former = {id(p): ref(p) for p in self._trainable().values()}  # until they are pruned
 
     # ------------------------------------------------------------------ one stage
 
@@ -96,14 +98,14 @@ class Tuner:
                 "step() needs no closure"
             )
         own, held = set(parameters), {p for g in made.param_groups for p in g["params"]}
-        if (
-            held - own and own - held
-        ):  # more than these is fine, a loss may have some; fewer is as well
+        former = [p for p in held - own if id(p) in self._former and self._former[id(p)]() is p]
+        if former or not held & own:  # a part of them, or a loss's own beside them, is fine
             raise OptionError(
-                f"the optimizer holds {len(held - own)} parameters that it was not given, and lacks "
-                f"{len(own - held)} that it was: pruning makes new ones, so make the optimizer of those, "
+                f"the optimizer holds {len(former) or len(held)} parameters that are not in the network (any "
+                "more): pruning makes new ones, so make the optimizer of those that it is given, "
                 "optimizer=lambda parameters: torch.optim.SGD(parameters, 0.01)"
             )
+        self._former |= {id(p): ref(p) for p in parameters}
         return made
 
     def _new_scheduler(self, optimizer: Optimizer, steps: int) -> LRScheduler:

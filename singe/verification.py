@@ -21,7 +21,7 @@ from singe.network import Network, set_gates
 from singe.removal import remove_units
 from singe.seeding import random_state_kept
 
-NOTHING = 1e-6
+NOTHING = 1e-2
 SMALL = 10  # units of a group; of fewer, those that are left may all have the neighbours they had
 READ = "a layer that runs in training mode only reads it"
 
@@ -97,10 +97,10 @@ def verified(model: nn.Module, batch: Batch, graph: ModelGraph) -> ModelGraph:
     reasons |= with_problems([g for g in left if g.heads], problem)
     plain = [g for g in left if not g.suspicious and not g.heads]
     reasons |= with_problems(plain, problem)
-    small = [g for g in plain if 2 < g.n_units < SMALL and g.name not in reasons]
-    reasons |= with_problems(small, partial(problem, choose=lambda group: [1]))
     for suspicious in (g for g in left if g.suspicious):
         reasons |= with_problems([suspicious], problem)
+    small = [g for g in left if not g.heads and 2 < g.n_units < SMALL and g.name not in reasons]
+    reasons |= with_problems(small, partial(problem, choose=lambda group: [1]))
     failed = {layer: g.name for g in graph.groups if g.name in reasons for layer in g.layers}
     return replace(
         graph,
@@ -194,8 +194,8 @@ def float_outputs(outputs: Any) -> list[Tensor]:
 def distance(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     """Largest difference relative to the largest value of its tensor in ``right``.
 
-    A tensor of next to nothing beside the others (a loss that is zero but for rounding) counts as one
-    of a millionth of theirs.
+    One of next to nothing beside the others counts as a hundredth of theirs: what is a small difference of
+    large values (a penalty, a divergence) is rounded as those are.
     """
     scales = [float(r.abs().max()) if r.numel() else 0.0 for r in right]
     least = NOTHING * max(scales, default=0.0) or 1.0

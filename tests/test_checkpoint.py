@@ -172,7 +172,7 @@ def test_a_finetune_function_resumes_at_its_round(tmp_path):
 
 
 def test_what_a_finetune_function_has_frozen_stays_frozen(tmp_path):
-    """Head first, then all: a run that is continued, or rolled back, trains what the other would."""
+    """Head first, then all: a run that is continued trains what the other would."""
     calls = []
 
     def finetune(model, stage):

@@ -74,6 +74,30 @@ def test_a_stream_that_starts_again_is_read_as_often_as_it_takes():
     assert found.meta["samples"] == len(samples)
 
 
+class Rewinds(Stream):
+    """An iterator of itself that starts again."""
+
+    def __iter__(self):
+        self.rest = iter(self.samples)
+        return self
+
+    def __next__(self):
+        return next(self.rest)
+
+
+class InWorkers(Stream):
+    def __iter__(self):
+        info = torch.utils.data.get_worker_info()
+        return iter(self.samples[info.id :: info.num_workers])
+
+
+@pytest.mark.parametrize(("stream", "workers"), [(Rewinds, 0), (InWorkers, 1)])
+def test_streams_that_start_again_in_their_own_way(stream, workers):
+    samples = [(x, y) for xs, ys in CASE.batches() for x, y in zip(xs, ys, strict=True)]
+    found = score(CASE.model(), DataLoader(stream(samples), batch_size=2, num_workers=workers))
+    assert found.meta["samples"] == len(samples)
+
+
 def with_label(index: int, label: int) -> list:
     batches = CASE.batches((2, 2, 2))
     batches[index][1][0] = label

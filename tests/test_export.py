@@ -299,9 +299,20 @@ def test_onnx_whose_outputs_are_not_all_finite(tmp_path):
 
 def test_what_onnxruntime_cannot_run_is_told(tmp_path):
     pytest.importorskip("onnxscript")
-    with pytest.raises(ExportError, match="onnxruntime, cannot do with this Sequential"):
+    with pytest.raises(ExportError, match="onnxruntime, cannot handle this Sequential"):
         export_onnx(convnet().eval().bfloat16(), X.bfloat16(), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_not_the_models_fault(tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.onnx.export", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*model\.onnx"):
+        export_onnx(convnet().eval(), X, tmp_path / "model.onnx")
 
 
 @pytest.mark.parametrize("call", [lambda p: save_pruned(5, p), lambda p: load_pruned(5, p)])

@@ -116,6 +116,43 @@ def test_neighbours_are_seen_however_few_units_there_are(units, mix):
     assert "gating some of its units" in scores.meta["rejected"]["a"]
 
 
+class Joined(Neighbours):
+    """The same behind a sum with one half of a wider layer's channels."""
+
+    def __init__(self, units: int, mix: nn.Module) -> None:
+        super().__init__(units, mix)
+        self.wide = nn.Conv2d(3, 2 * units, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        joined = self.a(x) + self.wide(x).chunk(2, 1)[0]
+        return self.c(self.b(self.mix(3 * joined.relu())).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("units", [4, 8, 12])
+def test_nor_where_a_group_is_looked_at_alone(units):
+    model = Joined(units, nn.LocalResponseNorm(3, alpha=1.0)).eval()
+    scores = singe.score(model, IMAGES, criterion="magnitude")
+    assert list(scores) == ["b"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_output_that_is_rounding_alone_speaks_against_nobody(seed):
+    """A penalty that is the small difference of large values is rounded as they are."""
+
+    class Penalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(seed)
+            self.a, self.b, self.c = nn.Conv2d(3, 9, 3), nn.Conv2d(9, 7, 3), nn.Linear(7, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            logits = self.c(self.b(self.a(x).relu()).relu().mean((2, 3)))
+            normed = nn.functional.layer_norm(logits, (4,))
+            return logits, normed.mean(1), logits.softmax(1).sum(1) - 1
+
+    assert set(singe.score(Penalised().eval(), IMAGES, criterion="magnitude")) == {"a", "b"}
+
+
 def test_an_output_in_pixels_hides_no_fault_in_the_logits():
     class Detector(nn.Module):
         def __init__(self) -> None:

@@ -195,14 +195,18 @@ def test_adding_takes_no_memory(path, norm, monkeypatch):
     case = CASES["residual"]
     model, data = case.model(), case.batches((6, 5))
     expected = run_engine(model, data, path=path, norm=norm)
-    add_to, added = Sweep._add_to, []
+    added = []
 
-    def without_memory(self, *args):
-        with NoMemory():
-            add_to(self, *args)
-        added.append(self)
+    def without_memory(add):
+        def add_something(*args):
+            with NoMemory():
+                add(*args)
+            added.append(add)
 
-    monkeypatch.setattr(Sweep, "_add_to", without_memory)
+        return add_something
+
+    monkeypatch.setattr(Sweep, "_add_to", without_memory(Sweep._add_to))
+    monkeypatch.setattr(Sweep, "_add_rows", staticmethod(without_memory(Sweep._add_rows)))
     found = run_engine(model, data, path=path, norm=norm)
     assert added
     assert_close(found.scores, expected.scores, 1e-12)

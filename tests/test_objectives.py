@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -95,13 +96,16 @@ def test_tokens_that_are_their_own_labels():
     """Transformers' causal models shift them inside; the loss that the warning offers does the same."""
     ids, logits = torch.randint(5, (2, 4), generator=RNG), randn(2, 4, 5)
     raw = {"input_ids": ids, "labels": ids.clone()}
-    with pytest.warns(UserWarning, match="labels are the input_ids") as caught:
-        total("cross_entropy", logits, raw)
-    offered = str(caught[0].message).partition("give objective=")[2]
-    next_token = eval(offered, {"F": F})
     expected = 2 * F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
-    found = total(next_token, SimpleNamespace(logits=logits), raw)
-    assert found == pytest.approx(expected)
+    for outputs in (logits, SimpleNamespace(logits=logits), {"logits": logits}):
+        with pytest.warns(UserWarning, match="labels are the input_ids") as caught:
+            total("cross_entropy", outputs, raw)
+        offered = str(caught[0].message).partition("give objective=")[2]
+        next_token = eval(offered, {"F": F})
+        assert total(next_token, outputs, raw) == pytest.approx(expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        total("cross_entropy", logits, {"input_ids": ids, "labels": torch.full_like(ids, -100)})
 
 
 def test_kl_of_tokens_is_over_their_classes():

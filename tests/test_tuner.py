@@ -299,15 +299,23 @@ def test_what_an_optimizer_gathered_goes_where_its_parameters_are():
 
 def test_an_optimizer_of_other_parameters_is_refused():
     """Made before the pruning it holds layers that are no more, and would train the others alone."""
-    model = nn.Linear(3, 2)
-    older, foreign = nn.Linear(3, 2), nn.Parameter(torch.zeros(2))
-    for held in ([older.weight, model.bias], older.parameters()):
-        optimizer = torch.optim.SGD(held, 0.1)
-        with pytest.raises(singe.OptionError, match=r"holds \d parameters that it was not given"):
-            tuner_of(model, lambda _, made=optimizer: made).start(1)
-    for held in ([model.bias], [*model.parameters(), foreign]):  # a part, or a loss's own as well
-        tuner_of(model, lambda _, held=held: torch.optim.SGD(held, 0.1)).start(1)
-    other = torch.optim.lr_scheduler.ConstantLR(torch.optim.SGD(model.parameters(), 0.1))
+    model, foreign = nn.Linear(3, 2), nn.Parameter(torch.zeros(2))
+    tuner = tuner_of(model, lambda _: made)
+    made = torch.optim.SGD(model.parameters(), 0.1)
+    tuner.start(1)
+    model.weight = nn.Parameter(model.weight[:, :2].clone())  # pruned
+    with pytest.raises(singe.OptionError, match=r"holds 1 parameters that are not in the network"):
+        tuner.start(1)
+    made = torch.optim.SGD(nn.Linear(3, 2).parameters(), 0.1)
+    with pytest.raises(singe.OptionError, match=r"holds 2 parameters that are not in the network"):
+        tuner.start(1)
+    for held in ([model.bias], [*model.parameters(), foreign], [model.bias, foreign]):
+        made = torch.optim.SGD(held, 0.1)  # a part, and a loss's own, is fine
+        tuner.start(1)
+
+
+def test_a_scheduler_of_another_optimizer_is_refused():
+    other = torch.optim.lr_scheduler.ConstantLR(torch.optim.SGD(network().parameters(), 0.1))
     with pytest.raises(singe.OptionError, match="scheduler is of another optimizer"):
         singe.compress(network(), macs=0.7, scheduler=lambda optimizer, steps: other, **OPTIONS)
 

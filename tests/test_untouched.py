@@ -332,7 +332,7 @@ def test_a_model_that_remembers_what_it_computed(trained):
     singe.prune(model, singe.plan(model, scores, x, params=0.7), x)
     assert model.a.out_features < 8
     report = singe.compress(
-        model, train=[(x, y)], params=0.8, rounds=2, finetune_steps=1, progress=False
+        model, train=[(x, y)], params=0.8, rounds=2, finetune_steps=1, distill=0.5, progress=False
     )
     assert report.params_after <= 0.8 * report.params_before
 

@@ -12,6 +12,8 @@ from helpers_cli import DATA, FACTORY, LOADER, MODEL, run, run_main
 from PIL import Image
 
 import singe
+from singe.cli.folders import require_folder
+from singe.cli.images import class_parents
 from singe.errors import (
     BudgetError,
     ExportError,
@@ -143,12 +145,26 @@ def test_an_impossible_folder_is_found_before_the_work(command, out, message, mo
 
 @pytest.mark.parametrize("command", ["prune", "compress", "compare"])
 @pytest.mark.parametrize("out", ["pictures/out", "pictures"])
-def test_a_report_among_the_data_would_be_a_class(command, out, monkeypatch):
+def test_a_report_among_the_data_would_be_a_class(place, command, out, monkeypatch):
     monkeypatch.setattr("singe.cli.inputs.load_model", None)
-    Path("pictures").mkdir(exist_ok=True)
+    for name in ("a", "b"):
+        (place / "pictures" / name).mkdir(parents=True, exist_ok=True)
+        (place / "parts" / "train" / name).mkdir(parents=True, exist_ok=True)
+        (place / "parts" / "train" / name / "0.png").touch()
     model = ("--model", *MODEL) if command == "compare" else MODEL
-    with pytest.raises(OptionError, match=rf"--out {out} lies in --data pictures"):
+    with pytest.raises(OptionError, match=rf"--out {out} lies in pictures, where"):
         run(command, *model, "--data", "pictures", "--macs", 0.5, "--out", out)
+    assert class_parents(Path("parts")) == [Path("parts/train")]
+    require_folder(Path("parts/out"), "parts")  # classes are read further in
+
+
+def test_a_message_that_names_another_error_is_whole(monkeypatch, capsys):
+    def fails(**_):
+        raise ModelError("nothing to prune (a: ModelError: no bias)")
+
+    monkeypatch.setattr("singe.cli.app", fails)
+    assert run_main(monkeypatch, "score") == 2
+    assert capsys.readouterr().err == "error: nothing to prune (a: ModelError: no bias)\n"
 
 
 def test_a_seed_that_is_none(monkeypatch):

@@ -54,8 +54,9 @@ def main() -> None:
         app(prog_name="singe")
     except (SingeError, OSError) as error:
         console = Console(stderr=True, soft_wrap=True, highlight=False)
-        # A loader's worker hands on its whole traceback as the message.
-        said = str(error).rpartition(f"{type(error).__name__}: ")[2]
+        said = str(error)
+        if said.startswith("Caught "):  # by a loader's worker, which hands on its whole traceback
+            said = said.rpartition(f"{type(error).__name__}: ")[2]
         console.print("error: " + " ".join(said.split()), style="red", markup=False)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +28,7 @@ from singe.comparison import require_two
 from singe.criteria import PATHS, as_criterion, choose
 from singe.errors import OptionError
 from singe.evaluation import accuracy
+from singe.graph import separate_copy
 from singe.plain import POSITIVE, plain_number
 from singe.report import write_report
 from singe.rounds import pruning_of
@@ -163,7 +163,7 @@ def _accuracies(
     found, costs = {}, {}
     for name, scores in named.items():
         voice.step(f"pruning by {name}")
-        twin = Inputs(copy.deepcopy(inputs.model), data, inputs.example)
+        twin = Inputs(separate_copy(inputs.model), data, inputs.example)
         plan = make_plan(twin, scores, budget)
         done = singe.prune(twin.model, plan, twin.example)
         set_statistics(twin, common.seed)

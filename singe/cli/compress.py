@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from collections.abc import Callable
@@ -42,7 +41,7 @@ from singe.criteria import choose
 from singe.data import as_batch, device_of
 from singe.errors import ExportError, OptionError
 from singe.finetune import OptimizerFactory, sgd, training_of
-from singe.graph import private_copy
+from singe.graph import private_copy, separate_copy
 from singe.loop import ROUNDS
 from singe.objectives import logits_of
 from singe.plain import NOT_NEGATIVE, POSITIVE, plain_number
@@ -123,7 +122,7 @@ def compress(
             criterion="random", checkpoint=output.out / WARMUP,
             **{name: value for name, value in chosen.items() if name in WARMUP_TOO},
         )  # fmt: skip
-    original = copy.deepcopy(inputs.model)
+    original = separate_copy(inputs.model)
     if budget.latency is not None:
         limits["timing"] = budget.timing()
     checkpoint = output.out / CHECKPOINT

@@ -7,6 +7,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from singe.cli.images import class_parents
 from singe.errors import OptionError
 from singe.export import PLAN
 
@@ -21,11 +22,12 @@ def require_folder(out: Path, data: str | None = None) -> None:
     Raises:
         OptionError: it cannot, or lies in the folder of the data, whose classes are its folders.
     """
-    if data is not None and out.resolve().is_relative_to(Path(data).resolve()):
-        raise OptionError(
-            f"--out {out} lies in --data {data}, where the report's pictures would be one more class; "
-            "give a folder elsewhere"
-        )
+    for folder in () if data is None or not Path(data).is_dir() else class_parents(Path(data)):
+        if out.resolve().is_relative_to(folder.resolve()):
+            raise OptionError(
+                f"--out {out} lies in {folder}, where the report's pictures would be one more class; give a "
+                "folder elsewhere"
+            )
     made: list[Path] = []
     try:
         if out.is_file():

@@ -117,14 +117,9 @@ def scan(folder: Path) -> tuple[list[str], list[Item], list[Item] | None]:
     Raises:
         DataError: no class folders with images.
     """
-    inside = _folders(folder)
-    while len(inside) == 1 and _folders(inside[0]) and not _has_images(inside[0], deep=False):
-        folder, inside = inside[0], _folders(inside[0])
-    # A class may be called `train`, and a `test` beside `val` may hold images without labels.
-    parts = [f for f in inside if any(map(_has_images, _folders(f)))]
-    train = next((f for f in parts if f.name.lower() in TRAINING), None)
-    held_out = next((f for f in parts if f.name.lower() in HELD_OUT), None)
+    folder, train, held_out = _parts(folder)
     if train is None:
+        inside = _folders(folder)
         if all(f.name.lower() in (*TRAINING, *HELD_OUT) for f in inside):
             inside = []  # parts without classes in them are no classes themselves
         classes = [f.name for f in inside if _has_images(f)]
@@ -136,6 +131,24 @@ def scan(folder: Path) -> tuple[list[str], list[Item], list[Item] | None]:
             f"{held_out} has classes that {train} lacks: {', '.join(sorted(extra)[:5])}"
         )
     return classes, _items(train, classes), None if held_out is None else _items(held_out, classes)
+
+
+def class_parents(folder: Path) -> list[Path]:
+    """The folders in which :func:`scan` takes every folder with images for a class."""
+    folder, train, held_out = _parts(folder)
+    return [folder] if train is None else [f for f in (train, held_out) if f is not None]
+
+
+def _parts(folder: Path) -> tuple[Path, Path | None, Path | None]:
+    """What a wrapping folder wraps, and in it the training and the held-out part, if it has them."""
+    inside = _folders(folder)
+    while len(inside) == 1 and _folders(inside[0]) and not _has_images(inside[0], deep=False):
+        folder, inside = inside[0], _folders(inside[0])
+    # A class may be called `train`, and a `test` beside `val` may hold images without labels.
+    parts = [f for f in inside if any(map(_has_images, _folders(f)))]
+    train = next((f for f in parts if f.name.lower() in TRAINING), None)
+    held_out = next((f for f in parts if f.name.lower() in HELD_OUT), None)
+    return folder, train, held_out
 
 
 def _items(folder: Path, classes: Sequence[str]) -> list[Item]:

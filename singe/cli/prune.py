@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from singe.cli.output import Voice
 from singe.cli.score import for_pruning, run_score
 from singe.errors import ExportError, OptionError
 from singe.evaluation import accuracy
+from singe.graph import separate_copy
 from singe.plan import Plan
 from singe.report import si, write_report
 from singe.rounds import pruning_of
@@ -110,12 +110,12 @@ def prune(
         made = make_plan(inputs, found, budget, chosen.get("ignore", ()) if scores else ())
     if output.dry_run:
         if plan is not None:  # that it can be carried out
-            singe.prune(copy.deepcopy(inputs.model), made, inputs.example)
+            singe.prune(separate_copy(inputs.model), made, inputs.example)
         told = {"plan": dict(made), "meta": made.meta}
         voice.result(told, made.explain() if made.meta else f"{made!r}")
         return
     output.out.mkdir(parents=True, exist_ok=True)
-    original = copy.deepcopy(inputs.model)
+    original = separate_copy(inputs.model)
     before = _accuracy(inputs)
     done = singe.prune(inputs.model, made, inputs.example)
     removed = _accuracy(inputs)
