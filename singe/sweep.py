@@ -334,7 +334,7 @@ class Sweep:
         assert isinstance(piece, Tensor)
         units = sums.shape[2]
         rows = [(one.node or 0) * units + one.unit for one in variants]
-        return torch.tensor(rows, device=sums.device), piece.flatten(1)
+        return torch.tensor(rows, device=sums.device), piece.flatten(1).to(sums.dtype)
 
     @staticmethod
     def _add_rows(sums: Tensor, places: Tensor, values: Tensor) -> None:
