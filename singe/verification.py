@@ -21,7 +21,7 @@ from singe.network import Network, set_gates
 from singe.removal import remove_units
 from singe.seeding import random_state_kept
 
-NOTHING = 1e-2
+NOTHING = 1e-2  # beside the largest output; 1e-3 takes what float32 rounds there for a fault
 SMALL = 10  # units of a group; of fewer, those that are left may all have the neighbours they had
 READ = "a layer that runs in training mode only reads it"
 

@@ -272,14 +272,7 @@ def test_vmap_is_a_loop(inner: int, of_samples: bool) -> None:
                     for i in range(v)
                 ]
             )
-            torch.testing.assert_close(found, wanted)
-            weight = torch.randn_like(found)
-            for f, w in zip(
-                torch.autograd.grad((found * weight).sum(), tensors),
-                torch.autograd.grad((wanted * weight).sum(), tensors),
-                strict=True,
-            ):
-                torch.testing.assert_close(f, w)
+            assert_same_gradients(found, wanted, list(tensors))
 
 
 def test_vmap_shares_what_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
