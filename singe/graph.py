@@ -200,10 +200,10 @@ def _remembered(model: nn.Module) -> Iterator[Tensor]:
     """What forward passes have left in attributes (features, attention maps); torch copies leaves only."""
     for module in model.modules():
         for name, value in vars(module).items():
-            if not any(hasattr(module, f"{name}_{part}") for part in ("orig", "g")):
-                yield from (
-                    t for t in tree_leaves(value) if isinstance(t, Tensor) and not t.is_leaf
-                )
+            kept = [t for t in tree_leaves(value) if isinstance(t, Tensor) and not t.is_leaf]
+            # Looked for last: torch formats an error for every attribute that is not there.
+            if kept and not any(hasattr(module, f"{name}_{part}") for part in ("orig", "g")):
+                yield from kept
 
 
 def _culprit(model: nn.Module) -> str:
