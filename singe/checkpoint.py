@@ -19,12 +19,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from singe.data import Batch
 from singe.errors import CheckpointError
 from singe.files import replacing
 from singe.graph import unwrapped
 
-FORMAT = "singe-checkpoint-5"
+FORMAT = "singe-checkpoint-6"
 KEPT = 2
 
 
@@ -64,7 +66,7 @@ class Folder:
         header = {
             "format": FORMAT,
             "settings": self.settings,
-            "digest": _digest(tensors),
+            "digest": digest(tensors),
             "state": content,
         }
         path = self.path / f"checkpoint-{self._number + 1:06d}.safetensors"
@@ -157,24 +159,31 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if not isinstance(header, dict) or header.get("format") != FORMAT:
             raise ValueError(f"it is no {FORMAT}")
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    if _digest(tensors) != header["digest"]:
+    if digest(tensors) != header["digest"]:
         raise ValueError("its tensors do not match their digest")
     return header, tensors
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and values."""
+    found = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def digest_of(model: nn.Module) -> str:
-    """SHA-256 over names, shapes and values of all parameters and buffers."""
+    """:func:`digest` of all parameters and buffers."""
     state = unwrapped(model).state_dict()  # with whatever ``get_extra_state`` gives
-    return _digest({name: value for name, value in state.items() if isinstance(value, Tensor)})
+    return digest({name: value for name, value in state.items() if isinstance(value, Tensor)})
+
+
+def digest_of_batch(batch: Batch) -> str:
+    """:func:`digest` of all tensors of a batch, labels included."""
+    leaves = enumerate(tree_leaves(batch.raw))
+    return digest({str(i): leaf for i, leaf in leaves if isinstance(leaf, Tensor)})
 
 
 # ---------------------------------------------------------------------- containers <-> JSON + tensors

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from singe.checkpoint import Folder
+from singe.checkpoint import Folder, digest_of_batch
 from singe.cost import count
 from singe.data import device_of, first_batch
 from singe.errors import NonFiniteError, OptionError
@@ -26,7 +26,15 @@ from singe.plan import Plan, make_plan
 from singe.recalibration import set_statistics
 from singe.removal import Removals, kept_elements, remove_units
 from singe.request import Request
-from singe.rounds import CompressReport, Pruning, Round, describe, portions, target_after
+from singe.rounds import (
+    CompressReport,
+    Pruning,
+    Round,
+    describe,
+    minutes_left,
+    portions,
+    target_after,
+)
 from singe.scores import Scores
 from singe.scoring import carry_out
 from singe.seeding import derive, seed_all
@@ -95,6 +103,7 @@ class Loop:
         pruning = self.pruning
         seed_all(self.seed, "survey", loader=self.calibrate)
         example = first_batch(self.calibrate, device_of(self.model))
+        self.data = digest_of_batch(example)
         graph = find_groups(self.model, small(example), self.request.layers, self.request.ignore)
         timing = pruning.timing if pruning.kind == "latency" else None
         self.original = Original(self.model, self.snapshot, graph, example, timing)
@@ -348,6 +357,7 @@ class Loop:
                 "finished": self.finished,
                 "max_memory": self.request.max_memory,
                 "threads": torch.get_num_threads(),
+                "data": self.data,
             }
         )
 
@@ -356,6 +366,12 @@ class Loop:
             warnings.warn(
                 f"the run used {state['threads']} threads, this process has "
                 f"{torch.get_num_threads()}: sums may differ in their last bits",
+                stacklevel=4,
+            )
+        if state["data"] != self.data:
+            warnings.warn(
+                "the first calibration batch is not the one that the run began with; on other data, or in an "
+                "order that no seed decides, it does not end as it would have",
                 stacklevel=4,
             )
         self.report = CompressReport.from_dict(state["report"])
@@ -399,7 +415,9 @@ class Loop:
         report.plan = self.original.plan(self.kept, meta, rounds, self.limits)
 
     def _tell(self, done: Round, index: int) -> None:
-        say(f"round {index}/{self.rounds}: {describe(done, self.report)}", self.progress)
+        left = minutes_left(done, self.rounds - index, self.finetune_steps, self.final_steps)
+        told = "" if self.report.stopped else left
+        say(f"round {index}/{self.rounds}: {describe(done, self.report)}{told}", self.progress)
         if self.report.stopped:
             say(f"stopped: {self.report.stopped}", self.progress)
         if self.on_round is None:

@@ -204,5 +204,14 @@ def describe(done: Round, report: CompressReport) -> str:
     return f"{text}, metric {_number(done.metric_pruned)} -> {done.metric_finetuned:.4f}"
 
 
+def minutes_left(last: Round, rounds: int, steps: int, final_steps: int) -> str:
+    """How long ``rounds`` more of so many steps will take at the last one's pace; empty after the end."""
+    if rounds == 0:
+        return ""
+    per_step = last.seconds_finetuning / max(1, last.steps)
+    seconds = rounds * (last.seconds_pruning + steps * per_step) + final_steps * per_step
+    return f"; about {seconds / 60:.1f} minutes left"
+
+
 def _number(value: float | None) -> str:
     return "none" if value is None else f"{value:.4f}"

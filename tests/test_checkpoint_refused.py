@@ -68,6 +68,13 @@ def test_other_frozen_parameters_are_another_run(tmp_path):
         compress(frozen, tmp_path)
 
 
+def test_other_calibration_data_are_told(tmp_path):
+    interrupted(tmp_path)
+    other = [(x + 1, y) for x, y in BATCHES]
+    with pytest.warns(UserWarning, match="first calibration batch is not the one"):
+        compress(network(), tmp_path, calibrate=other)
+
+
 def test_another_rate_in_a_partial_is_another_run(tmp_path):
     compress(network(), tmp_path, optimizer=partial(torch.optim.SGD, lr=0.1))
     with pytest.raises(singe.CheckpointError, match=r"SGD\(lr=0.1, ...\).*SGD\(lr=0.2"):

@@ -16,9 +16,8 @@ from helpers_cli import DATA, LOADER, MODEL, run, run_main
 from PIL import Image
 
 import singe
-from singe.cli.compress import time_left
 from singe.cli.models import load_model
-from singe.cli.options import BudgetOptions, DataOptions, ScoreOptions, TuningOptions
+from singe.cli.options import BudgetOptions, DataOptions, ScoreOptions
 from singe.compress import compress
 from singe.errors import (
     CheckpointError,
@@ -283,27 +282,6 @@ def test_a_model_that_cannot_be_exported_is_still_saved_and_reported(tmp_path, m
     assert told.err.strip().endswith("model.pt2 was not written: cannot capture")
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert {"model.safetensors", "plan.json", "report.html"} <= names
-
-
-def test_the_time_left_is_told_after_each_round_but_the_last(tmp_path):
-    class Listener:
-        said: tuple[str, ...] = ()
-
-        def step(self, line):
-            self.said += (line,)
-
-    listener = Listener()
-
-    def told(rounds):
-        listener.said = ()
-        tell = time_left(TuningOptions(rounds=3), tmp_path, listener)
-        for _ in range(rounds):
-            tell(None, None, None)
-        return [line.split(" left, ")[1] for line in listener.said]
-
-    assert told(3) == ["2 of 3 rounds", "1 of 3 rounds"]
-    (tmp_path / "report.json").write_text('{"rounds": [{}]}')  # the first is over: a run goes on
-    assert told(2) == ["1 of 3 rounds"]
 
 
 def test_quiet_says_nothing_but_the_result(tmp_path, monkeypatch, capsys):

@@ -19,11 +19,11 @@ from helpers_networks import CASES, residual, vgg
 from torch import nn
 
 import singe
-from singe.rounds import portions, target_after
+from singe.rounds import Round, minutes_left, portions, target_after
 
 
 def test_a_finetune_function_of_the_users():
-    model, stages = network(), []
+    model, stages, losses = network(), [], []
 
     def finetune(m: nn.Module, stage: singe.Stage) -> float:
         assert m is model
@@ -35,15 +35,14 @@ def test_a_finetune_function_of_the_users():
             for p in m.parameters():
                 p -= 0.01 * p.grad
         m.eval()
-        return float(loss.detach())
+        losses.append(float(loss.detach()))
+        return losses[-1]
 
     report = singe.compress(model, macs=0.6, finetune=finetune, final_steps=2, **OPTIONS)
     assert [(s.round, s.rounds, s.steps) for s in stages] == [(1, 2, 3), (2, 2, 5)]
     assert stages[0].seed != stages[1].seed
     assert stages[0].teacher is None
-    assert [r.finetune_loss for r in report.rounds] == [
-        pytest.approx(r.finetune_loss) for r in report.rounds
-    ]
+    assert [r.finetune_loss for r in report.rounds] == losses
     assert all(p.grad is None for p in model.parameters())
 
     def ruins(m: nn.Module, stage: singe.Stage) -> None:
@@ -150,6 +149,16 @@ def test_portions():
     assert portions(list("abcde"), 2) == [["a", "b"], ["c", "d", "e"]]
     assert portions(list("ab"), 5) == [["a"], ["b"]]
     assert portions([], 3) == []
+
+
+def test_the_time_left_is_told_after_every_round_but_the_last(capsys):
+    last = Round(1.0, 1, 1, None, None, None, 60.0, 120.0, steps=4)
+    assert minutes_left(last, 2, steps=4, final_steps=0) == "; about 6.0 minutes left"
+    assert minutes_left(last, 1, steps=2, final_steps=6) == "; about 5.0 minutes left"
+    assert minutes_left(last, 0, steps=4, final_steps=0) == ""
+    singe.compress(network(), macs=0.6, **OPTIONS | {"progress": True})
+    said = capsys.readouterr().err.splitlines()
+    assert ["minutes left" in line for line in said] == [True, False]
 
 
 @pytest.mark.parametrize("visit", ["forward", "damage"])

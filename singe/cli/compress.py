@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +34,7 @@ from singe.cli.options import (
 from singe.cli.output import Voice
 from singe.cli.prune import describe, make_plan
 from singe.cli.score import for_pruning, run_score
-from singe.compress import FINETUNE_STEPS, CompressReport, Round
+from singe.compress import FINETUNE_STEPS, CompressReport
 from singe.criteria import choose
 from singe.data import as_batch, device_of
 from singe.errors import ExportError, OptionError
@@ -127,9 +125,8 @@ def compress(
         limits["timing"] = budget.timing()
     checkpoint = output.out / CHECKPOINT
     done = singe.compress(
-        inputs.model, **shared, **chosen, **limits, **options,
-        checkpoint=checkpoint, on_round=time_left(tuning, checkpoint, voice),
-    )  # fmt: skip
+        inputs.model, **shared, **chosen, **limits, **options, checkpoint=checkpoint
+    )
     remove_results(output.out)
     files = finish.write_model(inputs, done.plan, output.out)
     latency = finish.time_both(original, inputs.model, inputs.example, budget.timing())
@@ -168,28 +165,6 @@ def compress(
         raise typer.Exit(EXIT_FLOOR)
     if failed:
         raise ExportError("; ".join(failed))
-
-
-def time_left(tuning: TuningOptions, checkpoint: Path, voice: Voice) -> Callable[..., None]:
-    """For ``on_round``: says how long the rounds that are left will take, at the last one's pace.
-
-    Args:
-        checkpoint: folder of a run that is continued; its report knows the rounds that are over.
-    """
-    rounds = tuning.rounds or (ROUNDS if tuning.order != "layerwise" else None)
-    last = time.perf_counter()
-    report = checkpoint / "report.json"
-    over = len(json.loads(report.read_text())["rounds"]) if report.is_file() else 0
-    left = (rounds or 0) - over
-
-    def tell(done: Round, *_: Any) -> None:
-        nonlocal last, left
-        now = time.perf_counter()
-        pace, last, left = now - last, now, left - 1
-        if left > 0:
-            voice.step(f"about {left * pace / 60:.1f} minutes left, {left} of {rounds} rounds")
-
-    return tell
 
 
 def _optimizer(tuning: TuningOptions) -> OptimizerFactory:
