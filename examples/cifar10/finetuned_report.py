@@ -75,8 +75,8 @@ def main_tables(settings: dict[Setting, Cells]) -> dict[Setting, Cells]:
     }
 
 
-def mean(runs: Runs) -> float:
-    return statistics.mean(run["last"] for run in runs)
+def mean(runs: Runs, what: str = "last") -> float:
+    return statistics.mean(run[what] for run in runs)
 
 
 def ordered(cells: Cells) -> list[str]:
@@ -136,6 +136,63 @@ def tried(settings: dict[Setting, Cells]) -> str:
     return "### What else was tried\n\n" + table(header, rows) if rows else ""
 
 
+def overview(settings: dict[Setting, Cells]) -> str:
+    """Means under the cost ranking, one-shot at the usual rate: what more and more training leaves."""
+    parts = ["### The cost ranking, after more and more training"]
+    for speedup in sorted({setting.speedup for setting in settings}):
+        shown = [
+            (what, title, cells)
+            for setting, cells in settings.items()
+            if (setting.speedup, setting.rounds, setting.lr) == (speedup, 1, LR)
+            for what, title in (("pruned", "right after"), ("last", f"{setting.steps:,} steps"))
+            if what == "last" or setting.steps == 0
+        ]  # fmt: skip
+        names = ordered({name: {"cost": of["cost"]} for name, of in shown[-1][2].items()})
+        columns = [column_of(names, cells, what) for what, _, cells in shown]
+        header = [f"{speedup:g} x fewer MACs", *(title for _, title, _ in shown)]
+        rows = [[name, *cells] for name, *cells in zip(names, *columns, strict=True)]
+        parts.append(table(header, rows))
+    return "\n\n".join(parts)
+
+
+def column_of(names: list[str], cells: Cells, what: str) -> list[str]:
+    """The mean of every criterion in percent; bold the best of those with the most seeds."""
+    runs = [cells.get(name, {}).get("cost", []) for name in names]
+    best = max((len(of), mean(of, what)) for of in runs if of)
+    told = []
+    for of in runs:
+        seeds = "" if len(of) == 3 else f" ({len(of)})"
+        text = f"{100 * mean(of, what):.1f}{seeds}" if of else ""
+        told.append(f"**{text}**" if of and (len(of), mean(of, what)) == best else text)
+    return told
+
+
+def gains(settings: dict[Setting, Cells]) -> str:
+    """What the cost ranking gains over the others: same criterion, same seed, mean over all pairs."""
+    rows = []
+    for setting, cells in settings.items():
+        for other in ("global", "local"):
+            pairs = {name: gain(of, other) for name, of in cells.items()}
+            per_criterion = {n: statistics.mean(d) for n, d in pairs.items() if d}
+            if not per_criterion:
+                continue
+            every = [d for differences in pairs.values() for d in differences]
+            low, high = (f(per_criterion, key=per_criterion.__getitem__) for f in (min, max))
+            rows.append([
+                f"{setting.speedup:g} x, {setting.steps:,} steps", other, f"{statistics.mean(every):+.1f}",
+                f"{per_criterion[low]:+.1f} ({low})", f"{per_criterion[high]:+.1f} ({high})",
+                f"{len(per_criterion)}", f"{len(every)}",
+            ])  # fmt: skip
+    header = ["fewer MACs", "over", "points", "least", "most", "criteria", "pairs"]
+    return "### What the cost ranking gains\n\n" + table(header, rows)
+
+
+def gain(of: dict[str, Runs], other: str) -> list[float]:
+    """Per seed that both rankings have, in points."""
+    there = {run["seed"]: run["last"] for run in of.get(other, [])}
+    return [100 * (run["last"] - there[run["seed"]]) for run in of["cost"] if run["seed"] in there]
+
+
 def draw(settings: dict[Setting, Cells], path: Path) -> None:
     """A dot for every run, the means as bars across; criteria by their best mean."""
     panels = sorted(settings.items(), key=lambda item: -len(item[1]))
@@ -183,6 +240,9 @@ def generated(document: dict[str, Any]) -> str:
     )
     parts = [
         note,
+        overview(main_tables(settings)),
+        gains(main_tables(settings)),
+        "### All runs, as a picture",
         f"![Accuracy after fine-tuning](img/{NAME}.png)",
         *(section(setting, cells) for setting, cells in main_tables(settings).items()),
         tried(settings),
