@@ -16,7 +16,7 @@ ranking says how groups take turns:
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -215,35 +215,41 @@ class Search:
         Returns:
             the steps that stay gone, and the counted cost.
         """
-        state, gone = CostState(self.cost), list(self.order[:length])
+        gone, closed = list(self.order[:length]), set[str]()
+        while back := self._that_fit(gone, self.target - after[self.kind], closed):
+            while back:
+                left = [step for step in gone if step not in back]
+                counted = self.measure(gather(left))
+                if counted[self.kind] <= self.target:
+                    gone, after = left, counted
+                    break
+                closed.add(back.pop().group)  # the count knows better than the prediction
+        return gone, after
+
+    def _that_fit(self, gone: Sequence[Step], slack: float, closed: Collection[str]) -> list[Step]:
+        """Steps that may come back by their predicted cost, the highest score first."""
+        state, last = CostState(self.cost), dict[str, list[Step]]()
         for step in gone:
             state.remove(step.group, len(step.units))
+            if not step.forced and step.group not in closed:
+                last.setdefault(step.group, []).append(step)
         back: list[Step] = []
-        slack = self.target - after[self.kind]
         while True:
             # Within a group the last to go is the first to come back.
-            last = {step.group: step for step in gone}
             price = {
-                name: -state.saving(name, -len(step.units), self.kind)
-                for name, step in last.items()
-                if not step.forced
+                name: -state.saving(name, -len(steps[-1].units), self.kind)
+                for name, steps in last.items()
+                if steps
             }
             able = [name for name, added in price.items() if added <= slack]
             if not able:
-                break
-            step = last[max(able, key=lambda name: last[name].score)]
+                return back
+            step = last[max(able, key=lambda name: last[name][-1].score)][-1]
             if step.score <= 0:
-                break
+                return back
             slack -= price[step.group]
             state.remove(step.group, -len(step.units))
-            gone.remove(step)
-            back.append(step)
-        while back:
-            counted = self.measure(gather(gone))
-            if counted[self.kind] <= self.target:
-                return gone, counted
-            gone.append(back.pop())
-        return list(self.order[:length]), after
+            back.append(last[step.group].pop())
 
     def fewest_timed(
         self, confirm: Callable[[Mapping[str, Sequence[int]]], Cost]

@@ -1,10 +1,10 @@
 """What a network costs, and what it will cost once units are gone.
 
 MACs are counted as Torch-Pruning counts them (convolutions, linear layers, norms, activations and
-pooling), so that targets mean the same as in its results. Two exceptions: where heads are gone from an
-attention module that Torch-Pruning counts as a whole (see :mod:`singe.attention_cost`), and
-torchvision's Swin, whose projections it does not see. A closed formula predicts them for any number of
-removed units; the count on the pruned network is the last word.
+pooling), so that targets mean the same as in its results. The exceptions: attention modules that it
+counts as a whole, once heads are gone (:mod:`singe.attention_cost`); torchvision's Swin, whose projections
+it does not see; transposed convolutions and recurrent layers (:mod:`singe.miscounted`). A closed formula
+predicts them for any number of removed units; the count on the pruned network is the last word.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from singe.errors import ModelError, SingeError, first_line
 from singe.graph import NORMS, ROWS, Group, ModelGraph, private_copy
 from singe.heads import Heads, tables_of
 from singe.memory import is_out_of_memory
+from singe.miscounted import counted_calls, miscounted
 from singe.removal import Removals, remove_units
 from singe.slim import open_attention
 
@@ -36,12 +37,14 @@ from singe.slim import open_attention
 def count(model: nn.Module, batch: Batch) -> tuple[float, int]:
     """``(MACs per sample, parameters)`` of a model."""
     twin = _countable(model)
-    args, kwargs = batch.inputs()
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints for keyword inputs,
-        counted = tp.utils.count_ops_and_params(twin, kwargs or args, layer_wise=True)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints where there are no inputs
+        counted = tp.utils.count_ops_and_params(_Call(twin, batch), {}, layer_wise=True)
     macs, params, by_layer, _ = counted
-    if batch.kwargs:  # and takes them for one sample
-        macs /= batch.size
+    wrong = {module for module in twin.modules() if miscounted(module)}
+    if wrong:
+        with counted_calls(wrong) as found:
+            batch.call(twin)
+        macs += sum(found[module] - (by_layer[module] or 0) for module in wrong)
     narrow = {
         name: module for name, module in twin.named_modules()
         if counted_whole(module) and sizes_of(module).width != sizes_of(module).inputs
@@ -50,8 +53,22 @@ def count(model: nn.Module, batch: Batch) -> tuple[float, int]:
         with watched(narrow) as seen:
             batch.call(twin)
         for name, module in narrow.items():
-            macs += (attention_macs(module, seen[name]) - (by_layer[module] or 0)) / batch.size
-    return float(macs), int(params)
+            macs += attention_macs(module, seen[name]) - (by_layer[module] or 0)
+    return float(macs) / batch.size, int(params)
+
+
+class _Call(nn.Module):
+    """A model with its inputs: where it is given none, Torch-Pruning counts for the whole batch.
+
+    Else it divides by the length of the first input, which may be a list or a table.
+    """
+
+    def __init__(self, model: nn.Module, batch: Batch) -> None:
+        super().__init__()
+        self.model, self.batch = model, batch
+
+    def forward(self) -> Any:
+        return self.batch.call(self.model)
 
 
 def count_without(model: nn.Module, batch: Batch, removals: Removals) -> tuple[float, int]:
@@ -262,7 +279,7 @@ def _describe(layer: nn.Module, out: Tensor, samples: int) -> _Layer:
         )  # Torch-Pruning counts it once for the whole batch
         return _Layer(module.out_features, module.in_features, 1.0, once, bias, positions)
     if isinstance(layer, ROWS):
-        positions = out[0, 0].numel()
+        positions = out.numel() / module.out_channels / samples  # frames of a clip, in the batch
         kernel = module.weight[0, 0].numel()
         bias = float(module.bias is not None)
         if module.groups == module.out_channels > 1:  # depthwise: inputs leave with outputs

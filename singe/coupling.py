@@ -208,7 +208,7 @@ def _describe(
             return f"{name} shares a parameter with another layer"
         if isinstance(module, BATCH_NORMS) and module.running_mean is None:
             return f"{name} keeps no running statistics"
-        if max(item.idxs) >= _width(module, is_out):
+        if min(item.idxs) < 0 or max(item.idxs) >= _width(module, is_out):
             return f"something in front of {name} moves channels in a way that cannot be followed"
         channels = _channels_by_unit(item.idxs, item.root_idxs, n_units)
         if channels is None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch_pruning.dependency.shape_infer import (
     infer_in_channels_recursively,
@@ -32,7 +33,14 @@ class _DependencyGraph(tp.DependencyGraph):
     channels, and every slice of the second dimension for one of channels: window partitions, channel
     shuffles and the patch merging of a Swin transformer too. Their indices then multiply from block to
     block until memory ends.
+
+    Args:
+        shapes: of what the operations gave, by their node of the autograd graph, as far as they are known.
     """
+
+    def __init__(self, shapes: Mapping[Any, torch.Size]) -> None:
+        super().__init__()
+        self._shapes = shapes
 
     def _build_dependency(self, module2node: dict[Any, Any]) -> None:
         kinds = tp.ops.OPTYPE
@@ -70,6 +78,8 @@ class _DependencyGraph(tp.DependencyGraph):
         sizes = getattr(node.grad_fn, "_saved_self_sym_sizes", None)
         if sizes is None:
             return True
+        if 2 not in (len(sizes), len(self._shapes.get(node.grad_fn, sizes[:2]))):
+            return False
         features = math.prod(int(size) for size in sizes[1:])
         if len(sizes) == 2:
             neighbours, infer = node.inputs, infer_out_channels_recursively
@@ -84,6 +94,20 @@ class _DependencyGraph(tp.DependencyGraph):
             return True
         width = int(sizes[_signed(dim)])
         return any(infer_out_channels_recursively(self, n, [0]) == width for n in node.inputs)
+
+
+class _Shapes(TorchFunctionMode):
+    """Notes what shape every operation gives; the autograd graph knows that of its inputs only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: dict[Any, torch.Size] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.grad_fn is not None:
+            self.of[out.grad_fn] = out.shape
+        return out
 
 
 def _with_sizes(split: Any) -> Any:
@@ -112,14 +136,20 @@ def build_dependency_graph(
     Raises:
         ModelError: the forward pass or the trace failed.
     """
-    graph = _DependencyGraph()
+    noted = _Shapes()
+    graph = _DependencyGraph(noted.of)
+
+    def forward(traced: nn.Module, _: Any) -> Any:
+        with noted:
+            return batch.call(traced.train(training))
+
     try:
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")
             graph.build_dependency(
                 model,
                 batch.args,
-                forward_fn=lambda m, _: batch.call(m.train(training)),
+                forward_fn=forward,
                 output_transform=_traced,
                 customized_pruners=pruners(),
                 verbose=False,

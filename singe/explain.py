@@ -127,11 +127,12 @@ def table(plan: Plan) -> str:
     meta, rows = plan.meta, plan.rows()
     if not rows:
         lines = [f"{name}: {len(units)} units go" for name, units in plan.items()]
-        return "\n".join([repr(plan), *lines])
+        edited = ["edited since it was planned"] if meta.get("groups") else []
+        return "\n".join([repr(plan), *edited, *lines])
     kind, value = next(iter(meta["target"].items()))
     before, after = meta["before"], meta["after"]
     head = [
-        f"{plan.n_units} of {before['channels']:.0f} units go, by {meta['criterion']} scores, "
+        f"{plan.n_units} of {before['channels']:.0f} units go, by {meta['criterion'] or 'given'} scores, "
         f"ranking {meta['ranking']!r}, for at most {value:.4g} {kind}"
         + (" (not reached)" if after.get(kind, 0.0) > value else ""),
         "; ".join(

@@ -36,8 +36,8 @@ def target_of(**targets: float | None) -> tuple[str, float]:
 
 
 def absolute(value: float, full: float) -> float:
-    """A share (<= 1) of ``full``, or the number itself."""
-    return value * full if value <= 1.0 else value
+    """A share (<= 1) of ``full``, or the number itself; 0.57 of 100 are 57, not 56.99999999999999."""
+    return round(value * full, 9) if value <= 1.0 else value
 
 
 def floor_of(units: int, max_pruning_ratio: float) -> int:

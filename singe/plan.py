@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from singe.budget import RANKINGS, Search, gather, order_steps, require, steps_of
 from singe.cost import CostModel, count, count_without
@@ -25,7 +25,7 @@ from singe.graph import ModelGraph, expect_model, private_copy, unwrapped
 from singe.latency import Stopwatch, Timing, timing_of
 from singe.limits import MAX_PRUNING_RATIO, Limits, Share, absolute, limits_of, target_of
 from singe.plain import plain
-from singe.scores import Scores, expect_scores, require_units
+from singe.scores import Scores, scores_for
 from singe.units import find_groups, small
 
 FORMAT = "singe-plan-1"
@@ -72,9 +72,13 @@ class Plan(Mapping[str, list[int]]):
     def rows(self) -> list[dict[str, Any]]:
         """One dict per group: units, kept, removed, the cut, what it saves, and why no more goes.
 
-        Empty for a plan made by hand: it knows nothing but the units.
+        Empty for a plan made or edited by hand: of that nothing is known but the units.
         """
-        return [{"group": name, **row} for name, row in self.meta.get("groups", {}).items()]
+        found = self.meta.get("groups", {})
+        told = {name: row["removed"] for name, row in found.items() if row.get("removed")}
+        if told != {name: len(units) for name, units in self.items()} or "target" not in self.meta:
+            return []
+        return [{"group": name, **row} for name, row in found.items()]
 
     def explain(self) -> str:
         """A table for reading: per group what goes, what that saves, and why."""
@@ -91,7 +95,7 @@ class Plan(Mapping[str, list[int]]):
         remove, groups = _lines(self._remove), _lines(self.meta.get("groups", {}))
         return (
             f'{{\n"format": "{FORMAT}",\n"remove": {remove},\n"groups": {groups},\n'
-            f'"meta": {json.dumps(meta, indent=1)}\n}}\n'
+            f'"meta": {json.dumps(meta, indent=1, allow_nan=False)}\n}}\n'
         )
 
     @classmethod
@@ -115,19 +119,25 @@ class Plan(Mapping[str, list[int]]):
     def from_json(cls, text: str) -> Plan:
         """The plan that :meth:`to_json` wrote."""
         content = json.loads(text)
-        meta = dict(content.get("meta") or {})
-        if content.get("groups"):
-            meta["groups"] = content["groups"]
+        if content.get("format", FORMAT) != FORMAT:
+            raise ValueError(f"its format is {content['format']!r}, and {FORMAT!r} is known here")
+        meta, groups = dict(content.get("meta") or {}), content.get("groups")
+        if groups and not all(isinstance(row, dict) for row in groups.values()):
+            raise ValueError("its groups are no tables of what is known of them")
+        if groups:
+            meta["groups"] = groups
         return cls(content["remove"], meta)
 
 
 def _lines(content: Mapping[str, Any]) -> str:
     """A JSON object with one entry per line, so that two plans can be compared by ``diff``."""
-    entries = (f" {json.dumps(k)}: {json.dumps(v)}" for k, v in content.items())
+    entries = (f" {json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in content.items())
     return "{\n" + ",\n".join(entries) + "\n}" if content else "{}"
 
 
 def _units(name: str, units: Any) -> list[int]:
+    if isinstance(units, Tensor) and units.dim() == 0:  # nonzero().squeeze() of a single one
+        units = [units]
     if isinstance(units, str) or not isinstance(units, Iterable):
         raise ScoresError(f"the plan for {name!r} is {units!r}; give a list of units, [3, 7]")
     return sorted({_unit(name, unit) for unit in units})
@@ -148,7 +158,7 @@ def _unit(name: str, unit: Any) -> int:
 @gradients_on()
 def plan(
     model: nn.Module,
-    scores: Scores,
+    scores: Scores | Mapping[str, Tensor],
     example_inputs: Any,
     *,
     macs: float | None = None,
@@ -167,7 +177,8 @@ def plan(
 
     Args:
         model: the model the scores were computed on; not changed.
-        scores: what :func:`singe.score` returned.
+        scores: what :func:`singe.score` returned, or a mapping from layers to [U] numbers, higher = keep;
+            of coupled layers the one after which :func:`singe.score` names the group.
         example_inputs: a tensor, a tuple of arguments or a dict, as for Torch-Pruning.
         macs: target in multiply-accumulates: a share of the model's (<= 1) or an absolute number.
         params: the same in parameters.
@@ -192,30 +203,34 @@ def plan(
         A :class:`Plan`; ``plan.meta`` holds the expected cost.
 
     Raises:
-        ScoresError: scores of another model.
+        ScoresError: scores of another model, or none.
+        NonFiniteError: NaN among them.
         BudgetError: the target cannot be met; names the smallest that can.
         OptionError: not exactly one target, or a value out of range.
     """
     expect_model(model)
-    expect_scores(scores)
-    require_units(scores)
-    scores.check(model)
+    found = scores_for(scores, model)
     kind, value = target_of(macs=macs, params=params, channels=channels, latency=latency)
     timing = timing_of(timing, kind)
     choose("ranking", ranking, RANKINGS)
     batch = example_batch(example_inputs, device_of(model))
     watch = Stopwatch(model, batch, timing) if kind == "latency" else None
     batch = small(batch)
-    graph = find_groups(model, batch, layers=list(scores))
+    graph = find_groups(model, batch, layers=list(found))
     for group in graph.groups:
-        if len(scores[group.name]) != group.n_units:
+        if group.name not in found:
             raise ScoresError(
-                f"there are {len(scores[group.name])} scores for the {group.n_units} units of {group.name}"
+                f"the units of {', '.join(found.keys() & set(group.layers))} go with those of "
+                f"{group.name!r}: give their scores under that name"
+            )
+        if len(found[group.name]) != group.n_units:
+            raise ScoresError(
+                f"there are {len(found[group.name])} scores for the {group.n_units} units of {group.name}"
             )
     limits = limits_of(model, graph, max_pruning_ratio, min_keep, max_keep, ignore, round_to)
     target = absolute(value, full_cost(model, graph, batch, watch)[kind])
     return make_plan(
-        model, graph, scores, batch, kind, target, ranking=ranking, limits=limits, watch=watch
+        model, graph, found, batch, kind, target, ranking=ranking, limits=limits, watch=watch
     )
 
 

@@ -27,7 +27,8 @@ def set_statistics(model: nn.Module, data: Iterable[Any], seed: int, round: int)
 def recalibrate(model: nn.Module, batches: Iterable[Batch]) -> bool:
     """Set the BatchNorms' running statistics to the mean over ``batches``; nothing else moves.
 
-    A batch counts by its samples: a short last one less than the others.
+    Norms that these batches do not reach (of an auxiliary head, of another domain) keep theirs. A batch
+    counts by its samples: a short last one less than the others.
 
     Batches of a single sample are passed over where there are others. Where there are none they count,
     unless a norm sees a single value per channel, whose variance is not defined: then a warning says that
@@ -44,8 +45,10 @@ def recalibrate(model: nn.Module, batches: Iterable[Batch]) -> bool:
     before = [{k: t.clone() for k, t in norm.named_buffers()} for norm in norms]
     momenta = [norm.momentum for norm in norms]
     with in_mode(model, training=False):
+        means = [_MeanOverSamples() for _ in norms]
         hooks = [
-            norm.register_forward_pre_hook(_MeanOverSamples(), with_kwargs=True) for norm in norms
+            norm.register_forward_pre_hook(of, with_kwargs=True)
+            for norm, of in zip(norms, means, strict=True)
         ]
         for norm in norms:
             norm.reset_running_stats()
@@ -66,7 +69,9 @@ def recalibrate(model: nn.Module, batches: Iterable[Batch]) -> bool:
             for norm, momentum, hook in zip(norms, momenta, hooks, strict=True):
                 norm.momentum = momentum
                 hook.remove()
-            for norm, buffers in () if done else zip(norms, before, strict=True):
+            for norm, of, buffers in zip(norms, means, before, strict=True):
+                if done and of.seen:
+                    continue
                 for name, tensor in norm.named_buffers():
                     tensor.copy_(buffers[name])
     return done

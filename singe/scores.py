@@ -44,7 +44,26 @@ class ScoreTable(Mapping[str, Tensor]):
         meta: Mapping[str, Any],
         stderr: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self._values = {name: t.detach().to("cpu", torch.float32) for name, t in values.items()}
+        self._values = {name: self._as_numbers(name, t) for name, t in values.items()}
+        self.require_finite()
+        self.meta = dict(meta)
+        self.stderr = None if stderr is None else {k: t.float() for k, t in stderr.items()}
+
+    def _as_numbers(self, name: str, values: Any) -> Tensor:
+        try:
+            found = values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
+            return found.detach().to("cpu", torch.float32)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ScoresError(
+                f"the scores of {self.ENTRY} {name!r} are no tensor of numbers: {error}"
+            ) from error
+
+    def require_finite(self) -> None:
+        """Raise where a score is none; the tensors may have been written to since they were made.
+
+        Raises:
+            NonFiniteError: NaN or infinity.
+        """
         for name, tensor in self._values.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise NonFiniteError(
@@ -52,8 +71,6 @@ class ScoreTable(Mapping[str, Tensor]):
                     "gradients of this network finite? A half-precision model may overflow: score in "
                     "float32"
                 )
-        self.meta = dict(meta)
-        self.stderr = None if stderr is None else {k: t.float() for k, t in stderr.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         try:
@@ -82,13 +99,15 @@ class ScoreTable(Mapping[str, Tensor]):
         return len(self._values)
 
     def check(self, model: nn.Module) -> None:
-        """Raise unless these scores were computed on a model of the same names and shapes.
+        """Raise where these scores were computed on a model of other names or shapes.
+
+        Of scores made by hand nothing is known.
 
         Raises:
             ScoresError: another architecture, or the same one pruned since.
         """
         expected, got = self.meta.get("fingerprint"), fingerprint(model)
-        if expected != got:
+        if expected is not None and expected != got:
             raise ScoresError(
                 f"these scores belong to another model: they were computed on "
                 f"{self.meta.get('model')} with fingerprint {str(expected)[:12]}, this "
@@ -168,6 +187,11 @@ class Scores(ScoreTable):
         units: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
         super().__init__(values, meta, stderr)
+        for name, tensor in self._values.items():
+            if tensor.dim() != 1:
+                raise ScoresError(
+                    f"the scores of {name!r} have shape {tuple(tensor.shape)}; give one number per unit, [U]"
+                )
         self.groups = dict(groups)
         self.completeness = None if completeness is None else dict(completeness)
         self.units = {group: dict(layers) for group, layers in (units or {}).items()}
@@ -229,6 +253,30 @@ class Scores(ScoreTable):
         if model is not None:
             scores.check(model)
         return scores
+
+
+def scores_for(scores: Mapping[str, Any], model: nn.Module) -> Scores:
+    """Scores to rank the units of ``model`` by; those of a plain mapping are made some.
+
+    Raises:
+        OptionError: neither.
+        ScoresError: none at all, of something else than units, or of another model.
+        NonFiniteError: NaN or infinity.
+    """
+    expect("scores", scores, Mapping, "what singe.score returned, or {'conv1': [U] tensor}")
+    require_units(scores)
+    found = scores if isinstance(scores, Scores) else Scores(scores, {}, {"criterion": "given"})
+    if not found:
+        raise ScoresError("there are no scores; give those of one group at least")
+    found.require_finite()
+    found.check(model)
+    layers = {name for name, _ in unwrapped(model).named_modules()}
+    if foreign := [name for name in found if name not in layers]:
+        raise ScoresError(
+            f"there are scores of {foreign[0]!r}, which {type(model).__name__} does not have; names are "
+            "those of model.named_modules()"
+        )
+    return found
 
 
 def expect_scores(scores: object, argument: str = "scores") -> None:

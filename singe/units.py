@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from singe.coupling import read_graph
 from singe.data import Batch, first_samples
@@ -68,7 +68,7 @@ def checked_groups(
 ) -> ModelGraph:
     """:func:`find_groups` by names of an unwrapped model; there may be no groups at all."""
     names = dict(model.named_modules())
-    model, batch = full_precision(model, small(batch))
+    model, batch = full_precision(model, _telling(small(batch)))
     graph = read_graph(model, batch, ignored)
     if graph.folds and not _folds_well(model, batch, graph):
         graph = read_graph(model, batch, ignored, fold=False)
@@ -86,6 +86,8 @@ def names_of(
 ) -> list[str]:
     if isinstance(layers, str | nn.Module):
         layers = [layers]
+    if not isinstance(layers, Iterable):
+        raise ModelError(f"`{argument}` must hold names or modules, got {layers!r}")
     by_module = {module: name for name, module in names.items()}
     resolved = []
     for layer in layers:
@@ -93,7 +95,7 @@ def names_of(
             if layer not in by_module:
                 raise ModelError(f"`{argument}` holds a {type(layer).__name__} not in this model")
             resolved.append(by_module[layer])
-        elif layer in names:
+        elif isinstance(layer, str) and layer in names:
             resolved.append(layer)
         else:
             near = difflib.get_close_matches(str(layer), names, n=3, cutoff=0.4)
@@ -127,6 +129,22 @@ def _select(graph: ModelGraph, names: dict[str, nn.Module], wanted: Sequence[str
             raise ModelError(f"layer {name!r} cannot be pruned: {why}")
         chosen |= found
     return replace(graph, groups=tuple(g for g in graph.groups if g.name in chosen))
+
+
+def _telling(batch: Batch) -> Batch:
+    """Random numbers in [0, 1) where all inputs are zeros: there a wrong removal shows nowhere."""
+    tensors = [t for t in tree_leaves((batch.args, batch.kwargs)) if isinstance(t, Tensor)]
+    if any(not t.is_floating_point() or bool(t.any()) for t in tensors):
+        return batch
+    random = torch.Generator().manual_seed(0)
+
+    def fill(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        numbers = torch.rand(value.shape, generator=random, device="cpu")
+        return numbers.to(value.device, value.dtype)
+
+    return replace(batch, args=tree_map(fill, batch.args), kwargs=tree_map(fill, batch.kwargs))
 
 
 def full_precision(model: nn.Module, batch: Batch) -> tuple[nn.Module, Batch]:

@@ -274,3 +274,28 @@ def test_a_grouped_convolution_keeps_two_channels_in_every_group():
     assert limits.why["2"] == "a grouped convolution keeps two"
     most = limits_of(model, graph_of(model, data[0][0])[0], 1.0, max_keep=0.1).most
     assert most["2"] == min(2, model[2].out_channels // 2), "and no max_keep contradicts that"
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.57, 57), (0.29, 29), (0.58, 58), (0.55, 55)])
+def test_a_share_of_channels_is_not_rounded_away(share, kept):
+    model, x = nn.Sequential(nn.Linear(3, 100), nn.ReLU(), nn.Linear(100, 2)), torch.randn(2, 3)
+    plan = singe.plan(model, {"0": torch.rand(100)}, x, channels=share)
+    assert plan.meta["after"]["channels"] == kept
+
+
+@pytest.mark.parametrize("share", [0.376, 0.516, 0.712])
+def test_nothing_more_fits(share):
+    """Where the best unit does not fit after all, since its activations count, the next is tried."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2),
+    )  # fmt: skip
+    x = torch.randn(2, 3, 4, 4)
+    scores = random_scores(model, x)
+    plan = singe.plan(model, scores, x, macs=share)
+    limit = plan.meta["target"]["macs"]
+    for name, units in plan.items():
+        best = max(units, key=lambda unit: float(scores[name][unit]))
+        fewer = {**plan, name: [u for u in units if u != best]}
+        assert singe.prune(clone(model), fewer, x).macs_after > limit

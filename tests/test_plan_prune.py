@@ -186,6 +186,71 @@ def test_a_plan_is_a_mapping():
     assert dict(singe.Plan({"a": torch.tensor([2, 1])})) == {"a": [1, 2]}
 
 
+@pytest.mark.parametrize(
+    "as_numbers", [torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.clone]
+)
+def test_scores_of_anybodys(as_numbers):
+    model, example, scores = prepare("vgg")
+    plain = {name: as_numbers(values) for name, values in scores.items()}
+    plan = singe.plan(model, scores, example, macs=0.6)
+    assert dict(singe.plan(model, plain, example, macs=0.6)) == dict(plan)
+    by_hand = singe.Scores(scores, scores.groups, {})
+    found = singe.plan(model, by_hand, example, macs=0.6)
+    assert dict(found) == dict(plan)
+    assert "by given scores" in found.explain()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: {}, "there are no scores"),
+        (lambda s: {**s, "zz": torch.ones(3)}, "scores of 'zz', which Sequential does not have"),
+        (
+            lambda s: {n: t[:, None] for n, t in s.items()},
+            r"have shape \(\d+, 1\); give one number",
+        ),
+        (lambda s: dict.fromkeys(s, "abc"), "are no tensor of numbers"),
+        (lambda s: {n: t[1:] for n, t in s.items()}, r"there are \d+ scores for the \d+ units of"),
+    ],
+)
+def test_scores_that_are_none(change, message):
+    model, example, scores = prepare("vgg")
+    with pytest.raises(singe.ScoresError, match=message):
+        singe.plan(model, change(dict(scores)), example, macs=0.6)
+
+
+def test_scores_under_the_name_of_a_coupled_layer():
+    model, example, scores = prepare("residual")
+    group, layers = next((g, layers) for g, layers in scores.groups.items() if len(layers) > 1)
+    other = next(name for name in layers if name != group)
+    with pytest.raises(singe.ScoresError, match=f"units of {other} go with those of '{group}'"):
+        singe.plan(model, {other: scores[group]}, example, channels=0.5)
+
+
+def test_scores_that_were_written_to():
+    model, example, scores = prepare("vgg")
+    scores[next(iter(scores))][0] = float("nan")
+    with pytest.raises(singe.NonFiniteError, match="hold NaN"):
+        singe.plan(model, scores, example, macs=0.6)
+
+
+def test_a_plan_that_was_edited_does_not_tell_old_numbers():
+    model, example, scores = prepare("vgg")
+    plan = singe.plan(model, scores, example, macs=0.6)
+    name = next(iter(plan))
+    for edited in (
+        singe.Plan({name: plan[name][:1]}, plan.meta),
+        singe.Plan(plan, {"groups": plan.meta["groups"]}),
+    ):
+        assert edited.rows() == []
+        assert "edited since it was planned" in edited.explain()
+
+
+def test_a_single_index_is_a_tensor_without_dimensions():
+    mask = torch.tensor([False, False, True])
+    assert dict(singe.Plan({"a": mask.nonzero().squeeze()})) == {"a": [2]}
+
+
 def test_json_round_trip(tmp_path):
     model, example, scores = prepare("vgg")
     plan = singe.plan(model, scores, example, macs=0.6)
@@ -198,7 +263,10 @@ def test_json_round_trip(tmp_path):
     assert count(model, example)["macs"] == plan.meta["after"]["macs"]
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"remove": 3}', '{"remove": {"a": ["x"]}}'])
+@pytest.mark.parametrize("content", [
+    "", "[]", "{}", '{"remove": 3}', '{"remove": {"a": ["x"]}}', '{"remove": {}, "groups": {"a": 3}}',
+    '{"remove": {}, "format": "singe-plan-9"}',
+])  # fmt: skip
 def test_files_that_are_no_plan(tmp_path, content):
     path = tmp_path / "plan.json"
     path.write_text(content)

@@ -151,3 +151,27 @@ def test_recalibration_reads_batch_by_batch():
             assert sum(ref() is not None for ref in held) <= 2
 
     assert recalibrate(network(), batches())
+
+
+def test_norms_that_the_data_does_not_reach_keep_their_statistics():
+    """One norm per domain: the other domain's is not of the calibration data."""
+
+    class Domains(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.norms = nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(4)])
+            self.domain = 0
+
+        def forward(self, x):
+            return self.norms[self.domain](self.conv(x))
+
+    model = Domains()
+    for model.domain in (1, 0):
+        model(2 * BATCHES[0][0] + model.domain)
+    model.eval()
+    before = [{k: t.clone() for k, t in norm.named_buffers()} for norm in model.norms]
+    assert recalibrate(model, [batch_of(b) for b in BATCHES])
+    after = [dict(norm.named_buffers()) for norm in model.norms]
+    assert not torch.equal(before[0]["running_mean"], after[0]["running_mean"])
+    assert all(torch.equal(before[1][k], after[1][k]) for k in before[1])

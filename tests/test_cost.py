@@ -1,0 +1,99 @@
+"""What a network costs: MACs per sample of layers and calls that Torch-Pruning miscounts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import (
+    CPU,
+    one_thread,  # noqa: F401 - autouse
+)
+from helpers_budget import graph_of
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import singe
+from singe.cost import CostModel, count
+from singe.data import as_batch
+
+
+def macs(model: nn.Module, *inputs) -> float:
+    return count(model.eval(), as_batch((inputs, None), 0, CPU))[0]
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_transposed_convolution(samples, bias):
+    """Every input value meets a kernel: 8 x 8 positions, 6 channels in, 4 out, 4 x 4."""
+    layer = nn.ConvTranspose2d(6, 4, 4, stride=4, bias=bias)
+    expected = 64 * 6 * 4 * 16 + bias * 4 * 32 * 32
+    assert macs(nn.Sequential(layer), torch.randn(samples, 6, 8, 8)) == expected
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.LSTM(5, 4, num_layers=2, bidirectional=True, batch_first=True),
+        nn.GRU(5, 4, batch_first=True),
+        nn.LSTM(5, 4, proj_size=3, batch_first=True),
+    ],
+)
+def test_a_recurrent_layer_uses_every_parameter_once_per_step(samples, layer):
+    per_step = sum(p.numel() for p in layer.parameters())
+    assert macs(nn.Sequential(layer), torch.randn(samples, 7, 5)) == 7 * per_step
+
+
+def test_a_packed_sequence_has_as_many_steps_as_it_has():
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.GRU(5, 4, batch_first=True)
+
+        def forward(self, x):
+            return self.cell(pack_padded_sequence(x, [7, 3], batch_first=True))[1]
+
+    model = Packed()
+    per_step = sum(p.numel() for p in model.parameters())
+    assert macs(model, torch.randn(2, 7, 5)) == (7 + 3) / 2 * per_step
+
+
+class Lists(nn.Module):
+    """Three pictures of every sample, in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, bias=False)
+
+    def forward(self, pictures):
+        return torch.cat([self.conv(x) for x in pictures], 1)
+
+
+def test_a_list_of_inputs_is_not_a_batch():
+    assert macs(Lists(), [torch.randn(4, 3, 6, 6)] * 3) == 3 * 16 * 4 * 27
+
+
+class Clips(nn.Module):
+    """Frames go through the convolutions as samples of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.mix, self.head = nn.Linear(8, 64), nn.Linear(64, 2)
+
+    def forward(self, clip):
+        frames = torch.relu(self.b(torch.relu(self.a(clip.flatten(0, 1))))).mean((2, 3))
+        return self.head(torch.relu(self.mix(frames.view(*clip.shape[:2], -1).mean(1))))
+
+
+def test_frames_in_the_batch_are_predicted_as_they_are_counted():
+    torch.manual_seed(0)
+    model, clip = Clips().eval(), torch.randn(2, 5, 3, 6, 6)
+    cost = CostModel(model, *graph_of(model, clip))
+    for name in ("a", "b", "mix"):
+        predicted = cost({})["macs"] - cost({name: 1})["macs"]
+        pruned = Clips().eval()
+        report = singe.prune(pruned, {name: [0]}, clip)
+        counted = report.macs_before - report.macs_after
+        # ReLUs are counted and not predicted; Torch-Pruning counts a bias once for the batch.
+        assert predicted == pytest.approx(counted, rel=0.02)
