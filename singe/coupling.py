@@ -191,7 +191,7 @@ def _describe(
         if registered(module) is not None:
             channels = _channels_by_unit(item.idxs, item.root_idxs, n_units)
             if channels is None:
-                return f"{name} does not hold as many channels of every unit"
+                return f"{name} holds more channels of some units than of others, as behind a concatenation"
             members.append(Member(name, "custom", channels))
             continue
         if not isinstance(module, (*ROWS, *NORMS)):
@@ -212,7 +212,7 @@ def _describe(
             return f"something in front of {name} moves channels in a way that cannot be followed"
         channels = _channels_by_unit(item.idxs, item.root_idxs, n_units)
         if channels is None:
-            return f"{name} does not hold as many channels of every unit"
+            return f"{name} holds more channels of some units than of others, as behind a concatenation"
         if blocks > 1 and item.idxs != item.root_idxs:
             return f"{name} is behind a concat or reshape and cuts its channels into blocks"
         if isinstance(module, ROWS) and not is_out:

@@ -65,7 +65,7 @@ class FusedEngine:
         self.checkpoint = checkpoint
         self.autocast = autocast
         self.device = device_of(model)
-        self.network = Network(model, graph.groups, graph.folds)
+        self.network = Network(model, graph.groups, graph.folds, graph.overwritten)
         if autocast is not None:
             lower(self.network, autocast)
         if self.device.type == "cpu" and all(p.dtype == torch.float32 for p in model.parameters()):

@@ -87,12 +87,20 @@ class Group:
 
 @dataclass(frozen=True)
 class ModelGraph:
-    """All groups of a model, the norms that fold into rows, and what was left out and why."""
+    """All groups of a model, the norms that fold into rows, and what was left out and why.
+
+    Attributes:
+        folds: conv or linear -> the BatchNorm that directly follows it.
+        rejected: root layer -> reason.
+        rejected_layers: every layer of those groups -> root layer.
+        overwritten: layers whose input the model writes over once they have read it (``x += block(x)``).
+    """
 
     groups: tuple[Group, ...]
-    folds: dict[str, str]  # conv or linear -> the BatchNorm that directly follows it
-    rejected: dict[str, str]  # root layer -> reason
-    rejected_layers: dict[str, str]  # every layer of those groups -> root layer
+    folds: dict[str, str]
+    rejected: dict[str, str]
+    rejected_layers: dict[str, str]
+    overwritten: frozenset[str] = frozenset()
 
 
 def is_inside(name: str, root: str) -> bool:

@@ -40,12 +40,14 @@ def along_the_path(
             group).
 
     Returns:
-        JSON-ready: ``path``, ``criterion``, ``ylabel`` and ``units``, a list of ``{"group", "unit",
-        "removed", "nodes", "values"}``.
+        JSON-ready: ``path``, ``criterion``, ``ylabel``, ``is_score`` (whether the area under a line is the
+        score by these options) and ``units``, a list of ``{"group", "unit", "removed", "nodes",
+        "values"}``.
     """
     if not units or not len(nodes):
         raise OptionError("along_the_path needs at least one unit and one node")
     options = {name: value for name, value in options.items() if name != "quadrature"}
+    asked = {"criterion": "singe", "path": "layer", "norm": "inside"} | options
     known = CRITERIA.get(options.get("criterion", "singe"))
     on_path = known is not None and known.integrand in ("variation", "gradient")
     if not on_path or known is None or known.endpoint:
@@ -77,11 +79,12 @@ def along_the_path(
     ]
     what = "gradient" if kind["criterion"] == "ig" else "gradient variation"
     if kind["p"] == "fisher":
-        what = "derivative along the gate, root mean square"
+        what = "RMS derivative"
     return {
         "path": kind["path"],
         "criterion": kind["criterion"],
         "ylabel": f"{what} (p={kind['p']}, {kind['path']} path)",
+        "is_score": all(asked[name] == kind[name] for name in ("criterion", "path", "norm")),
         "units": shown,
     }
 

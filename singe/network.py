@@ -51,6 +51,7 @@ class Site:
     Attributes:
         key: ``name`` for rows and norms, ``name + ":input"`` for input gates.
         full: the module's rows and bias before any change of precision (rows only).
+        copies: whether it notes copies of its inputs, since they are written over.
         gate: [C], one factor per channel, or [B, C], for every sample its own; None for the plain network.
         probes: one zero tensor per call of the module, in the shape of its output, or empty.
         inputs: what the module was called with in this pass (rows only, when it has probes).
@@ -63,6 +64,7 @@ class Site:
     module: Any
     channels: int
     full: tuple[Tensor, ...] = ()
+    copies: bool = False
     gate: Tensor | None = None
     probes: list[Tensor] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
@@ -168,10 +170,17 @@ class Network:
     Args:
         model: the user's model; never changed.
         groups: the groups whose units get gates.
-        folds: conv/linear -> BatchNorm names, see :class:`singe.graph.ModelGraph`.
+        folds: conv/linear -> BatchNorm names, see :class:`singe.graph.ModelGraph`, like the next.
+        overwritten: layers that note a copy of what they read.
     """
 
-    def __init__(self, model: nn.Module, groups: Iterable[Group], folds: dict[str, str]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Iterable[Group],
+        folds: dict[str, str],
+        overwritten: frozenset[str] = frozenset(),
+    ) -> None:
         groups = tuple(groups)
         self.module = with_linears(private_copy(model))
         gated = {group.heads.module for group in groups if group.heads is not None}
@@ -193,6 +202,7 @@ class Network:
         self.is_traced = False  # for a compiler, which makes its own kernels of plain operations
         self.channels_last = False
         self.sites: dict[str, Site] = {}
+        self.overwritten = overwritten
         members = [m for group in groups for m in group.members]
         for member in sorted(members, key=lambda m: m.kind == "input"):  # input gates outermost
             self._install(member)
@@ -202,8 +212,9 @@ class Network:
         if key in self.sites:
             return
         module: Any = self.module.get_submodule(member.name)
+        layer = member.name
         if isinstance(module, nn.MultiheadAttention):
-            module = module.in_proj
+            module, layer = module.in_proj, f"{layer}.in_proj"
         if member.kind == "input":
             channels = getattr(module, "in_channels", None) or module.in_features
         elif member.kind == "rows":
@@ -218,7 +229,7 @@ class Network:
         if member.kind == "rows":
             full = (rows_of(module, module.weight.detach()),)
             full += () if module.bias is None else (module.bias.detach(),)
-        site = Site(key, member.kind, module, int(channels), full)
+        site = Site(key, member.kind, module, int(channels), full, layer in self.overwritten)
         module.forward = self._counted(module, _GATED[member.kind](self, site, module.forward))
         self.sites[key] = site
 
@@ -309,7 +320,7 @@ def _gated_rows(network: Network, site: Site, forward: Forward) -> Forward:
             dtype = network.cache.dtype or y.dtype
             site.outputs.append(y.new_empty((), dtype=dtype).expand(y.shape))
         if site.probes:
-            site.inputs.append(input)
+            site.inputs.append(input.clone() if site.copies else input)
         if site.gate is None:
             return y
         probe = site.probes[call] if site.probes else None

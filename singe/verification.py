@@ -35,7 +35,7 @@ def verified(model: nn.Module, batch: Batch, graph: ModelGraph) -> ModelGraph:
     """
     network = Network(model, graph.groups, graph.folds)
     network.clear()
-    base = float_outputs(network(batch))
+    base, overwritten = _run_once(network, batch)
     original, idle = _watched(private_copy(model), batch)
     if not all(bool(torch.isfinite(t).all()) for t in original):
         raise NonFiniteError(
@@ -107,7 +107,29 @@ def verified(model: nn.Module, batch: Batch, graph: ModelGraph) -> ModelGraph:
         groups=tuple(g for g in graph.groups if g.name not in reasons),
         rejected={**graph.rejected, **reasons},
         rejected_layers={**graph.rejected_layers, **failed},
+        overwritten=overwritten,
     )
+
+
+def _run_once(network: Network, batch: Batch) -> tuple[list[Tensor], frozenset[str]]:
+    """Outputs, and the layers whose input is not what they read any more when the pass is over."""
+    read: list[tuple[str, Tensor, int]] = []
+
+    def note(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs.get("input")
+        if isinstance(x, Tensor):
+            read.append((name, x, x._version))
+
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs, name=name: note(name, args, kwargs), with_kwargs=True
+        )
+        for name, module in network.module.named_modules() if isinstance(module, ROWS)
+    ]  # fmt: skip
+    outputs = float_outputs(network(batch))
+    for hook in hooks:
+        hook.remove()
+    return outputs, frozenset(name for name, x, version in read if x._version != version)
 
 
 def _readers_in_training(

@@ -244,10 +244,21 @@ def test_captum_options_are_checked():
         relevance.attribute(inputs, inputs, target=1)
     with pytest.raises(singe.DataError, match="one class, or one for each of the"):
         relevance.attribute(inputs, target=torch.tensor([1, 2]))
+    for wrong, told in ((inputs[:0], r"shape \(0, "), (5, "a int")):
+        with pytest.raises(singe.DataError, match=f"inputs must be a tensor of samples.*{told}"):
+            relevance.attribute(wrong, target=1)
     with pytest.raises(singe.OptionError, match="internal_batch_size must be a whole number >= 1"):
         relevance.attribute(inputs, target=1, internal_batch_size=0)
     with pytest.raises(singe.OptionError, match=r"nn\.Module"):
         captum.ChannelIntegratedGradients(lambda x: x, "0")
+
+
+def test_a_share_of_nearly_all_leaves_the_best():
+    model, inputs, batches = case("vgg")
+    scores = singe.score(model, batches, progress=False)
+    masked = torch_prune.local_structured(model, scores, inputs, amount=0.99)
+    for name, values in scores.items():
+        assert set(range(len(values))) - set(masked[name]) == {int(values.argmax())}
 
 
 # ---------------------------------------------------------------------- plain vectors
@@ -262,6 +273,8 @@ def test_channel_scores_are_there_for_every_coupled_layer(tmp_path):
     path = channel_scores.save_activation_scores(scores, model, tmp_path)
     read = torch.load(path, weights_only=True)
     assert torch.equal(read["0"]["score"], scores["0"])
+    with pytest.raises(singe.OptionError, match=r"rank_0\.pth is a file"):
+        channel_scores.save_activation_scores(scores, model, path)
 
 
 def test_channels_that_go_together_share_their_score():

@@ -94,6 +94,7 @@ def test_the_area_under_the_integrand_is_the_score(path):
     for unit in found["units"]:
         area = float(np.dot(rule.weights, unit["values"]))
         assert area == pytest.approx(float(scores[unit["group"]][unit["unit"]]), rel=1e-5)
+    assert found["is_score"]
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "taylor", "signed"])
@@ -102,6 +103,7 @@ def test_criteria_without_a_path_are_shown_along_the_layer_path(criterion):
         model(), BATCHES, {"0": [1]}, {}, nodes=(0.5, 1.0), criterion=criterion, path="neuron"
     )
     assert (found["criterion"], found["path"]) == ("singe", "layer")
+    assert not found["is_score"]
     assert all(v > 0 for v in found["units"][0]["values"])
 
 

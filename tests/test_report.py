@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 from html.parser import HTMLParser
 
@@ -170,6 +171,57 @@ def test_odd_numbers_are_drawn():
         assert axes.get_xscale() == "linear"
         assert sum(len(c.get_offsets()) for c in axes.collections[:2]) == 101
         assert figure.get_figheight() > 12
+
+
+def test_scores_on_a_logarithmic_axis_have_plain_numbers():
+    groups = {"a": {"scores": [1e-4, 3e-2, 2.0], "removed": [0]}}
+    with LIGHT.applied():
+        figure = plots.scores({"groups": groups}, LIGHT)
+        figure.canvas.draw()
+        (axes,) = figure.axes
+        labels = [tick.get_text() for tick in axes.get_xticklabels()]
+        assert {"0.001", "0.1"} <= set(labels)
+        assert not any("$" in label for label in labels)
+
+
+@pytest.mark.parametrize("is_score", [True, False])
+def test_an_area_is_called_the_score_where_it_is(is_score, tmp_path):
+    shown = CONTENT["integrand"] | {"is_score": is_score}
+    content = {"title": "T", "integrand": shown, "score_name": "signed, neuron path"}
+    text = Page(write_report(tmp_path, content).read_text()).text
+    assert ("A unit's score is the area under its line" in text) is is_score
+    assert ("the scores that decided are signed, neuron path" in text) is not is_score
+
+
+def test_labels_stay_in_the_picture():
+    long = "a" * 60 + ".conv"
+    with LIGHT.applied():
+        bars = plots.layers({"groups": {long: CONTENT["groups"]["layer2"]}}, LIGHT)
+        label = "RMS derivative (p=fisher, network path)"
+        lines = plots.integrand({"integrand": CONTENT["integrand"] | {"ylabel": label}}, LIGHT)
+        for figure in (bars, lines):
+            figure.canvas.draw()
+    (name,) = (tick.get_text() for tick in bars.axes[0].get_yticklabels())
+    assert len(name) <= plots.LONGEST
+    assert name.startswith("aaa")
+    assert name.endswith(".conv")
+    (said,) = (text for text in lines.texts if text.get_text() == label)
+    box = said.get_window_extent()
+    assert 0 <= box.y0 < box.y1 <= lines.bbox.height
+
+
+def test_what_is_no_number_is_null_in_the_data(tmp_path):
+    content = copy.deepcopy({k: CONTENT[k] for k in ("title", "before", "after", "rounds")})
+    content["after"]["metric"] = math.nan
+    del content["before"]["metric"]
+    write_report(tmp_path, content)
+    assert json.loads((tmp_path / "report.json").read_text())["after"]["metric"] is None
+
+
+def test_a_slower_network_is_called_slower(tmp_path):
+    latency = {"before": 2.0, "after": 2.5, "batch_size": 1, "device": "cpu", "runs": 3}
+    content = {k: CONTENT[k] for k in ("title", "before", "after")} | {"latency": latency}
+    assert "2 ms before, 1.25 x slower" in Page(write_report(tmp_path, content).read_text()).text
 
 
 def test_numbers_are_short():

@@ -321,11 +321,16 @@ def test_normalizers_are_torch_prunings(how):
 def test_normalizers_that_make_nan_are_refused():
     with pytest.raises(singe.ScoresError, match="NaN or infinity"):
         ranking({"a": torch.zeros(3), "b": torch.rand(3)}, normalizer="mean")
-    with pytest.raises(singe.OptionError, match="unknown normalizer"):
-        ranking({"a": torch.rand(3)}, normalizer="softmax")
+    for wrong, message in (
+        ("softmax", "unknown normalizer"), (5, "unknown normalizer 5"),
+        ("sentinel_x", r"must lie in \[0, 1\], got 'x'"), ("sentinel_2", "got 2.0"),
+        ("sentinel_-3", "got -3.0"),
+    ):  # fmt: skip
+        with pytest.raises(singe.OptionError, match=message):
+            ranking({"a": torch.rand(3)}, normalizer=wrong)
 
 
-@pytest.mark.parametrize("reduction", ["sum", "mean", "max", "prod", "first", "gate", None])
+@pytest.mark.parametrize("reduction", ["sum", "mean", "max", "prod", "first", "gate"])
 def test_group_reductions(reduction):
     """Two scored groups that a pruner couples: here by a hand-made group over both."""
     model, inputs, _ = case("mlp")
@@ -340,7 +345,7 @@ def test_group_reductions(reduction):
     a, b = importance.table["0"][:7], importance.table["2"]
     expected = {
         "sum": a + b, "mean": (a + b) / 2, "max": torch.maximum(a, b), "prod": a * b,
-        "first": a, "gate": b, None: torch.stack([a, b]),
+        "first": a, "gate": b,
     }[reduction]  # fmt: skip
     assert torch.allclose(importance(first), expected)
 
@@ -349,6 +354,7 @@ def test_group_reductions(reduction):
     "options",
     [
         {"group_reduction": "median"},
+        {"group_reduction": None},
         {"missing": "ignore"},
         {"max_pruning_ratio": 0},
         {"round_to": 0},

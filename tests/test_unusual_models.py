@@ -193,3 +193,37 @@ def test_global_pooling_is_no_reason_to_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         singe.score(Pooled().eval(), data, progress=False)
+
+
+class Overwriting(nn.Module):
+    """What the first layers read is gone when their gradients are taken."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+        self.up, self.down, self.head = nn.Linear(6, 5), nn.Linear(5, 6), nn.Linear(6, 4)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x):
+        x = 1.5 * x[:, None]
+        for block in (lambda x: self.down(self.up(x).relu()), lambda x: self.attention(x, x, x)[0]):
+            y = block(x)
+            if self.in_place:
+                x += 1
+            else:
+                x = x + 1
+            x = x + y
+        return self.head(x[:, 0])
+
+
+@pytest.mark.parametrize("path", ["layer", "neuron", "network"])
+def test_inputs_that_are_written_over(path):
+    torch.manual_seed(0)
+    model, plain = Overwriting(True).double().eval(), Overwriting(False).double().eval()
+    plain.load_state_dict(model.state_dict())
+    batches = make_batches((6,), (4, 3))
+    scores, expected = (
+        singe.score(m, batches, path=path, quadrature=2, progress=False) for m in (model, plain)
+    )
+    assert {"up", "attention"} <= set(expected)
+    assert all(torch.allclose(scores[n], expected[n], rtol=1e-6) for n in expected)

@@ -2,6 +2,7 @@
 
     python examples/cifar10/prune.py [--macs 0.5] [--criterion singe] [--path network]
 
+Data and weights are looked for in ``$SINGE_DATA`` and in ``../shared`` next to the checkout, see cifar10.py.
 About 10 minutes on two CPU cores with the defaults. Writes the pruned weights (safetensors), the
 plan's effect and the accuracies next to each other.
 """

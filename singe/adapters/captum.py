@@ -89,7 +89,7 @@ class ChannelIntegratedGradients:
 
         Raises:
             OptionError: a method or baseline that is not offered.
-            DataError: targets that do not fit.
+            DataError: no samples, or targets that do not fit.
         """
         if baselines is not None:
             raise OptionError("baselines: the path ends at closed gates; only None is offered")
@@ -99,6 +99,10 @@ class ChannelIntegratedGradients:
         extra = additional_forward_args
         if extra is not None:
             arguments += extra if isinstance(extra, tuple) else (extra,)
+        if not isinstance(arguments[0], Tensor) or arguments[0].dim() == 0 or not len(arguments[0]):
+            raise DataError(
+                f"inputs must be a tensor of samples, batch first; got {_told(arguments[0])}"
+            )
         size = len(arguments[0])
         labels = None if target is None else _labels(target, size).to(arguments[0].device)
         if internal_batch_size is not None:
@@ -124,6 +128,11 @@ class ChannelIntegratedGradients:
     def has_convergence_delta(self) -> bool:
         """Captum asks this."""
         return True
+
+
+def _told(value: Any) -> str:
+    shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+    return f"a {type(value).__name__}{shape}"
 
 
 def _labels(target: Any, size: int) -> Tensor:

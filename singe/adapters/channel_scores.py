@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singe.errors import ModelError, ScoresError
+from singe.errors import ModelError, OptionError, ScoresError
 from singe.graph import unwrapped
 from singe.scores import Scores, expect_scores, require_units
 
@@ -83,12 +83,15 @@ def save_activation_scores(scores: Scores, model: nn.Module, folder: str | PathL
     Only tensors, dictionaries and strings: ``torch.load(..., weights_only=True)`` reads it.
 
     Raises:
+        OptionError: ``folder`` is a file.
         ScoresError: scores of another model.
     """
     by_layer = channel_scores(scores, model)
     if not by_layer:
         raise ScoresError("there are no scores to write")
     path = Path(folder) / "rank_0.pth"
+    if Path(folder).is_file():
+        raise OptionError(f"{folder} is a file; give the folder that rank_0.pth goes to")
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({name: {"score": values.clone()} for name, values in by_layer.items()}, path)
     return path

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from singe.errors import OptionError, ScoresError
+from singe.plain import plain_number
 from singe.scores import require_units
 
 Normalizer = str | Callable[[Tensor], Tensor] | None
@@ -29,7 +30,7 @@ def normalized(scores: Tensor, how: Normalizer) -> Tensor:
             ``"lamp"`` (arXiv 2010.07611), or a callable.
 
     Raises:
-        OptionError: an unknown name.
+        OptionError: an unknown name, or a share outside of [0, 1].
     """
     if how is None:
         return scores
@@ -49,10 +50,19 @@ def normalized(scores: Tensor, how: Normalizer) -> Tensor:
         ordered, order = scores.sort()
         still_there = scores.sum() - ordered.cumsum(0) + ordered
         return torch.empty_like(scores).scatter_(0, order, ordered / still_there)
-    if how.startswith("sentinel_"):
-        position = min(int(float(how.split("_", 1)[1]) * len(scores)), len(scores) - 1)
+    if isinstance(how, str) and how.startswith("sentinel_"):
+        share = plain_number("the share of normalizer 'sentinel_<share>'", _number(how), "[0, 1]")
+        position = min(int(share * len(scores)), len(scores) - 1)
         return scores / (scores.sort().values[position] + EPSILON)
     raise OptionError(f"unknown normalizer {how!r}; one of {', '.join(NORMALIZERS)}, a callable")
+
+
+def _number(sentinel: str) -> float | str:
+    text = sentinel.removeprefix("sentinel_")
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def ranking(

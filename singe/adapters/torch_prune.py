@@ -68,12 +68,13 @@ def importance_scores(scores: Scores, model: nn.Module, layer: str | nn.Module) 
 def local_structured(
     model: nn.Module, scores: Scores, example_inputs: Any, amount: float
 ) -> dict[str, list[int]]:
-    """Mask the lowest share ``amount`` of every group; see :func:`global_structured`."""
+    """Mask the lowest share ``amount`` of every group, but its best unit; see :func:`global_structured`."""
     amount = plain_amount(amount)
     expect_scores(scores)
     chosen = {
-        name: sorted(values.argsort(stable=True)[: round(amount * len(values))].tolist())
+        name: sorted(values.argsort(stable=True)[: min(round(amount * n), n - 1)].tolist())
         for name, values in scores.items()
+        for n in (len(values),)
     }
     return _mask(model, scores, example_inputs, chosen)
 

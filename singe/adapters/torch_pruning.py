@@ -24,7 +24,7 @@ from singe.limits import floor_of, plain_ratio
 from singe.plain import plain_count
 from singe.scores import Scores, ScoreTable, expect_scores, fingerprint
 
-REDUCTIONS = ("sum", "mean", "max", "prod", "first", "gate", None)
+REDUCTIONS = ("sum", "mean", "max", "prod", "first", "gate")
 MISSING = ("skip", "error")
 
 
@@ -33,7 +33,7 @@ def importance(
     model: nn.Module | None = None,
     *,
     rescore: Callable[[nn.Module], Scores] | None = None,
-    group_reduction: str | None = "sum",
+    group_reduction: str = "sum",
     normalizer: Normalizer = None,
     max_pruning_ratio: float = 1.0,
     round_to: int | None = None,
@@ -53,7 +53,8 @@ def importance(
         rescore: called with the model once pruning has changed its shapes, as with
             ``iterative_steps > 1``; without it, scores of the former shapes are refused.
         group_reduction: how several scored groups that Torch-Pruning couples become one: ``sum``,
-            ``mean``, ``max``, ``prod``, ``first``, ``gate`` (the last), or None (stacked, 2-D).
+            ``mean``, ``max``, ``prod``, ``first`` or ``gate`` (the last). Torch-Pruning's own None, one row
+            per layer, is nothing its pruners can rank.
         normalizer: Torch-Pruning's names, applied to each group; None (default) keeps groups
             commensurable, as a change of the loss is.
         max_pruning_ratio: no group loses more than this share of its units in one step. Below 1 it needs
@@ -150,7 +151,7 @@ class Importance:
         scores: Scores,
         model: nn.Module | None,
         rescore: Callable[[nn.Module], Scores] | None,
-        group_reduction: str | None,
+        group_reduction: str,
         normalizer: Normalizer,
         max_pruning_ratio: float,
         round_to: int | None,
@@ -341,10 +342,8 @@ class Importance:
                 return stacked.prod(0)
             case "first":
                 return parts[0]
-            case "gate":
-                return parts[-1]
             case _:
-                return stacked
+                return parts[-1]
 
     def _note_missing(self, root: str, parts: int, why: str = "") -> None:
         why = why or self.scores.meta.get("rejected", {}).get(

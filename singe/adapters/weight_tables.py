@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from singe.errors import OptionError, ScoresError
 from singe.graph import unwrapped
+from singe.plain import plain_count
 from singe.rows import TRANSPOSED
 from singe.weight_scores import WeightScores
 
@@ -66,7 +67,8 @@ def from_inputs(rows: Tensor, shape: torch.Size) -> Tensor:
 
 
 def check_n_of_m(n: int, m: int) -> None:
-    """Raise OptionError unless 0 < n < m."""
+    """Raise OptionError unless they are whole numbers, 0 < n < m."""
+    n, m = plain_count("n", n), plain_count("m", m)
     if not 0 < n < m:
         raise OptionError(f"n of m needs 0 < n < m, got {n} of {m}")
 

@@ -17,10 +17,13 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
+
+from torch.utils._pytree import tree_map
 
 from singe.files import replacing
 from singe.report import page, plots
@@ -49,6 +52,8 @@ def write_report(folder: str | PathLike[str], content: Mapping[str, Any]) -> Pat
         if not all(content.get(key) for key in needed):
             continue
         parts = [page.paragraph(text)]
+        if name == "integrand":
+            parts.append(page.paragraph(_meaning(content)))
         if name != "accuracy" or _has_metric(content):
             light, dark = (_draw(name, content, theme) for theme in THEMES)
             for ending, png in (("", light), ("-dark", dark)):
@@ -61,7 +66,8 @@ def write_report(folder: str | PathLike[str], content: Mapping[str, Any]) -> Pat
         if content.get(key):
             body.append(page.section(key.capitalize(), page.facts(content[key])))
     text = page.page(content["title"], content.get("lead", ""), body)
-    for file, written in ((HTML, text), (JSON, json.dumps(content, indent=1) + "\n")):
+    data = json.dumps(tree_map(_finite, content), indent=1, allow_nan=False) + "\n"
+    for file, written in ((HTML, text), (JSON, data)):
         with replacing(folder / file) as partial:
             partial.write_text(written, encoding="utf-8")
     return folder / HTML
@@ -77,17 +83,20 @@ SECTIONS = (
      "One dot per unit, from the first scoring. A line marks the cut of a group whose removed units "
      "all lie below its kept ones; later rounds score again, so their choices may cross it."),
     ("integrand", "Why these channels went", ("integrand",),
-     "The gradient variation of single units while the gates close. A unit's score is the area "
-     "under its line: a line that stays low means the loss hardly notices the way to removal. One "
-     "gradient at the network (left edge) would miss what comes later. Units are numbered as in the "
-     "plan; per group the lowest and the middle one of those that went, the middle and the highest of "
-     "those that stayed."),
+     "The gradient variation of single units while the gates close. Units are numbered as in the plan; "
+     "per group the lowest and the middle one of those that went, the middle and the highest of those that "
+     "stayed."),
     ("criteria", "Criteria compared", ("criteria",),
      "All on the same calibration data and units. Overlap: the share of the lowest units that two "
      "criteria have in common; the share itself would be expected by chance."),
     ("latency", "Latency", ("latency",),
      "Warm forwards in evaluation mode, the two networks in turn, medians. Lines end at the quartiles."),
 )  # fmt: skip
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _draw(name: str, content: dict[str, Any], theme: Theme) -> bytes:
@@ -98,12 +107,26 @@ def _draw(name: str, content: dict[str, Any], theme: Theme) -> bytes:
     return buffer.getvalue()
 
 
+def _meaning(content: Mapping[str, Any]) -> str:
+    """What a line of the integrand has to do with the score."""
+    shown = content["integrand"]
+    if shown.get("is_score"):
+        return (
+            "A unit's score is the area under its line: a line that stays low means the loss hardly "
+            "notices the way to removal. One gradient at the network (left edge) would miss what comes later."
+        )
+    return (
+        f"For comparison, {shown['criterion']} along the {shown['path']} path: the scores that decided are "
+        f"{content.get('score_name', 'others')}."
+    )
+
+
 def _has_cost(content: Mapping[str, Any]) -> bool:
     return bool(content.get("before")) and bool(content.get("after"))
 
 
 def _has_metric(content: Mapping[str, Any]) -> bool:
-    return any(done["metric_finetuned"] is not None for done in content["rounds"])
+    return any(done.get("metric_finetuned") is not None for done in content["rounds"])
 
 
 def _headline(content: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
@@ -123,7 +146,9 @@ def _headline(content: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
 
 def _latency_card(latency: Mapping[str, Any]) -> tuple[str, str]:
     was, now = latency["before"], latency["after"]
-    remark = f"{was:.3g} ms before, {1 / latency.get('ratio', now / was):.2f} x faster"
+    ratio = latency.get("ratio", now / was)
+    speed = f"{1 / ratio:.2f} x faster" if ratio <= 1 else f"{ratio:.2f} x slower"
+    remark = f"{was:.3g} ms before, {speed}"
     if "ratio_quartiles" in latency:
         low, high = latency["ratio_quartiles"]
         remark += f" (quartiles {1 / high:.2f} to {1 / low:.2f})"

@@ -13,6 +13,7 @@ from singe.report.theme import Theme
 ROW = 0.27  # inches per group in the tall pictures
 KEPT, REMOVED = ("-", "-."), ("--", ":")  # told apart without colours, too
 MANY = 40  # groups from which names are set small
+LONGEST = 44  # letters of a group's name
 
 
 def accuracy(content: dict[str, Any], theme: Theme) -> Any:
@@ -20,7 +21,7 @@ def accuracy(content: dict[str, Any], theme: Theme) -> Any:
     before, rounds = content["before"], content["rounds"]
     figure, axes = _figure(7.2, 4.2)
     full = before["macs"]
-    x, y = [100.0], [before["metric"]]
+    x, y = [100.0], [before.get("metric")]
     for done in rounds:
         share = 100 * done["macs"] / full
         for key in ("metric_pruned", "metric_finetuned"):
@@ -39,7 +40,7 @@ def accuracy(content: dict[str, Any], theme: Theme) -> Any:
             shares, values, marker, markersize=7, markerfacecolor=face, markeredgecolor=edge,
             markeredgewidth=1.6, linestyle="none", label=label, zorder=2,
         )  # fmt: skip
-    if before["metric"] is not None:
+    if before.get("metric") is not None:
         axes.plot(100.0, 100 * before["metric"], "s", color=theme.ink, label="original", zorder=3)
     floor = content.get("accuracy_floor")
     if floor is not None:
@@ -80,7 +81,8 @@ def scores(content: dict[str, Any], theme: Theme) -> Any:
         axes.vlines(x, y - 0.42, y + 0.42, color=theme.ink, linewidth=1.4, label="cut")
     if not negative:
         axes.set_xscale("log")
-    axes.set_xlabel(f"score ({content['score_name']})")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")  # matplotlib's own is TeX
+    axes.set_xlabel(f"score ({content['score_name']})" if content.get("score_name") else "score")
     _name_rows(axes, groups)
     axes.grid(axis="x")
     _legend_above(axes)
@@ -178,7 +180,7 @@ def integrand(content: dict[str, Any], theme: Theme) -> Any:
         panel.invert_xaxis()  # the path starts at the network
     for panel in np.ravel(axes)[len(by_group) :]:
         panel.set_visible(False)
-    np.ravel(axes)[0].set_ylabel(content["integrand"]["ylabel"])
+    figure.supylabel(content["integrand"]["ylabel"], fontsize="medium")
     return figure
 
 
@@ -201,10 +203,15 @@ def _rows_figure(groups: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _name_rows(axes: Any, groups: dict[str, Any]) -> None:
-    axes.set_yticks(range(len(groups)), list(groups))
+    axes.set_yticks(range(len(groups)), list(map(_short, groups)))
     axes.tick_params(axis="y", length=0, labelsize="x-small" if len(groups) > MANY else "small")
     axes.set_ylim(len(groups) - 0.4, -0.6)  # the first layer on top
     axes.spines["left"].set_visible(False)
+
+
+def _short(name: str) -> str:
+    """A long name without its middle, so that the bars keep their room."""
+    return name if len(name) <= LONGEST else f"{name[: LONGEST // 2]}…{name[-LONGEST // 2 + 1 :]}"
 
 
 def _legend_above(axes: Any) -> None:
