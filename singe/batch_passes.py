@@ -141,7 +141,6 @@ class BatchPasses:
                 for piece in pieces:
                     own = self.sweep.record(piece)
                     self._run_job(job[done:], piece, own, fold, share * piece.size / batch.size)
-                self.sweep.record(batch)  # for the jobs to come
                 return
             variants = job[done : done + self.room.chunk]
             lack = self._add(variants, batch, reference, fold)
