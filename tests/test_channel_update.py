@@ -20,6 +20,7 @@ from torch import nn
 
 from singe import room
 from singe.channel_update import ChannelUpdates
+from singe.quadrature import trapezoid
 
 USED = {
     "mlp": {"0", "2"},
@@ -142,17 +143,19 @@ def test_nor_is_one_that_is_called_twice(updates):
     assert_close(fused, run_engine(model, batches, path="neuron", engine="naive").scores, 1e-9)
 
 
+@pytest.mark.parametrize("bias", [7.0, 24.0, -24.0])
 @pytest.mark.parametrize(
     "activation",
-    [nn.Threshold(0.5, 0.0), nn.Hardshrink(0.5), nn.GELU(), nn.SiLU(), nn.ReLU6(), nn.Hardswish()],
+    [nn.Threshold(0.5, 0.0), nn.Hardshrink(0.5), nn.GELU(), nn.SiLU(), nn.ReLU6(), nn.ReLU()],
+    ids=str,
 )
-def test_an_activation_is_not_mistaken_for_one_that_looks_the_same_here(activation):
-    """With a large bias each of these hands on nearly all of what it gets, the end of the path does not."""
+def test_an_activation_is_not_mistaken_for_one_that_looks_the_same_here(activation, bias):
+    """So far out each hands on nearly all that it gets, or nothing; near the end of the path it does not."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), activation, nn.Linear(5, 4)).double()
     with torch.no_grad():
         model[0].weight.mul_(0.1)
-        model[0].bias.fill_(7.0)
-    batches = make_batches((6,), (8,))
-    fused = run_engine(model, batches, path="neuron").scores
-    assert_close(fused, run_engine(model, batches, path="neuron", engine="naive").scores, 1e-9)
+        model[0].bias.fill_(bias)
+    batches, options = make_batches((6,), (8,)), {"path": "neuron", "quadrature": trapezoid(6)}
+    fused = run_engine(model, batches, **options).scores
+    assert_close(fused, run_engine(model, batches, engine="naive", **options).scores, 1e-9)
