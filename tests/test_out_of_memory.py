@@ -49,6 +49,28 @@ def test_what_was_added_of_a_job_is_not_added_again_in_pieces(path, monkeypatch)
     assert_close(tight.scores, whole.scores, 1e-12)
 
 
+@pytest.mark.parametrize("path", ["layer", "neuron", "network"])
+def test_a_batch_that_cannot_be_cut_goes_on_where_memory_is_there_again(path, monkeypatch):
+    """A few of its samples were recorded in between, to see whether it can."""
+    case, lacks, add = CASES["residual"], iter([True]), Sweep.add
+    model, data = case.model(), case.batches((16, 16))
+
+    def objective(outputs, batch):
+        return outputs.square().mean() * (1 + outputs[0, 0] ** 2)
+
+    options = {"path": path, "objective": objective, "quadrature": 2}
+    whole = run_engine(model, data, **options)
+
+    def limited(self, variants, *rest):
+        if len(variants) > 1 or next(lacks, False):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        add(self, variants, *rest)
+
+    monkeypatch.setattr(Sweep, "add", limited)
+    assert_close(run_engine(model, data, **options).scores, whole.scores, 1e-12)
+    assert next(lacks, None) is None
+
+
 @pytest.mark.parametrize("max_memory", [60_000, None])
 def test_progress_comes_to_the_whole(max_memory, monkeypatch):
     """Of batches that are cut before anything runs, and of those where memory ends on the way."""
