@@ -137,12 +137,14 @@ class BatchPasses:
     ) -> None:
         done = 0
         while done < len(job):
-            if batch.size > self.room.most and (pieces := self._pieces(batch)) is not None:
-                for piece in pieces:
-                    own = self.sweep.record(piece)
-                    self._run_job(job[done:], piece, own, fold, share * piece.size / batch.size)
-                self.sweep.record(batch)  # for the jobs to come
-                return
+            if batch.size > self.room.most:
+                if (pieces := self._pieces(batch)) is not None:
+                    for piece in pieces:
+                        own = self.sweep.record(piece)
+                        self._run_job(job[done:], piece, own, fold, share * piece.size / batch.size)
+                    return
+                if self.sweep.recorded_shapes != shapes_of(batch):  # but of the few that were tried
+                    reference = self.sweep.record(batch)
             variants = job[done : done + self.room.chunk]
             lack = self._add(variants, batch, reference, fold)
             if lack is None:

@@ -5,8 +5,8 @@ a one-channel update of what it gave before, in place of all channels again.
 
 This is exact where nothing but a pointwise activation lies between the unit's layer and its only
 consumer. Which activation it is, is found by trial: the one whose result equals the consumer's input
-to the last bit, in passes with the gates at 1/2 and at -1 (so that both signs are seen), and again
-in the recorded pass of every batch.
+to the last bit, in passes with the gates nearly closed (all that is curved far out looks like a ReLU)
+and at -1 (both signs are seen: a ReLU ends in a kink at 0), and again in the recorded pass of every batch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "hardswish": F.hardswish,
     "tanh": torch.tanh,
 }
-TRIALS = (0.5, -1.0)  # gates
+TRIALS = (0.5, 0.05, 0.005, -1.0)  # gates
 
 
 @dataclass

@@ -56,7 +56,7 @@ class Reduction:
         fold, and pseudo-values ``t_f = h_f theta - (h_f - 1) theta_f`` around their mean ``t``,
         ``var = 1/G sum_f (t_f - t)^2 / (h_f - 1)``, where ``t = G theta - sum_f (1 - 1/h_f) theta_f``.
         For criteria that are means over samples and folds of equal size it is the standard error of
-        batch means. Units that have seen fewer than two folds get infinity.
+        batch means. Every unit has seen every fold, of which there are two or more.
         """
         return self._jackknife(sums, group, self._scores(sums, group))
 
@@ -77,14 +77,11 @@ class Reduction:
         without = torch.stack([estimate(f) for f in used])
         samples = sums.samples[:, self.sets[group.name]][used]  # [G, U]
         samples = samples.view(*samples.shape, *[1] * (theta.dim() - 1))
-        seen = samples > 0
-        folds = seen.sum(0).to(torch.float64)
-        ratio = torch.where(seen, samples.sum(0) / samples, torch.inf)  # h
-        zero = torch.zeros((), device="cpu")
-        jackknife = folds * theta - torch.where(seen, (1 - 1 / ratio) * without, zero).sum(0)
+        ratio = samples.sum(0) / samples  # h
+        jackknife = len(used) * theta - ((1 - 1 / ratio) * without).sum(0)
         pseudo = ratio * theta - (ratio - 1) * without
-        squares = torch.where(seen, (pseudo - jackknife).square() / (ratio - 1), zero)
-        return torch.where(folds >= 2, (squares.sum(0) / folds).sqrt(), torch.inf)
+        squares = (pseudo - jackknife).square() / (ratio - 1)
+        return (squares.sum(0) / len(used)).sqrt()
 
     def damage(self, sums: Sums) -> Tensor:
         """Float64 [N]: mean loss with each set of units gated off, minus the network's own."""
@@ -115,8 +112,8 @@ class Reduction:
             grad = _side_by_side(parts, 2)  # [S, U, K]
             if self.integrand == "derivative":
                 return -(omega[:, None] * grad.sum(2)).sum(0).double().cpu() / samples
-            if self.each_sample:  # K is 1; what lies below 0 is rounding, from leaving folds out
-                grad = (grad / samples.to(grad)[:, None]).clamp(min=0).sqrt()
+            if self.each_sample:  # K is 1; a sum of squares is no smaller than one of its folds
+                grad = (grad / samples.to(grad)[:, None]).sqrt()
             score = grad.new_zeros(group.n_units)
             accumulate(score, grad, weight, omega, cast(Norm, norm))
             # Norms take a factor out: dividing all gradients would be a copy of them.

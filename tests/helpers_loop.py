@@ -7,6 +7,11 @@ from helpers import make_batches, randomise
 from helpers_networks import vgg
 from torch import nn
 
+from singe.finetune import Training, cosine, default_optimizer
+from singe.objectives import CrossEntropy
+from singe.seeding import Stream
+from singe.tuner import Tuner
+
 SHAPE = (3, 8, 8)
 BATCHES = make_batches(SHAPE, (4, 4, 4), dtype=torch.float32)
 OPTIONS = {"train": BATCHES, "rounds": 2, "finetune_steps": 3, "progress": False}
@@ -15,6 +20,11 @@ OPTIONS = {"train": BATCHES, "rounds": 2, "finetune_steps": 3, "progress": False
 def network() -> nn.Module:
     torch.manual_seed(0)
     return randomise(vgg((8, 10, 9), 12))
+
+
+def tuner_of(model: nn.Module, factory=None, **options) -> Tuner:
+    training = Training(factory or default_optimizer(0.05), cosine, CrossEntropy(), **options)
+    return Tuner(model, training, Stream(BATCHES, 0), seed=0)
 
 
 def same_weights(left: nn.Module, right: nn.Module) -> bool:

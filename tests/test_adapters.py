@@ -86,6 +86,14 @@ def test_global_masks_are_the_lowest_of_all():
         assert not model.get_submodule(norm).bias[units].any(), block
 
 
+@pytest.mark.parametrize("amount", [0.2, 0.5])
+def test_as_many_are_masked_as_were_asked_for(amount):
+    model, inputs, batches = case("vgg")
+    scores = singe.score(model, batches, criterion="random")
+    chosen = torch_prune.global_structured(model, scores, inputs, amount)
+    assert sum(map(len, chosen.values())) == round(amount * sum(map(len, scores.values())))
+
+
 def test_masks_on_a_torchvision_network():
     torch.manual_seed(0)
     model = torchvision_models().resnet18(weights=None, num_classes=10).double().eval()
@@ -275,6 +283,19 @@ def test_channel_scores_are_there_for_every_coupled_layer(tmp_path):
     assert torch.equal(read["0"]["score"], scores["0"])
     with pytest.raises(singe.OptionError, match=r"rank_0\.pth is a file"):
         channel_scores.save_activation_scores(scores, model, path)
+
+
+def test_channel_scores_of_another_model_are_refused():
+    model, _, batches = case("residual")
+    scores = singe.score(model, batches, criterion="random")
+    model.register_buffer("more", torch.zeros(1))
+    with pytest.raises(singe.ScoresError, match="another model"):
+        channel_scores.channel_scores(scores, model)
+
+
+def test_modelopt_is_given_ranks_and_not_the_order():
+    values, units = torch.tensor([0.3, -1.0, 0.2, 5.0]), torch.arange(4)
+    assert modelopt._estimator(values, units)().tolist() == [3.0, 1.0, 2.0, 4.0]
 
 
 def test_channels_that_go_together_share_their_score():

@@ -146,6 +146,15 @@ def test_n_of_m(network, n, m, request):
             assert bool((highest_gone <= lowest_kept).all())
 
 
+def test_blocks_lie_along_the_inputs_at_every_position_of_a_kernel():
+    table = torch.rand(4, 8, 3, 2, generator=torch.Generator().manual_seed(0))
+    blocks = table.unflatten(1, (2, 4))
+    kept = weight_tables.n_of_m_mask(table, 2, 4).unflatten(1, (2, 4)) == 1
+    assert bool((kept.sum(2) == 2).all())
+    lowest_kept, highest_gone = blocks.where(kept, 2).amin(2), blocks.where(~kept, -1).amax(2)
+    assert bool((highest_gone < lowest_kept).all())
+
+
 def test_transposed_convolutions_are_masked_but_not_cut_into_blocks():
     model = nn.Sequential(
         nn.Conv2d(4, 8, 1), nn.Tanh(), nn.ConvTranspose2d(8, 4, 2), nn.Flatten(), nn.Linear(64, 4)

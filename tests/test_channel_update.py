@@ -15,11 +15,12 @@ from helpers import (
     randomise,
     run_engine,
 )
-from helpers_networks import CASES
+from helpers_networks import CASES, Head
 from torch import nn
 
 from singe import room
 from singe.channel_update import ChannelUpdates
+from singe.quadrature import trapezoid
 
 USED = {
     "mlp": {"0", "2"},
@@ -110,16 +111,51 @@ def test_a_layer_that_is_read_twice_is_not_updated(updates):
     assert not updates
 
 
+class CalledTwice(nn.Module):
+    """Its second layer reads the first one's channels in two calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        return self.b(x) + self.b(2 * x)
+
+
+@pytest.mark.parametrize("mode", ["circular", "reflect"])
+def test_nor_is_one_that_pads_with_its_input(updates, mode):
+    torch.manual_seed(0)
+    padded = nn.Conv2d(5, 4, 3, padding=1, padding_mode=mode)
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), padded, nn.ReLU(), Head(4)).double()
+    batches = make_batches((3, 8, 8), (4,))
+    fused = run_engine(model, batches, path="neuron", layers=["0"]).scores
+    naive = run_engine(model, batches, path="neuron", layers=["0"], engine="naive").scores
+    assert not updates
+    assert_close(fused, naive, 1e-9)
+
+
+def test_nor_is_one_that_is_called_twice(updates):
+    torch.manual_seed(0)
+    model, batches = CalledTwice().double(), make_batches((6,), (4,))
+    fused = run_engine(model, batches, path="neuron").scores
+    assert not updates
+    assert_close(fused, run_engine(model, batches, path="neuron", engine="naive").scores, 1e-9)
+
+
+@pytest.mark.parametrize("bias", [7.0, 24.0, -24.0])
 @pytest.mark.parametrize(
-    "activation", [nn.Threshold(0.5, 0.0), nn.Hardshrink(0.5), nn.GELU(), nn.SiLU(), nn.ReLU6()]
+    "activation",
+    [nn.Threshold(0.5, 0.0), nn.Hardshrink(0.5), nn.GELU(), nn.SiLU(), nn.ReLU6(), nn.ReLU()],
+    ids=str,
 )
-def test_an_activation_is_not_mistaken_for_one_that_looks_the_same_here(activation):
-    """With a large bias each of these hands on nearly all of what it gets, the end of the path does not."""
+def test_an_activation_is_not_mistaken_for_one_that_looks_the_same_here(activation, bias):
+    """So far out each hands on nearly all that it gets, or nothing; near the end of the path it does not."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), activation, nn.Linear(5, 4)).double()
     with torch.no_grad():
         model[0].weight.mul_(0.1)
-        model[0].bias.fill_(7.0)
-    batches = make_batches((6,), (8,))
-    fused = run_engine(model, batches, path="neuron").scores
-    assert_close(fused, run_engine(model, batches, path="neuron", engine="naive").scores, 1e-9)
+        model[0].bias.fill_(bias)
+    batches, options = make_batches((6,), (8,)), {"path": "neuron", "quadrature": trapezoid(6)}
+    fused = run_engine(model, batches, **options).scores
+    assert_close(fused, run_engine(model, batches, engine="naive", **options).scores, 1e-9)

@@ -223,6 +223,15 @@ def test_what_is_in_the_folder(tmp_path):
     assert first.n_units == report.rounds[0].units_removed
 
 
+def test_a_resumed_run_goes_on_counting(tmp_path):
+    """Older checkpoints are gone by then: their number says nothing."""
+    folder = Folder(tmp_path, {})
+    for number in range(5):
+        folder.save({"number": number})
+    Folder(tmp_path, {}).save({"number": 5})
+    assert Folder(tmp_path, {}).newest() == {"number": 5}
+
+
 def test_containers_come_back_as_they_were():
     value = {
         "a": (1, 2.5, float("inf"), None, True, "x"),

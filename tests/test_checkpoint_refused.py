@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 
 import singe
+from singe.checkpoint import Folder
 from singe.settings import as_json
 
 
@@ -135,6 +136,12 @@ def test_a_checkpoint_of_another_run(tmp_path):
     with pytest.raises(singe.CheckpointError, match=r"holds a run already.*resume=True"):
         compress(network(), tmp_path, evaluate=Evaluate(99), resume=False)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == files
+
+
+def test_an_option_that_the_former_run_did_not_know_is_another_run(tmp_path):
+    Folder(tmp_path, {"a": 1}).save({})
+    with pytest.raises(singe.CheckpointError, match="another run: b was None and is now 2"):
+        Folder(tmp_path, {"a": 1, "b": 2}).newest()
 
 
 def test_a_full_disk(tmp_path):

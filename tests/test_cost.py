@@ -9,12 +9,14 @@ from helpers import (
     one_thread,  # noqa: F401 - autouse
 )
 from helpers_budget import graph_of
+from helpers_networks import CASES
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import singe
-from singe.cost import CostModel, count
+from singe.cost import CostModel, count, count_without
 from singe.data import as_batch
+from singe.graph import private_copy
 
 
 def macs(model: nn.Module, *inputs) -> float:
@@ -97,3 +99,25 @@ def test_frames_in_the_batch_are_predicted_as_they_are_counted():
         counted = report.macs_before - report.macs_after
         # ReLUs are counted and not predicted; Torch-Pruning counts a bias once for the batch.
         assert predicted == pytest.approx(counted, rel=0.02)
+
+
+def assert_predicted(model: nn.Module, inputs) -> None:
+    """What two units of every group save: the parameters exactly, of the MACs all but the activations'."""
+    graph, batch = graph_of(model, inputs)
+    cost = CostModel(model, graph, batch)
+    for group in graph.groups:
+        copy = private_copy(model, trainable=True)
+        macs, params = count_without(copy, batch, [(group, [0, 1])])
+        predicted, counted = cost({group.name: 2}), cost.macs - macs
+        assert predicted["params"] == params, group.name
+        assert 0.9 * counted <= cost.macs - predicted["macs"] <= counted, group.name
+
+
+@pytest.mark.parametrize(
+    "name", ["mlp", "vgg", "residual", "depthwise", "twice", "sigmoid", "plain_norm", "tokens"]
+)
+def test_what_removal_saves_is_predicted(name):
+    """In layers that run twice or are gated at their input too, and in norms without parameters."""
+    case = CASES[name]
+    inputs, _ = case.batches((2,), dtype=torch.float32)[0]
+    assert_predicted(case.model(dtype=torch.float32), inputs)

@@ -11,7 +11,8 @@ from helpers import (
     one_thread,  # noqa: F401 - autouse
     snapshot,
 )
-from helpers_networks import CASES, Case, mlp, vgg
+from helpers_decision import fitted
+from helpers_networks import CASES, mlp, vgg
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -21,27 +22,6 @@ import singe
 from singe.data import as_batch
 from singe.decision import EarlyDecision, hardest_first
 from singe.sweep import Sweep
-
-
-class Confident(nn.Module):
-    """A network with large logits: it is sure of nearly every sample, as trained networks are."""
-
-    def __init__(self, body: nn.Module) -> None:
-        super().__init__()
-        self.body = body
-
-    def forward(self, x):
-        return 25 * self.body(x)
-
-
-def fitted(build, shape, samples=48, wrong=6):
-    """A model and data of which all but ``wrong`` labels are what the model says."""
-    model = Case(lambda: Confident(build()), shape).model(dtype=torch.float32)
-    x, _ = make_batches(shape, (samples,), dtype=torch.float32)[0]
-    with torch.no_grad():
-        labels = model(x).argmax(1)
-    labels[:wrong] = (labels[:wrong] + 1) % 4
-    return model, [(x[i : i + 10], labels[i : i + 10]) for i in range(0, samples, 10)]
 
 
 def assert_lowest(early, full, count):
@@ -190,6 +170,31 @@ def test_easy_units_are_settled_early():
         ]
         assert settled.any() == (look == 2), "not before the third look"
     assert settled.tolist() == [True, False, False, True]
+
+
+def test_bounds_are_as_wide_as_contributions_are_large():
+    """Of either sign; settled units keep the bounds they were settled with."""
+    decision = EarlyDecision(0.0, lambda totals: 1)
+    own = torch.tensor([-1.0, 2.0], dtype=torch.float64)
+    decision.update({"a": own}, {"a": own}, size=2, left=4)
+    assert decision.low.tolist() == [-3.0, -2.0]
+    assert decision.high.tolist() == [1.0, 6.0]
+    decision.removed[0] = True
+    decision.update({"a": 2 * own}, {"a": own}, size=2, left=1)
+    assert decision.low.tolist() == [-3.0, 3.0]
+    assert decision.high.tolist() == [1.0, 5.0]
+
+
+def test_a_budget_that_takes_fewer_in_the_end_takes_no_others():
+    """What was settled stays, and of those that are open still none goes."""
+    wanted = iter([3, 1])
+    decision = EarlyDecision(0.0, lambda totals: next(wanted))
+    total = torch.tensor([0.1, 0.2, 50.0, 51.0, 90.0, 99.0], dtype=torch.float64)
+    for look, left in enumerate([4, 3, 1]):
+        settled = decision.update({"a": total}, {"a": 0.1**look * total}, size=1, left=left)
+    assert settled["a"].tolist() == [True, True, False, False, True, True]
+    decision.update({"a": total}, {"a": 0.0 * total}, size=1, left=0)
+    assert decision.removed.tolist() == [True, True, False, False, False, False]
 
 
 def test_refusals_leave_the_model_alone():

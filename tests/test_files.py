@@ -35,6 +35,13 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch, error):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_files_are_as_readable_as_any(tmp_path):
+    plain, path = tmp_path / "plain", tmp_path / "scores.safetensors"
+    plain.touch()
+    SCORES.save(path)
+    assert path.stat().st_mode == plain.stat().st_mode
+
+
 def test_a_link_stays_one(tmp_path):
     target, link = tmp_path / "target", tmp_path / "link"
     target.write_text("old")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -106,6 +107,37 @@ def test_the_stopwatch(clock):
     for bad in ({"runs": 0}, {"batch_size": 0}, {"warmup": -1}, {"threads": 0}):
         with pytest.raises(singe.OptionError, match="Timing"):
             Timing(**bad)
+
+
+def test_a_layer_that_is_called_twice_is_timed_with_both_calls(monkeypatch):
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.b(self.a(self.a(x)))
+
+    model, ticks = Twice().eval(), itertools.count()
+    watch = Stopwatch(model, example_batch(torch.randn(2, 4), CPU), Timing(runs=3))
+    ticking = SimpleNamespace(perf_counter=lambda: next(ticks))
+    monkeypatch.setattr(latency, "time", ticking)
+    assert watch.layer_seconds(model) == {"a": 2.0, "b": 1.0}
+
+
+def test_threads_come_back_where_timing_is_cut_off():
+    before = torch.get_num_threads()
+    model, x = Slow().eval(), torch.randn(2, *IMAGE)
+    timing = Timing(runs=1, warmup=0, threads=before + 1)
+    watch = Stopwatch(model, example_batch(x, CPU), timing)
+
+    def cut_off(*_):
+        raise KeyboardInterrupt
+
+    model.conv.register_forward_hook(cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        watch.compare(model)
+    assert torch.get_num_threads() == before
 
 
 def test_quartiles_of_what_was_timed(clock):

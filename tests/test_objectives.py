@@ -14,6 +14,7 @@ from helpers import (
     run_engine,
 )
 from helpers_networks import CASES
+from torch import nn
 
 import singe
 from singe.objectives import as_objective, class_dim, logits_of
@@ -173,6 +174,19 @@ def test_a_users_objective_gets_outputs_and_the_batch_as_it_came():
     built_in = run_engine(model, batches).scores
     assert seen[0].keys() == batches[0].keys()
     assert all(torch.allclose(mine[n], built_in[n], rtol=1e-12) for n in built_in)
+
+
+@pytest.mark.parametrize("criterion", ["signed", "ablation"])
+def test_a_loss_that_is_infinite_at_the_end_of_the_path_names_its_batch(criterion):
+    """The network's own is finite: only without its channels the outputs are zero."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.ReLU(), nn.Linear(4, 2, bias=False))
+    data = [torch.rand(5, 3) + 0.1] * 2
+    with pytest.raises(singe.NonFiniteError, match="batch 0"):
+        singe.score(
+            model, data, criterion=criterion, layers=["0"], progress=False,
+            objective=lambda outputs, batch: -outputs.square().sum(1).log(),
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,18 @@ def test_recalibration_weighs_batches_by_their_samples():
     assert norm.momentum == 0.1
 
 
+def test_recalibration_drops_nothing_out():
+    """Also of a model that came in training mode, and leaves in it."""
+    conv, norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+    model = nn.Sequential(conv, nn.Dropout(0.5), norm).train()
+    without = clone(model).eval()
+    batches = [batch_of(b) for b in BATCHES]
+    assert recalibrate(model, batches)
+    assert recalibrate(without, batches)
+    assert same_weights(model, without)
+    assert all(module.training for module in model.modules())
+
+
 def test_recalibration_on_batches_of_one_sample():
     """Passed over beside larger ones; alone they count, where they have a variance."""
     conv = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()

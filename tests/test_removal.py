@@ -249,6 +249,30 @@ def test_a_group_that_fails_the_check_is_left_out():
         find_groups(Peeks().double(), batch)
 
 
+class Counting(nn.Module):
+    """Writes into one buffer and replaces another in every pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mlp()
+        self.register_buffer("passes", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x):
+        self.passes += 1
+        self.mean = x.mean()
+        return self.body(x)
+
+
+def test_passes_of_a_removal_are_none_of_the_models():
+    model, batch = Counting().double().eval(), batch_of(make_batches((6,), (4,))[0])
+    graph = find_groups(model, batch)
+    remove_units(model, batch, [(graph.groups[0], [0])])
+    assert model.body[0].out_features == 7
+    assert model.passes == 0
+    assert model.mean == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", ["pre_activation", "group_norm", "layer_norm", "tokens"])

@@ -21,6 +21,7 @@ from helpers_networks import CASES
 import singe
 from singe import score_checkpoint
 from singe.score_checkpoint import ScoreCheckpoint, digest_of
+from singe.sweep import Sweep
 
 SIZES = (3, 2, 4, 1, 3)
 OPTIONS = [
@@ -67,16 +68,19 @@ def data(seed=0):
     return CASES["residual"].batches(SIZES, seed, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_resumed_is_uninterrupted(tmp_path, options, monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "after"), [*((options, 3) for options in OPTIONS), (OPTIONS[-1], 8)], ids=str
+)
+def test_resumed_is_uninterrupted(tmp_path, options, after, monkeypatch):
     path = tmp_path / "run.safetensors"
     expected = score(None, data(), **options)
     done = []
-    monkeypatch.setattr("singe.engine.FusedEngine.state", _stopping(after=3, done=done))
+    monkeypatch.setattr("singe.engine.FusedEngine.state", _stopping(after, done))
     with pytest.raises(Killed):
         score(path, data(), **options)
     monkeypatch.undo()
     assert path.exists()
+    assert (done[after - 1] > 0) == (after > 3), "units that are settled by then"
     resumed = score(path, data(), **options)
     assert not path.exists(), "the run is complete"
     for name in expected:
@@ -93,12 +97,28 @@ def _stopping(after, done):
     state = FusedEngine.state
 
     def stops(self):
-        done.append(1)
+        done.append(int((~self.passes.active).sum()))
         if len(done) > after:
             raise Killed
         return state(self)
 
     return stops
+
+
+def test_a_resumed_run_goes_on_in_passes_that_fit(tmp_path, monkeypatch):
+    add, sizes, most = Sweep.add, [], 1
+
+    def limited(self, variants, *rest):
+        if len(variants) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sizes.append(len(variants))
+        add(self, variants, *rest)
+
+    monkeypatch.setattr(Sweep, "add", limited)
+    interrupted(tmp_path / "run")
+    most = 100
+    score(tmp_path / "run", data())
+    assert set(sizes) == {1}
 
 
 def _run(path, ready) -> None:

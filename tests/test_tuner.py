@@ -16,23 +16,16 @@ from helpers import (
     one_thread,  # noqa: F401 - autouse
     snapshot,
 )
-from helpers_loop import BATCHES, OPTIONS, network, same_weights
+from helpers_loop import BATCHES, OPTIONS, network, same_weights, tuner_of
 from torch import nn
 
 import singe
-from singe.finetune import Training, cosine, default_optimizer
 from singe.objectives import CrossEntropy, as_objective
 from singe.removal import kept_elements, remove_units
 from singe.seeding import Stream
-from singe.tuner import Tuner
 from singe.units import find_groups
 
 # ---------------------------------------------------------------------- state that follows
-
-
-def tuner_of(model, factory=None, **options) -> Tuner:
-    training = Training(factory or default_optimizer(0.05), cosine, CrossEntropy(), **options)
-    return Tuner(model, training, Stream(BATCHES, 0), seed=0)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +236,10 @@ def test_distillation_needs_no_labels_and_follows_the_original():
     assert same_weights(half, network())
 
 
-def test_distillation_of_tokens_is_over_their_classes():
+@pytest.mark.parametrize(("distill", "temperature"), [(1.0, 1.0), (0.25, 3.0)])
+def test_distillation_of_tokens_is_over_their_classes(distill, temperature):
+    """At any temperature in the size of the task's gradients: times its square."""
+
     class Tokens(nn.Module):
         def __init__(self, width: int) -> None:
             super().__init__()
@@ -255,12 +251,15 @@ def test_distillation_of_tokens_is_over_their_classes():
     torch.manual_seed(0)
     student, teacher = Tokens(5), Tokens(7)
     x, y = torch.randn(3, 2, 4), torch.zeros(3, 2, dtype=torch.long)
-    tuner = tuner_of(student, distill=1.0, temperature=1.0)
+    tuner = tuner_of(student, distill=distill, temperature=temperature)
     tuner.teacher = teacher
     with torch.no_grad():
-        wanted, found = teacher(x).log_softmax(2), student(x).log_softmax(2)
-    expected = F.kl_div(found, wanted, reduction="sum", log_target=True) / 6
-    assert float(tuner._loss(batch_of((x, y)))) == pytest.approx(float(expected))
+        wanted = (teacher(x) / temperature).log_softmax(2)
+        found = (student(x) / temperature).log_softmax(2)
+        soft = temperature**2 * F.kl_div(found, wanted, reduction="sum", log_target=True) / 6
+        task = F.cross_entropy(student(x).flatten(0, 1), y.flatten())
+        loss = float(tuner._loss(batch_of((x, y))))
+    assert loss == pytest.approx(float((1 - distill) * task + distill * soft))
 
 
 def test_averaged_statistics_start_anew_with_those_they_are_averages_of():
@@ -276,6 +275,9 @@ def test_averaged_statistics_start_anew_with_those_they_are_averages_of():
     for name in ("1.running_mean", "1.running_var"):
         assert torch.equal(tuner.average[name], model.get_buffer(name))
     assert all(torch.equal(tuner.average[n], w) for n, w in weights.items())
+    tuner.start(2)
+    tuner.run()
+    assert not torch.equal(tuner.average["1.running_mean"], model[1].running_mean), "and part again"
 
 
 def test_what_an_optimizer_gathered_goes_where_its_parameters_are():
