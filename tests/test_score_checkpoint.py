@@ -133,6 +133,20 @@ def interrupted(path):
         score(path, Breaks(data(), 2))
 
 
+def test_a_run_that_was_killed_when_all_was_done(tmp_path, monkeypatch):
+    def killed(self):
+        raise Killed
+
+    path = tmp_path / "run.safetensors"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(ScoreCheckpoint, "finished", killed)
+        score(path, data())
+    assert path.is_file()
+    found, expected = score(path, data()), score(None, data())
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not path.exists()
+
+
 def test_other_data_is_refused(tmp_path):
     path = tmp_path / "run.safetensors"
     interrupted(path)
