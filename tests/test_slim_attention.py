@@ -24,7 +24,7 @@ from singe.units import find_groups
 HEADS, LENGTH, SAMPLES = 3, 4, 2
 PADDING = torch.tensor([[False] * 4, [False, False, True, True]])
 CAUSAL = torch.ones(LENGTH, LENGTH).triu(1).bool()
-EACH = torch.linspace(-1, 1, SAMPLES * HEADS * LENGTH**2).double().view(-1, LENGTH, LENGTH)
+EACH = torch.arange(SAMPLES * HEADS * LENGTH**2).double().sin().view(-1, LENGTH, LENGTH)
 
 
 def both(**options) -> tuple[nn.MultiheadAttention, nn.MultiheadAttention]:
