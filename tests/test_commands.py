@@ -26,6 +26,7 @@ from singe.errors import (
     SingeError,
 )
 from singe.export import load_pruned
+from singe.latency import Timing
 
 pytestmark = pytest.mark.usefixtures("inside")
 
@@ -304,6 +305,8 @@ def test_options_become_arguments():
     assert budget.arguments() == {
         "macs": 0.5, "min_keep": 0.2, "max_keep": {"layer1": 0.5, "fc": 1.0}, "round_to": 8,
     }  # fmt: skip
+    budget = BudgetOptions(timing_batch=3, timing_runs=5, timing_threads=2)
+    assert budget.timing() == Timing(batch_size=3, runs=5, threads=2)
 
 
 @pytest.mark.parametrize("command", ["score", "prune", "compress", "compare", "info", "demo"])

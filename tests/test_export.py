@@ -269,7 +269,8 @@ def test_arguments_that_are_no_tensors(tmp_path):
             return {"logits": factor * self.body(x)} if return_dict else factor * self.body(x)
 
     model = Switched().eval()
-    for inputs in ((X, 2.0), {"x": X, "return_dict": False}):
+    scaled = (X[:1], torch.tensor(2.0))  # no batch of anything
+    for inputs in ((X, 2.0), scaled, {"x": X, "return_dict": False}):
         program = torch.export.load(export_pt2(model, inputs, tmp_path / "model.pt2")).module()
         positional, named = (inputs, {}) if isinstance(inputs, tuple) else ((), inputs)
         expected, got = model(*positional, **named), program(*positional, **named)
@@ -292,6 +293,7 @@ def test_onnx_whose_outputs_are_not_all_finite(tmp_path):
     assert export_onnx(Masked().eval(), X, tmp_path / "model.onnx") <= 1e-4
     two, minus = torch.tensor([1.0, 2.0]), torch.tensor([1.0, -torch.inf])
     assert export._relative(minus, minus) == 0.0
+    assert export._relative(two / 8, two / 4) == 0.25, "beside small outputs it is the difference"
     assert export._relative(minus, torch.tensor([1.5, -torch.inf])) == 0.5
     for one, other in ((two, minus), (minus, two), (minus, -minus), (two, two * torch.nan)):
         assert export._relative(one, other) == float("inf")

@@ -122,6 +122,9 @@ def test_dialects_are_found_by_running_the_norm():
     assert dialect(nn.LayerNorm(4)).dim == -1
     assert dialect(randomise(NormAct(4))).tail(torch.tensor(1.0)) == F.silu(torch.tensor(1.0))
     assert dialect(randomise(Odd(4))) is None
+    plain = randomise(NormAct(4))
+    plain.weight = plain.bias = None
+    assert dialect(plain).tail(torch.tensor(1.0)) == F.silu(torch.tensor(1.0))
 
 
 @pytest.mark.parametrize("layer", [Odd(5), StandardisedConv(5, 5, 3, padding=1)])
@@ -249,9 +252,11 @@ def rms_norm_registered():
 def test_a_registered_layer(rms_norm_registered):
     model = rms_network()
     assert_sound(model, (3, 5), 2)
+    model.norm.requires_grad_(False)
     singe.prune(model, singe.Plan({"embed": [0, 3]}), torch.randn(2, 3, 5, dtype=torch.float64))
     assert model.norm.weight.shape == (4,)
     assert model.norm.channels == 4
+    assert not model.norm.weight.requires_grad
 
 
 def test_without_registration_the_group_is_left_out():

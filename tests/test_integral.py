@@ -312,6 +312,16 @@ def test_overlapping_memory_is_refused():
         accumulate(grad[0, 0, :3], grad, weight, torch.zeros(2))
 
 
+@pytest.mark.parametrize("start", [0, 5])
+def test_memory_may_lie_side_by_side(start):
+    score, grad, weight, omega = make(2, 3, 4)
+    buffer = torch.cat([score, omega, score])
+    accumulate(score, grad, weight, omega)
+    inner = buffer[start : start + 3]
+    accumulate(inner, grad, weight, buffer[3:5])
+    assert torch.equal(inner, score)
+
+
 def test_forcing_an_implementation_that_is_missing(monkeypatch):
     monkeypatch.setenv("SINGE_INTEGRAL", "native")
     monkeypatch.setattr(native, "cpu_problem", lambda: "singe._core was not built")

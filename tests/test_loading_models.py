@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 
 import pytest
 import torch
@@ -31,6 +32,9 @@ def broken():
 
 def number():
     return 3
+
+def named():
+    return nn.ModuleDict({"module": nn.Linear(2, 3), "head": nn.Linear(3, neighbour.CLASSES)})
 """
 
 
@@ -51,6 +55,22 @@ def test_a_factory_finds_its_neighbours_and_its_weights(factory, tmp_path):
     for name in ("w.safetensors", "w.pt"):
         loaded = load_model(factory, str(tmp_path / name))
         assert all((v == 0.5).all() for v in loaded.state_dict().values())
+
+
+def test_a_file_of_the_users_leaves_no_trace_on_the_search_path(factory):
+    before = list(sys.path)
+    load_model(factory)
+    with pytest.raises(ModelError):
+        load_model(factory.replace(":make", ":broken"))
+    assert sys.path == before
+
+
+def test_a_layer_called_module_is_no_wrapper(factory, tmp_path):
+    named = factory.replace(":make", ":named")
+    state = {k: torch.full_like(v, 0.5) for k, v in load_model(named).state_dict().items()}
+    torch.save(state, tmp_path / "w.pt")
+    loaded = load_model(named, str(tmp_path / "w.pt")).state_dict()
+    assert all(torch.equal(loaded[k], v) for k, v in state.items())
 
 
 def test_a_pruned_model_goes_on(factory, tmp_path):
@@ -169,6 +189,13 @@ def test_heads_of_other_kinds_and_states_without_a_version(tmp_path, name, head)
     assert len(load_model(f"torchvision:{name}", str(tmp_path / "w.safetensors")).state_dict())
     other = load_model(f"torchvision:{name}", str(tmp_path / "w.safetensors"), 5)
     assert len(other.get_submodule(head).weight) == 5
+
+
+def test_a_head_that_reads_another_width_is_another_model(tmp_path):
+    state = load_model("torchvision:resnet18", None, 3).state_dict()
+    save_file(state | {"fc.weight": torch.zeros(3, 256)}, tmp_path / "w.safetensors")
+    with pytest.raises(ModelError, match="does not fit this ResNet"):
+        load_model("torchvision:resnet18", str(tmp_path / "w.safetensors"))
 
 
 def test_old_weights_lack_the_counts_of_batches(tmp_path):

@@ -188,6 +188,15 @@ def test_kinks_and_non_finite_values_as_in_torch(act: str, name: str) -> None:
     torch.testing.assert_close(found[1], grad_y, equal_nan=True, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_gradients_of_gates_are_summed_a_few_variants_at_a_time(monkeypatch, shared: bool) -> None:
+    args = inputs((5, 2, 3, 4), torch.float64, y_shared=shared)
+    whole = run("torch", args, "silu")
+    for variants in (1, 2, 3):
+        monkeypatch.setattr("singe.kernels.masked_forward_torch._CHUNK", variants * 2 * 3 * 4)
+        assert_same(run("torch", args, "silu"), whole, variants)
+
+
 @needs_triton
 @pytest.mark.parametrize("of_samples", [False, True])
 @pytest.mark.parametrize("name", ["torch", "triton"])

@@ -17,7 +17,7 @@ from helpers_networks import CASES
 from torch import nn
 
 import singe
-from singe.objectives import as_objective, class_dim, logits_of
+from singe.objectives import CrossEntropy, as_objective, class_dim, logits_of
 
 RNG = torch.Generator().manual_seed(0)
 
@@ -44,8 +44,27 @@ def test_cross_entropy_of_class_probabilities():
     assert total("cross_entropy", logits, (randn(5, 2), y)) == pytest.approx(expected)
 
 
+def test_smoothing_reaches_both_kinds_of_labels():
+    logits = randn(5, 4)
+    for y in (torch.tensor([0, 1, 2, 3, 0]), randn(5, 4).softmax(1)):
+        expected = F.cross_entropy(logits, y, reduction="sum", label_smoothing=0.3).item()
+        assert total(CrossEntropy(0.3), logits, (randn(5, 2), y)) == pytest.approx(expected)
+
+
+def test_probabilities_may_be_rounded_to_bfloat16():
+    logits, y = randn(64, 4).bfloat16(), randn(64, 4).softmax(1).bfloat16()
+    assert (y.double().sum(1) != 1).any()
+    assert total("cross_entropy", logits, (randn(64, 2), y)) > 0
+
+
 @pytest.mark.parametrize(
-    "y", [torch.tensor([[0.5, -0.5, 1.0, 0.0]]), torch.tensor([[1.0, 1, 0, 0]])]
+    "y",
+    [
+        torch.tensor([[0.5, -0.5, 1.0, 0.0]]),
+        torch.tensor([[1.0, 1, 0, 0]]),
+        torch.tensor([[0.5, 0.5, 0.02, 0]]),
+        torch.tensor([[0.5, 0.5, torch.nan, 0]]),
+    ],
 )
 def test_floats_that_are_no_probabilities(y):
     with pytest.raises(singe.DataError, match=r"do not sum to 1; for regression.*give objective="):
@@ -66,6 +85,12 @@ def test_cross_entropy_of_tokens_leaves_out_the_ignored():
     assert total("cross_entropy", logits, (randn(2, 3), y)) == pytest.approx(expected)
 
 
+def test_a_sample_whose_labels_are_all_ignored_adds_nothing():
+    logits, y = randn(2, 3, 4), torch.tensor([[0, 1, 2], [-100, -100, -100]])
+    expected = F.cross_entropy(logits[0], y[0]).item()
+    assert total("cross_entropy", logits, (randn(2, 3), y)) == pytest.approx(expected)
+
+
 def test_kl_is_the_divergence_from_the_original():
     logits, original = randn(5, 4), randn(5, 4)
     expected = F.kl_div(
@@ -81,6 +106,8 @@ def test_the_dimension_of_the_classes():
     assert class_dim(logits) == class_dim(logits, pixels) == 1
     assert class_dim(logits, tokens) == class_dim(SimpleNamespace(logits=logits)) == 2
     assert class_dim(SimpleNamespace(logits=logits), pixels) == 1
+    for images in (randn(2, 4), randn(2, 4, 5, 5)):  # classifiers and segmentation have names, too
+        assert class_dim({"logits": images}) == 1
 
 
 def test_as_many_tokens_as_classes():

@@ -17,6 +17,7 @@ from safetensors.torch import save_model
 
 import singe
 from singe.cli.data import Reading, Source
+from singe.cli.folders import holds_run
 from singe.cli.models import load_model
 from singe.data import read_batches
 from singe.evaluation import accuracy
@@ -180,3 +181,12 @@ def test_without_a_report_nothing_is_made_for_one(tmp_path, monkeypatch):
     words = ("--macs", 0.6, "--export", "none", "--no-report", "--json")
     told = json.loads(run("prune", *MODEL, *DATA, *words, "--out", tmp_path / "out"))
     assert set(told["files"]) == {"weights", "plan"}
+
+
+@pytest.mark.parametrize("folder", [".", "checkpoint", "warmup"])
+def test_a_run_of_compress_is_known_by_its_checkpoints_wherever_it_is(tmp_path, folder):
+    (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / folder / "scores-1.safetensors").touch()
+    assert not holds_run(tmp_path)
+    (tmp_path / folder / "checkpoint-1.safetensors").touch()
+    assert holds_run(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -79,8 +80,17 @@ def test_captums_names():
     assert by_name("riemann_right", 4).nodes == (0.25, 0.5, 0.75, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("name", "nodes"),
+    [("gauss_legendre", 4), ("midpoint", 4), ("riemann_left", 4), ("riemann_right", 4),
+     ("trapezoid", 5), ("geometric", 30)],
+)  # fmt: skip
+def test_the_number_of_nodes_that_a_name_alone_stands_for(name, nodes):
+    assert len(by_name(name)) == nodes
+
+
 def test_an_int_a_name_and_a_rule_are_all_rules():
-    assert as_quadrature(5) == gauss_legendre(5)
+    assert as_quadrature(5) == as_quadrature(np.int64(5)) == gauss_legendre(5)
     assert as_quadrature("trapezoid").name.startswith("trapezoid")
     rule = Quadrature("mine", (0.5,), (1.0,))
     assert as_quadrature(rule) is rule
@@ -100,6 +110,7 @@ def test_an_int_a_name_and_a_rule_are_all_rules():
         (lambda: Quadrature("q", (), ()), "at least one"),
         (lambda: Quadrature("q", (1.5,), (1.0,)), r"outside \[0, 1\]"),
         (lambda: Quadrature("q", (math.nan,), (1.0,)), r"outside \[0, 1\]"),
+        (lambda: Quadrature("q", (0.5, 0.7), (1.0, math.nan)), "no finite numbers"),
         (lambda: as_quadrature(None), "integer"),
     ],
 )

@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -152,6 +153,21 @@ def interrupted(path):
         score(path, Breaks(data(), 2))
 
 
+def test_a_run_that_was_killed_when_all_was_done(tmp_path, monkeypatch):
+    def killed(self):
+        raise Killed
+
+    path = tmp_path / "run.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(ScoreCheckpoint, "finished", killed)
+        with pytest.raises(Killed):
+            score(path, data())
+    assert path.is_file()
+    found, expected = score(path, data()), score(None, data())
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not path.exists()
+
+
 def test_other_data_is_refused(tmp_path):
     path = tmp_path / "run.safetensors"
     interrupted(path)
@@ -280,3 +296,31 @@ def test_a_disk_that_has_become_read_only_loses_no_scores(tmp_path, monkeypatch)
 def test_the_definition_has_no_checkpoint(tmp_path):
     with pytest.raises(singe.OptionError, match="engine='fused'"):
         score(tmp_path / "run", data(), engine="naive")
+
+
+def test_batches_of_the_same_bytes_are_not_the_same():
+    zeros = torch.zeros(2, 3)
+    others = (zeros.T, zeros.int(), zeros.flatten(), [zeros[0], zeros[1]])
+    assert digest_of(zeros) not in {digest_of(other) for other in others}
+    assert digest_of(zeros) == digest_of(zeros.T.contiguous().T)
+
+
+def test_saving_takes_no_more_than_its_share_of_the_time(tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(score_checkpoint, "SHARE_OF_TIME", 1 / 16)
+    monkeypatch.setattr(score_checkpoint, "time", clock)
+    path, saved = tmp_path / "run.safetensors", []
+
+    def state():
+        clock.now += 2.0  # what saving takes
+        saved.append(path.exists())
+        return {"x": torch.zeros(1)}, {}
+
+    run = SimpleNamespace(state=state)
+    follower = ScoreCheckpoint(path, {})
+    follower.save(run)
+    assert saved == [False], "the first batch is always saved"
+    for seconds, times in ((31.0, 1), (1.0, 2), (31.0, 2), (1.0, 3)):
+        clock.now += seconds
+        follower.save(run)
+        assert len(saved) == times

@@ -10,6 +10,7 @@ from helpers import (
     CPU,
     assert_close,
     assert_unchanged,
+    batch_of,
     make_batches,
     one_thread,  # noqa: F401 - autouse
     snapshot,
@@ -17,7 +18,7 @@ from helpers import (
 from helpers_networks import CASES, Case, Head
 from helpers_trained import torchvision_models
 from helpers_weights import assert_engines_agree, score, weights_of
-from torch import nn
+from torch import Tensor, nn
 
 import singe
 from singe.data import first_batch
@@ -210,3 +211,19 @@ def test_a_torchvision_network():
     model.double()
     wide = score(model, [(x.double(), y) for x, y in batches], path="network", quadrature=2)
     assert_close(scores, wide, 2e-2)  # a few ReLUs flip: see test_definition_real
+
+
+def test_layers_stand_in_the_order_of_the_model():
+    """Also those whose channels nobody could remove."""
+
+    class Shown(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            hidden = self.a(x)
+            return self.c(self.b(hidden).relu()), hidden
+
+    graph = find_weight_groups(Shown(), batch_of((torch.randn(2, 6),)))
+    assert [group.name for group in graph.groups] == ["a", "b", "c"]

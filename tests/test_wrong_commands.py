@@ -63,6 +63,10 @@ def test_inputs_that_do_not_fit_the_model_are_told_with_their_option(place, opti
             "--min-keep: give one share",
         ),
         (
+            ("prune", *MODEL, *DATA, "--macs", 0.5, "--min-keep", 0.5, "--min-keep", "0=0.9"),
+            "--min-keep: give one share for all groups",
+        ),
+        (
             ("prune", *MODEL, *DATA, "--macs", 0.5, "--min-keep", "0=0.5", "--min-keep", "0=0.9"),
             "--min-keep names 0 twice",
         ),
