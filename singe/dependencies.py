@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,6 +41,17 @@ class _DependencyGraph(tp.DependencyGraph):
     def __init__(self, shapes: Mapping[Any, torch.Size]) -> None:
         super().__init__()
         self._shapes = shapes
+        self._looks = 0  # at the neighbours of a layer, in one walk
+
+    def get_pruning_group(self, *args: Any, **kwargs: Any) -> Any:
+        """As Torch-Pruning's, but a walk that comes back to the same layers without end is given up."""
+        self._looks = 0
+        return super().get_pruning_group(*args, **kwargs)
+
+    def _look(self) -> None:
+        self._looks += 1
+        if self._looks > 12 * len(self.module2node) + 2000:  # DenseNet-121, the longest seen: 3 per layer
+            raise RecursionError("it comes back to the same layers without end")
 
     def _build_dependency(self, module2node: dict[Any, Any]) -> None:
         kinds = tp.ops.OPTYPE
@@ -55,6 +66,7 @@ class _DependencyGraph(tp.DependencyGraph):
                     node.type = kinds.ELEMENTWISE
         super()._build_dependency(module2node)
         for node in module2node.values():
+            node.dependencies = _Neighbours(node.dependencies, self._look)
             if node.type == kinds.SPLIT:
                 node.grad_fn = _with_sizes(node.grad_fn)
 
@@ -94,6 +106,18 @@ class _DependencyGraph(tp.DependencyGraph):
             return True
         width = int(sizes[_signed(dim)])
         return any(infer_out_channels_recursively(self, n, [0]) == width for n in node.inputs)
+
+
+class _Neighbours(list[Any]):
+    """What depends on a layer; ``look`` is called before every walk over it."""
+
+    def __init__(self, dependencies: Iterable[Any], look: Callable[[], None]) -> None:
+        super().__init__(dependencies)
+        self._look = look
+
+    def __iter__(self) -> Iterator[Any]:
+        self._look()
+        return super().__iter__()
 
 
 class _Shapes(TorchFunctionMode):

@@ -244,9 +244,12 @@ def _pruner(parameters: dict[str, int], sizes: tuple[str, ...]) -> Any:
                 old = getattr(owner, leaf)
                 if old is None:
                     continue
-                new = old.detach().index_select(along, torch.tensor(keep, device=old.device))
+                left = torch.tensor(keep, device=old.device)
+                new = old.detach().index_select(along, left)
                 if isinstance(old, nn.Parameter):
                     new = nn.Parameter(new, requires_grad=old.requires_grad)
+                    if old.grad is not None:
+                        new.grad = old.grad.index_select(along, left)
                 setattr(owner, leaf, new)
             for name in sizes:
                 setattr(layer, name, len(keep))

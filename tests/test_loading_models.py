@@ -179,6 +179,21 @@ def test_torchvisions_own_weights(monkeypatch):
     assert "fc is new and untrained" in told[0]
 
 
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_torchvisions_own_weights_of_networks_with_auxiliary_heads(name, monkeypatch):
+    """Those heads are not among the weights, or as wide as before: they are left out."""
+    published = torchvision_models().get_model(name, init_weights=False)
+    monkeypatch.setattr(
+        "torchvision.models._api.load_state_dict_from_url", lambda *_, **__: published.state_dict()
+    )
+    model = load_model(f"torchvision:{name}", "pretrained", 5)
+    assert model.fc.out_features == 5
+    assert model.transform_input
+    assert not model.aux_logits
+    first = next(iter(model.state_dict()))
+    assert torch.equal(model.state_dict()[first], published.state_dict()[first])
+
+
 @pytest.mark.parametrize(
     ("name", "head"), [("mnasnet0_5", "classifier.1"), ("squeezenet1_1", "classifier.1")]
 )

@@ -143,8 +143,8 @@ def _from_library(
         hint = f"; did you mean {', '.join(near)}?" if near else ""
         raise ModelError(f"{source} has no model {name!r}{hint}")
 
-    def build(classes: int | None) -> nn.Module:
-        options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
+    def build(classes: int | None, **options: Any) -> nn.Module:
+        options |= {} if classes is None else {"num_classes": classes}
         if source == "torchvision":
             if "weights_backbone" in inspect.signature(library.get_model_builder(name)).parameters:
                 options["weights_backbone"] = None  # or it is downloaded
@@ -177,9 +177,12 @@ def _from_library(
         if num_classes in (None, _outputs(whole)):
             return whole
         state = whole.state_dict()
-    model = build(num_classes)
-    if weights == PRETRAINED and hasattr(whole, "transform_input"):
+    if weights == PRETRAINED and hasattr(whole, "aux_logits"):  # GoogLeNet, Inception v3
+        model = build(num_classes, aux_logits=False)  # those heads are as wide as before, or not there
+        state = OrderedDict((k, v) for k, v in state.items() if k in model.state_dict())
         model.transform_input = whole.transform_input
+    else:
+        model = build(num_classes)
     head = _other_head(model, state)
     if head is not None and num_classes is None:
         model = build(len(state[f"{head}.weight"]))
