@@ -376,7 +376,7 @@ X = CASE.batches()[0][0][:2]
             "max_memory must be positive and finite: bytes, got '1GB', a str",
         ),
         (
-            lambda m, s: singe.plan(m, dict(s), X, macs=0.5),
+            lambda m, s: singe.plan(m, list(s), X, macs=0.5),
             "scores must be what singe.score returned",
         ),
         (lambda m, s: singe.plan(m, s, X, macs=0.5, timing=8), r"timing must be a singe\.Timing"),

@@ -177,8 +177,9 @@ def _from_library(
         if num_classes in (None, _outputs(whole)):
             return whole
         state = whole.state_dict()
-    if weights == PRETRAINED and hasattr(whole, "aux_logits"):  # GoogLeNet, Inception v3
-        model = build(num_classes, aux_logits=False)  # those heads are as wide as before, or not there
+    if weights == PRETRAINED and hasattr(whole, "aux_logits"):
+        # The second heads of GoogLeNet and Inception v3 are not among the weights, or as wide as before.
+        model = build(num_classes, aux_logits=False)
         state = OrderedDict((k, v) for k, v in state.items() if k in model.state_dict())
         model.transform_input = whole.transform_input
     else:
