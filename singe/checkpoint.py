@@ -182,8 +182,9 @@ def digest_of(model: nn.Module) -> str:
 
 def digest_of_batch(batch: Batch) -> str:
     """:func:`digest` of all tensors of a batch, labels included."""
-    leaves = enumerate(tree_leaves(batch.raw))
-    return digest({str(i): leaf for i, leaf in leaves if isinstance(leaf, Tensor)})
+    leaves = [t for t in tree_leaves(batch.raw) if isinstance(t, Tensor) and not t.is_nested]
+    plain = [t.resolve_conj().resolve_neg() for t in leaves if t.layout == torch.strided]
+    return digest({str(i): t for i, t in enumerate(plain)})
 
 
 # ---------------------------------------------------------------------- containers <-> JSON + tensors

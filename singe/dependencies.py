@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -91,7 +91,7 @@ class _DependencyGraph(tp.DependencyGraph):
         sizes = getattr(node.grad_fn, "_saved_self_sym_sizes", None)
         if sizes is None:
             return True
-        if 2 not in (len(sizes), len(self._shapes.get(node.grad_fn, sizes[:2]))):
+        if not _are_rows(sizes) and not _are_rows(self._shapes.get(node.grad_fn, sizes[:2])):
             return False
         features = math.prod(int(size) for size in sizes[1:])
         if len(sizes) == 2:
@@ -107,6 +107,11 @@ class _DependencyGraph(tp.DependencyGraph):
             return True
         width = int(sizes[_signed(dim)])
         return any(infer_out_channels_recursively(self, n, [0]) == width for n in node.inputs)
+
+
+def _are_rows(sizes: Sequence[int]) -> bool:
+    """[B, F], or what a 1 x 1 convolution reads in its place, [B, F, 1, 1]."""
+    return len(sizes) >= 2 and math.prod(int(size) for size in sizes[2:]) == 1
 
 
 class _Neighbours(list[Any]):

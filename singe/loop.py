@@ -103,7 +103,7 @@ class Loop:
         pruning = self.pruning
         seed_all(self.seed, "survey", loader=self.calibrate)
         example = first_batch(self.calibrate, device_of(self.model))
-        self.data = digest_of_batch(example)
+        self.data = digest_of_batch(example) if self.folder else ""
         graph = find_groups(self.model, small(example), self.request.layers, self.request.ignore)
         timing = pruning.timing if pruning.kind == "latency" else None
         self.original = Original(self.model, self.snapshot, graph, example, timing)
@@ -248,6 +248,7 @@ class Loop:
         began = time.perf_counter()
         loss = self._finetune(index) if self.finetune else self._train(index)
         current = self.current
+        self._training = current["tuned"] + time.perf_counter() - began
         with self.tuner.averaged():
             metric = self._metric()
         done = Round(
@@ -415,7 +416,9 @@ class Loop:
         report.plan = self.original.plan(self.kept, meta, rounds, self.limits)
 
     def _tell(self, done: Round, index: int) -> None:
-        left = minutes_left(done, self.rounds - index, self.finetune_steps, self.final_steps)
+        left = minutes_left(
+            done, self._training, self.rounds - index, self.finetune_steps, self.final_steps
+        )
         told = "" if self.report.stopped else left
         say(f"round {index}/{self.rounds}: {describe(done, self.report)}{told}", self.progress)
         if self.report.stopped:

@@ -72,7 +72,8 @@ class Plan(Mapping[str, list[int]]):
     def rows(self) -> list[dict[str, Any]]:
         """One dict per group: units, kept, removed, the cut, what it saves, and why no more goes.
 
-        Empty for a plan made or edited by hand: of that nothing is known but the units.
+        Empty for a plan made by hand, or edited so that another number goes: of that nothing is known
+        but the units.
         """
         found = self.meta.get("groups", {})
         told = {name: row["removed"] for name, row in found.items() if row.get("removed")}

@@ -204,12 +204,17 @@ def describe(done: Round, report: CompressReport) -> str:
     return f"{text}, metric {_number(done.metric_pruned)} -> {done.metric_finetuned:.4f}"
 
 
-def minutes_left(last: Round, rounds: int, steps: int, final_steps: int) -> str:
-    """How long ``rounds`` more of so many steps will take at the last one's pace; empty after the end."""
+def minutes_left(last: Round, training: float, rounds: int, steps: int, final_steps: int) -> str:
+    """How long ``rounds`` more of so many steps will take at the last one's pace; empty after the end.
+
+    Args:
+        training: seconds of the last round that grow with its steps.
+    """
     if rounds == 0:
         return ""
-    per_step = last.seconds_finetuning / max(1, last.steps)
-    seconds = rounds * (last.seconds_pruning + steps * per_step) + final_steps * per_step
+    per_step = training / max(1, last.steps)
+    rest = last.seconds_pruning + last.seconds_finetuning - training
+    seconds = rounds * (rest + steps * per_step) + final_steps * per_step
     return f"; about {seconds / 60:.1f} minutes left"
 
 

@@ -117,7 +117,7 @@ def _run_once(network: Network, batch: Batch) -> tuple[list[Tensor], frozenset[s
 
     def note(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs.get("input")
-        if isinstance(x, Tensor):
+        if isinstance(x, Tensor) and not x.is_inference():  # those have no versions
             read.append((name, x, x._version))
 
     hooks = [

@@ -90,3 +90,22 @@ def test_channels_that_come_back_without_end_leave_the_rest_prunable():
     scores = singe.score(model, [(x, torch.tensor([0, 1]))], criterion="taylor", progress=False)
     assert list(scores) == [f"blocks.{i}.0" for i in range(8)]
     assert any("comes back to the same layers" in why for why in scores.meta["rejected"].values())
+
+
+class AsConvolution(nn.Module):
+    """The head is a 1 x 1 convolution on the flattened map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 3, padding=1)
+        self.head = nn.Conv2d(6 * 16, 10, 1)
+
+    def forward(self, x):
+        x = torch.relu(self.last(torch.relu(self.first(x))))
+        return self.head(x.view(len(x), -1, 1, 1)).flatten(1)
+
+
+def test_a_flattened_map_may_keep_two_dimensions_of_one():
+    batches = [(torch.randn(2, 3, 4, 4), torch.tensor([0, 1]))]
+    scores = singe.score(AsConvolution().eval(), batches, criterion="taylor", progress=False)
+    assert list(scores) == ["first", "last"]

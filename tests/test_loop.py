@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -153,9 +154,10 @@ def test_portions():
 
 def test_the_time_left_is_told_after_every_round_but_the_last(capsys):
     last = Round(1.0, 1, 1, None, None, None, 60.0, 120.0, steps=4)
-    assert minutes_left(last, 2, steps=4, final_steps=0) == "; about 6.0 minutes left"
-    assert minutes_left(last, 1, steps=2, final_steps=6) == "; about 5.0 minutes left"
-    assert minutes_left(last, 0, steps=4, final_steps=0) == ""
+    told = partial(minutes_left, last, 80.0)  # 40 of the 120 seconds went into the metric
+    assert told(2, steps=4, final_steps=0) == "; about 6.0 minutes left"
+    assert told(1, steps=2, final_steps=6) == "; about 4.3 minutes left"
+    assert told(0, steps=4, final_steps=0) == ""
     singe.compress(network(), macs=0.6, **OPTIONS | {"progress": True})
     said = capsys.readouterr().err.splitlines()
     assert ["minutes left" in line for line in said] == [True, False]

@@ -177,7 +177,7 @@ def _from_library(
         if num_classes in (None, _outputs(whole)):
             return whole
         state = whole.state_dict()
-    if weights == PRETRAINED and hasattr(whole, "aux_logits"):
+    if weights == PRETRAINED and hasattr(whole, "transform_input"):
         # The second heads of GoogLeNet and Inception v3 are not among the weights, or as wide as before.
         model = build(num_classes, aux_logits=False)
         state = OrderedDict((k, v) for k, v in state.items() if k in model.state_dict())
