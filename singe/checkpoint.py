@@ -19,9 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from singe.data import Batch
 from singe.errors import CheckpointError
 from singe.files import replacing
 from singe.graph import unwrapped
@@ -178,13 +176,6 @@ def digest_of(model: nn.Module) -> str:
     """:func:`digest` of all parameters and buffers."""
     state = unwrapped(model).state_dict()  # with whatever ``get_extra_state`` gives
     return digest({name: value for name, value in state.items() if isinstance(value, Tensor)})
-
-
-def digest_of_batch(batch: Batch) -> str:
-    """:func:`digest` of all tensors of a batch, labels included."""
-    leaves = [t for t in tree_leaves(batch.raw) if isinstance(t, Tensor) and not t.is_nested]
-    plain = [t.resolve_conj().resolve_neg() for t in leaves if t.layout == torch.strided]
-    return digest({str(i): t for i, t in enumerate(plain)})
 
 
 # ---------------------------------------------------------------------- containers <-> JSON + tensors

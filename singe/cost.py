@@ -41,17 +41,14 @@ def count(model: nn.Module, batch: Batch) -> tuple[float, int]:
         counted = tp.utils.count_ops_and_params(_Call(twin, batch), {}, layer_wise=True)
     macs, params, by_layer, _ = counted
     wrong = {module for module in twin.modules() if miscounted(module)}
-    if wrong:
-        with counted_calls(wrong) as found:
-            batch.call(twin)
-        macs += sum(found[module] - (by_layer[module] or 0) for module in wrong)
     narrow = {
         name: module for name, module in twin.named_modules()
         if counted_whole(module) and sizes_of(module).width != sizes_of(module).inputs
     }  # fmt: skip
-    if narrow:
-        with watched(narrow) as seen:
+    if wrong or narrow:
+        with counted_calls(wrong) as found, watched(narrow) as seen:
             batch.call(twin)
+        macs += sum(found[module] - (by_layer[module] or 0) for module in wrong)
         for name, module in narrow.items():
             macs += attention_macs(module, seen[name]) - (by_layer[module] or 0)
     return float(macs) / batch.size, int(params)

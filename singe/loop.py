@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from singe.checkpoint import Folder, digest_of_batch
+from singe.checkpoint import Folder
 from singe.cost import count
 from singe.data import device_of, first_batch
 from singe.errors import NonFiniteError, OptionError
@@ -35,6 +36,7 @@ from singe.rounds import (
     portions,
     target_after,
 )
+from singe.score_checkpoint import digest_of
 from singe.scores import Scores
 from singe.scoring import carry_out
 from singe.seeding import derive, seed_all
@@ -103,7 +105,8 @@ class Loop:
         pruning = self.pruning
         seed_all(self.seed, "survey", loader=self.calibrate)
         example = first_batch(self.calibrate, device_of(self.model))
-        self.data = digest_of_batch(example) if self.folder else ""
+        tensors = [t for t in tree_leaves(example.raw) if isinstance(t, Tensor)]
+        self.data = digest_of(tensors) if self.folder else ""
         graph = find_groups(self.model, small(example), self.request.layers, self.request.ignore)
         timing = pruning.timing if pruning.kind == "latency" else None
         self.original = Original(self.model, self.snapshot, graph, example, timing)
@@ -248,7 +251,7 @@ class Loop:
         began = time.perf_counter()
         loss = self._finetune(index) if self.finetune else self._train(index)
         current = self.current
-        self._training = current["tuned"] + time.perf_counter() - began
+        training = current["tuned"] + time.perf_counter() - began
         with self.tuner.averaged():
             metric = self._metric()
         done = Round(
@@ -263,7 +266,7 @@ class Loop:
             self.report.rounds.append(done)
             self._note_plan()
             self.good = self._network() if self.floor is not None else None
-        self._tell(done, index)
+        self._tell(done, index, training)
         if self.report.stopped or index == self.rounds:
             self._finish()
         else:
@@ -415,9 +418,9 @@ class Loop:
         rounds = [r.kept for r in report.rounds]
         report.plan = self.original.plan(self.kept, meta, rounds, self.limits)
 
-    def _tell(self, done: Round, index: int) -> None:
+    def _tell(self, done: Round, index: int, training: float) -> None:
         left = minutes_left(
-            done, self._training, self.rounds - index, self.finetune_steps, self.final_steps
+            done, training, self.rounds - index, self.finetune_steps, self.final_steps
         )
         told = "" if self.report.stopped else left
         say(f"round {index}/{self.rounds}: {describe(done, self.report)}{told}", self.progress)

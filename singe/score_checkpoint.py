@@ -40,11 +40,12 @@ def digest_of(value: Any) -> str:
     """SHA-256 of a nested structure: tensors by dtype, shape and bytes, the rest as it prints."""
     found = hashlib.sha256()
     for leaf in tree_leaves(value):
-        if not isinstance(leaf, Tensor):
+        if not isinstance(leaf, Tensor) or leaf.is_nested or leaf.layout != torch.strided:
             found.update(repr(leaf).encode())
         else:
             found.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
-            plain = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            values = leaf.detach().cpu().resolve_conj().resolve_neg()
+            plain = values.contiguous().reshape(-1).view(torch.uint8)
             found.update(plain.numpy().data)
     return found.hexdigest()
 

@@ -71,11 +71,10 @@ def local_structured(
     """Mask the lowest share ``amount`` of every group, but its best unit; see :func:`global_structured`."""
     amount = plain_amount(amount)
     expect_scores(scores)
-    chosen = {
-        name: sorted(values.argsort(stable=True)[: min(round(amount * n), n - 1)].tolist())
-        for name, values in scores.items()
-        for n in (len(values),)
-    }
+    chosen = {}
+    for name, values in scores.items():
+        count = min(round(amount * len(values)), len(values) - 1)
+        chosen[name] = sorted(values.argsort(stable=True)[:count].tolist())
     return _mask(model, scores, example_inputs, chosen)
 
 
