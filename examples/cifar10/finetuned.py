@@ -13,7 +13,8 @@ and another order of the training images. With more than one round (:func:`singe
 the steps (``--between``) are shared out between the rounds, the others follow the last one.
 With no steps only the BatchNorms' statistics are set again, on the calibration images.
 ``--train-images`` fine-tunes on so few images in place of all 50,000, ``--samples`` scores on more or fewer
-than 256. A run that the results already hold is not repeated, so that the table can grow over days
+than 256. Accuracies are those of the first half of the test images, ``--held-out`` takes the second, by which
+nothing was chosen. A run that the results already hold is not repeated, so that the table can grow over days
 and machines; ``--part 0/2`` does every other run, for two processes.
 """
 
@@ -52,17 +53,22 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16 = DEVICE == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
 KEY = ("criterion", "ranking", "speedup", "steps", "rounds", "lr", "seed")
 # What rows that do not say were run with.
-ALSO = {"samples": 256, "train_images": 50_000, "between": 0.5, "max_pruning_ratio": 0.75}
+ALSO = {
+    "samples": 256, "train_images": 50_000, "between": 0.5, "max_pruning_ratio": 0.75, "held_out": False,
+}  # fmt: skip
+TEST_IMAGES = 5000  # of the 10,000
+QUICK_IMAGES = 2000  # of those, while a network trains
 Row = dict[str, Any]
 
 
 class Data:
     """Calibration, training and test images, decoded once."""
 
-    def __init__(self, test_images: int, quick_images: int) -> None:
+    def __init__(self, held_out: bool) -> None:
         self.x, self.y = cifar10.images("train")
-        self.test = cifar10.batches(*(t[:test_images] for t in cifar10.images("test")), 250)
-        self.quick = self.test[: quick_images // 250]
+        half = slice(TEST_IMAGES, None) if held_out else slice(TEST_IMAGES)
+        self.test = cifar10.batches(*(t[half] for t in cifar10.images("test")), 250)
+        self.quick = self.test[: QUICK_IMAGES // 250]
         self.example = self.test[0][0][:1]
 
     def calibration(self, seed: int, samples: int) -> list[tuple[Tensor, Tensor]]:
@@ -132,7 +138,7 @@ class Experiment:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.model = cifar10.trained(56).to(DEVICE)
-        self.data = Data(args.test_images, args.quick_images)
+        self.data = Data(args.held_out)
         self.kept = ROOT / "out" / NAME / (environment()["commit"] or "unknown")
         self.kept.mkdir(parents=True, exist_ok=True)
 
@@ -234,13 +240,13 @@ def is_done(job: Row) -> bool:
     return any((ALSO | row).items() >= job.items() for row in recorded())
 
 
-def record(row: Row, settings: dict[str, Any]) -> None:
+def record(row: Row) -> None:
     """Add one run to the results; other processes may be doing the same."""
     with (Path(tempfile.gettempdir()) / f"{NAME}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if is_done({k: row[k] for k in (*KEY, *ALSO)}):  # by another process, in the meantime
             return
-        write(NAME, {"settings": settings, "runs": [*recorded(), row]})
+        write(NAME, {"runs": [*recorded(), row]})
 
 
 def options(description: str) -> argparse.ArgumentParser:
@@ -255,8 +261,7 @@ def options(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-pruning-ratio", type=float, default=ALSO["max_pruning_ratio"], help="of every layer"
     )
-    parser.add_argument("--test-images", type=int, default=5000)
-    parser.add_argument("--quick-images", type=int, default=2000, help="while it trains")
+    parser.add_argument("--held-out", action="store_true", help="test on the other 5,000 images")
     return parser
 
 
@@ -267,16 +272,6 @@ def choose_criteria(
     args.criteria = args.criteria or list(usual)
     if unknown := set(args.criteria) - set(offered):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; offered: {', '.join(offered)}")
-
-
-def shared_settings(experiment: Experiment) -> Row:
-    """Of all runs in the results."""
-    args = experiment.args
-    base = accuracy(experiment.model, experiment.data.test)
-    return {
-        "batch": BATCH, "test_images": args.test_images, "quick_images": args.quick_images,
-        "base": base,
-    }  # fmt: skip
 
 
 def where() -> Row:
@@ -309,14 +304,14 @@ def main() -> None:
         parser.error("--steps 0 goes with one round")
     part, parts = map(int, args.part.split("/"))
     experiment = Experiment(args)
-    settings, fixed = shared_settings(experiment), where()
+    fixed = where() | {"base": accuracy(experiment.model, experiment.data.test)}
     for job in list(jobs(args))[part::parts]:
         if is_done(job):
             continue
         start = time.perf_counter()
         run = experiment.run(job)
         row = job | run | {"seconds": time.perf_counter() - start} | fixed
-        record(row, settings)
+        record(row)
         print(told(row), flush=True)
 
 

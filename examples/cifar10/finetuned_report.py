@@ -15,7 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finetuned import ALSO, BATCH, LR, NAME
+from finetuned import ALSO, BATCH, LR, NAME, QUICK_IMAGES, TEST_IMAGES
 from importances import SCORERS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -41,6 +41,7 @@ class Setting(NamedTuple):
     train_images: int
     between: float
     max_pruning_ratio: float
+    held_out: bool
 
     @property
     def usual(self) -> bool:
@@ -50,7 +51,8 @@ class Setting(NamedTuple):
     @property
     def title(self) -> str:
         if self.steps == 0:
-            return f"{self.speedup:g} x fewer MACs, no fine-tuning, BatchNorm recalibrated"
+            images = ", held-out images" if self.held_out else ""
+            return f"{self.speedup:g} x fewer MACs, no fine-tuning, BatchNorm recalibrated{images}"
         how = "one-shot" if self.rounds == 1 else f"entwined in {self.rounds} rounds"
         rate = "" if self.lr == LR else f", learning rate {self.lr:g}"
         epochs = round(self.steps * BATCH / self.train_images)
@@ -96,13 +98,24 @@ def cell(runs: Runs, what: str) -> str:
 
 
 def section(setting: Setting, cells: Cells) -> str:
-    """Accuracies after fine-tuning; then what there was before, and how many parameters are left."""
-    pairs = [["last", "best"], ["pruned", "params"]]
+    """Accuracies, and with no steps what belongs to the plan: it is the same with more of them."""
+    shown = ["last", "best"]
     if setting.rounds > 1:
-        pairs = [["last", "params"]]
+        shown = ["last", "params"]
     elif setting.steps == 0:
-        pairs = [["last", "pruned", "params"]]
-    return "\n\n".join([f"### {setting.title}", *(columns(cells, shown) for shown in pairs)])
+        shown = ["last", "pruned"] if setting.held_out else ["last", "pruned", "params"]
+    return "\n\n".join([f"### {setting.title}", columns(cells, shown), precisions(cells)])
+
+
+def precisions(cells: Cells) -> str:
+    """What the runs of a table computed in: two of one seed and ranking can be compared if it is the same."""
+    runs = [run for of in cells.values() for found in of.values() for run in found]
+    single = [run for run in runs if run["precision"] == "float32"]
+    if len(single) in (0, len(runs)):
+        return f"All in {runs[0]['precision']}."
+    where = sorted({(run["ranking"], run["seed"]) for run in single})
+    told = ", ".join(f"{ranking} seed {seed}" for ranking, seed in where)
+    return f"In float32 {len(single)} of {len(runs)} runs ({told}), the others in bfloat16."
 
 
 def columns(cells: Cells, shown: list[str]) -> str:
@@ -124,7 +137,7 @@ def tried(settings: dict[Setting, Cells]) -> str:
     rows = []
     for setting, cells in settings.items():
         for criterion in ordered(cells):
-            if setting.usual and criterion in SCORERS:
+            if setting.held_out or (setting.usual and criterion in SCORERS):
                 continue
             for ranking, runs in cells[criterion].items():
                 where = [
@@ -224,27 +237,37 @@ def draw(settings: dict[Setting, Cells], path: Path) -> None:
     figure.savefig(path)
 
 
+def base(runs: Runs, held_out: bool) -> str:
+    """The unpruned network's accuracy on the same images, by the runs that say it, in percent."""
+    said = [r["base"] for r in runs if "base" in r and (ALSO | r)["held_out"] == held_out]
+    return f"{100 * statistics.median(said):.1f}"
+
+
 def generated(document: dict[str, Any]) -> str:
     """What stands between the markers of the page."""
-    used, runs = document["results"]["settings"], document["results"]["runs"]
+    runs = document["results"]["runs"]
     settings = by_setting(runs)
+    usual = main_tables(settings)
     commits = ", ".join(f"`{commit}`" for commit in sorted({run["commit"] for run in runs}))
     note = (
-        f"{ALSO['samples']} calibration images, batches of {used['batch']}, learning rate {LR} where "
-        f"nothing else is said, with a cosine to zero; {used['test_images']:,} test images "
-        f'("best seen" and "right after": the first {used["quick_images"]:,}); the whole network has '
-        f"{100 * used['base']:.1f} %. "
+        f"{ALSO['samples']} calibration images, batches of {BATCH}, learning rate {LR} where "
+        f"nothing else is said, with a cosine to zero; the first {TEST_IMAGES:,} test images ("
+        f'"best seen", the best of four looks, and "right after": the first {QUICK_IMAGES:,}); the whole '
+        f"network has {base(runs, False)} %. "
         '"parameters": the share that is left; a plan for MACs is free to keep more of them. Mean ± '
         "sample deviation over three seeds, in percent; in brackets the number of seeds where it is "
         "another. MACs are equal to within one unit's step."
     )
+    held_out = {setting: cells for setting, cells in settings.items() if setting.held_out}
     parts = [
         note,
-        overview(main_tables(settings)),
-        gains(main_tables(settings)),
+        overview(usual),
+        gains(usual),
+        *(section(setting, cells) for setting, cells in held_out.items()),
+        f"The whole network has {base(runs, True)} % there." if held_out else "",
         "### All runs, as a picture",
         f"![Accuracy after fine-tuning](img/{NAME}.png)",
-        *(section(setting, cells) for setting, cells in main_tables(settings).items()),
+        *(section(setting, cells) for setting, cells in usual.items()),
         tried(settings),
         f"Commits of the runs: {commits}. Last write:",
         provenance(document, f"{NAME}.json"),

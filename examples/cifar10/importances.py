@@ -165,13 +165,7 @@ def mean_is_one(scorer: Scorer) -> Scorer:
 # Set beside the above: other ways for the integral and the norm to meet.
 VARIANTS: dict[str, Scorer] = {
     "SInGE, layer, sum": by_singe(path="layer", p="sum"),
-    "SInGE, layer, p=2": by_singe(path="layer", p=2),
-    "SInGE, layer, outside": by_singe(path="layer", norm="outside"),
     "SInGE, layer, label-free": by_singe(path="layer", objective="kl"),
-    "SInGE, layer, label-free, sum": by_singe(path="layer", objective="kl", p="sum"),
-    "SInGE, network, sum": by_singe(path="network", p="sum"),
     "SInGE, layer, group mean 1": mean_is_one(by_singe(path="layer")),
-    "SInGE, network, group mean 1": mean_is_one(by_singe(path="network")),
-    "gradient at 1, group mean 1": mean_is_one(by_singe(criterion="taylor")),
     "ablation": by_singe(criterion="ablation"),
 }

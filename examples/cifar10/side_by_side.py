@@ -180,7 +180,8 @@ def main() -> None:
     print(f"{len(plans)} plans in {folder}", flush=True)
     if not args.epochs:
         return
-    settings, fixed = finetuned.shared_settings(experiment), finetuned.where()
+    base = finetuned.accuracy(experiment.model, experiment.data.test)
+    fixed = finetuned.where() | {"base": base}
     pairs = zip(todo, plans, strict=True)
     for _, group in groupby(pairs, key=lambda pair: pair[0]["seed"]):
         jobs, of_jobs = zip(*group, strict=True)
@@ -188,7 +189,7 @@ def main() -> None:
         rows = list(run(experiment, list(jobs), of_jobs))
         spent = {"seconds": (time.perf_counter() - start) / len(rows)}
         for row in rows:
-            finetuned.record(row | spent | fixed, settings)
+            finetuned.record(row | spent | fixed)
             print(finetuned.told(row), flush=True)
 
 
