@@ -4,8 +4,10 @@
 
 Scores the channels between the two convolutions of every block (the groups ``layerX.Y.conv1``) of a
 trained CIFAR-10 ResNet, removes the lowest 20, 35 and 50 % of them by global ranking, and measures
-top-1 accuracy on test images. Every draw takes other calibration images. Torch-Pruning's importances
-run with their own options, which divide the scores of a group by their mean.
+top-1 accuracy on test images, and the share of the MACs that is left: equal shares of channels are not equal
+MACs, for which there is finetuned.py. Every draw takes other calibration images. Torch-Pruning's
+importances run with their own options, which make the scores of different groups comparable in their
+own way (LAMP by its quotients, the others by dividing by the mean); the package's are ranked as they are.
 """
 
 from __future__ import annotations
@@ -39,11 +41,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "singe, network path, kl": {"path": "network", "objective": "kl"},
 }
 PEERS = {
+    "Torch-Pruning's magnitude, L1": "L1",
     "Torch-Pruning's magnitude, L2": "L2",
     "Torch-Pruning's LAMP": "LAMP",
     "Torch-Pruning's Taylor": "Taylor",
 }  # label -> name in importances.py
-DATA_FREE = ("magnitude, L1", "Torch-Pruning's magnitude, L2", "Torch-Pruning's LAMP")
+DATA_FREE = (
+    "magnitude, L1", "Torch-Pruning's magnitude, L1", "Torch-Pruning's magnitude, L2",
+    "Torch-Pruning's LAMP",
+)  # fmt: skip
 SHARES = (0.20, 0.35, 0.50)
 
 
@@ -81,20 +87,27 @@ def main() -> None:
     scorers = {name: by_singe(**options) for name, options in SETTINGS.items()}
     scorers |= {label: SCORERS[name] for label, name in PEERS.items()}
     for name, scorer in scorers.items():
-        draws = []
+        draws, macs = [], []
         for draw in range(1 if name in DATA_FREE else args.draws):
             part = slice(draw * args.samples, (draw + 1) * args.samples)
             batches = cifar10.batches(x[part], y[part], 64)
             scores = scorer(model, batches, draw)
-            accuracies = []
+            accuracies, left = [], []
             for share in SHARES:
                 pruned = copy.deepcopy(model)
-                singe.prune(pruned, lowest(scores, share), example)
+                report = singe.prune(pruned, lowest(scores, share), example)
                 accuracies.append(accuracy(pruned, test))
+                left.append(report.macs_after / report.macs_before)
             draws.append(accuracies)
-        means = [statistics.mean(column) for column in zip(*draws, strict=True)]
-        rows[name] = {"options": SETTINGS.get(name), "draws": draws, "mean": means}
-        print(f"{name:30s}" + "".join(f"{100 * m:7.1f}" for m in means), flush=True)
+            macs.append(left)
+        means, left = (
+            [statistics.mean(column) for column in zip(*of, strict=True)] for of in (draws, macs)
+        )
+        rows[name] = {
+            "options": SETTINGS.get(name), "draws": draws, "mean": means, "macs_left": left,
+        }  # fmt: skip
+        told = [f"{100 * m:7.1f} ({100 * k:.0f})" for m, k in zip(means, left, strict=True)]
+        print(f"{name:30s}" + "".join(told), flush=True)
     write(
         f"criteria-resnet{args.depth}",
         {"settings": vars(args) | {"shares": SHARES}, "base": base, "criteria": rows},
