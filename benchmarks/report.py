@@ -238,7 +238,7 @@ def peers(document: dict[str, Any]) -> str:
         parts.append(
             f"{cell['model']}, {len(cell['groups'])} groups, {cell['images']} images, "
             f"{cell['nodes']} nodes or steps; whole calls, from model and data to scores:\n\n"
-            + table(("method", "time", "over singe's layer path", "sweep of its last call"), rows)
+            + table(("method", "time", "over singe's layer path", "sweep in a call"), rows)
             + "\n\nThe rest of a call of singe finds the groups and checks each by removing a unit."
         )
     return "\n\n".join(parts)
