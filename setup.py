@@ -25,9 +25,13 @@ def missing_tools() -> list[str]:
 
 def version_of(tool: str) -> tuple[int, ...]:
     """Empty if it does not run: ninja's own wheels up to 1.11 have scripts that fail in pip's environment."""
-    path = shutil.which(tool)
-    said = subprocess.run([path, "--version"], capture_output=True, text=True) if path else None
-    found = re.search(r"(\d+)\.(\d+)", said.stdout) if said else None
+    try:
+        said = subprocess.run(
+            [shutil.which(tool) or tool, "--version"], capture_output=True, text=True
+        )
+    except OSError:  # not there, or a script whose interpreter is gone
+        return ()
+    found = re.search(r"(\d+)\.(\d+)", said.stdout)
     return tuple(map(int, found.groups())) if found else ()
 
 

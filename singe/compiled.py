@@ -109,7 +109,9 @@ class PassCompiler:
             return known(tensors)
         if signature in self._passes and known is None:
             return self.stacked(batch, gates, probes, overrides)
-        with full_float32():  # kernels that round to TF32 in other ways look like another function
+        # Convolutions that round to TF32 in other ways look like another function. Of products Dynamo takes
+        # note: with another precision it would compile anew, and that is what ran unchecked afterwards.
+        with full_float32(products=False):
             plain = self.stacked(batch, gates, probes, overrides)
             try:
                 if known is None:

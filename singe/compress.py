@@ -221,7 +221,7 @@ def compress(
         model,
     )  # fmt: skip
     device = device_of(model)
-    with random_state_kept(device, train, calibrate, evaluate), Snapshot(model) as snapshot:
+    with random_state_kept(train, calibrate, evaluate), Snapshot(model) as snapshot:
         folder = _open(checkpoint, settings, model, resume)
         if calibrate is None:
             calibrate = _first_samples(train, CALIBRATION_SAMPLES, seed)

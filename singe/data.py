@@ -162,7 +162,7 @@ def check_reiterable(batches: Any, argument: str = "batches") -> None:
         )
     stream = batches.dataset if isinstance(batches, DataLoader) else None
     # A wrapper of a shuffling loader draws when it starts.
-    with random_state_kept(torch.device("cpu")):
+    with random_state_kept():
         once = iter(batches) is iter(batches) if stream is None else _streams_once(stream)
     if isinstance(batches, Iterator) or once:
         verb, kind = ("is", type(batches)) if stream is None else ("reads", type(stream))

@@ -188,7 +188,7 @@ def carry_out(
     start = time.perf_counter()
     device = device_of(model)
     find = find_groups if request.granularity == "unit" else find_weight_groups
-    with random_state_kept(device, batches), gradients_on():
+    with random_state_kept(batches), gradients_on():
         first = first_batch(batches, device)
         graph = graph or find(model, first, request.layers, request.ignore)
         found = time.perf_counter()

@@ -23,24 +23,29 @@ def derive(*parts: object) -> int:
 
 
 def seed_all(*parts: object, loader: Any = None) -> None:
-    """Seed torch (all devices), numpy and Python from ``parts``, and what ``loader`` shuffles with."""
+    """Seed torch (all devices in use), numpy and Python from ``parts``, and what ``loader`` shuffles with."""
     seed = derive(*parts)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - what augmentations draw from
-    torch.manual_seed(seed)
+    if torch.cuda.is_available() and not torch.cuda.is_initialized():
+        torch.default_generator.manual_seed(
+            seed
+        )  # GPUs would take the seed when they are first used
+    else:
+        torch.manual_seed(seed)
     for generator in _generators(loader):
         generator.manual_seed(seed)
 
 
 @contextmanager
-def random_state_kept(device: torch.device, *data: Any) -> Iterator[None]:
+def random_state_kept(*data: Any) -> Iterator[None]:
     """Whatever is seeded and drawn in here, the caller's generators go on as before.
 
     So do those that the loaders among ``data`` shuffle with.
     """
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     loaders = [(g, g.get_state()) for batches in data for g in _generators(batches)]
-    devices = [device] if device.type == "cuda" else []
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
         with torch.random.fork_rng(devices=devices):
             yield

@@ -297,7 +297,7 @@ class Sweep:
     ) -> ByUnit:
         """[C, k] of a module's channels, for every variant, by unit."""
         if self.one_by_one:
-            channels = self._channels_per_variant(member, variants)
+            channels = self._channels_per_variant(member, variants).to(grads[0].device)
             return torch.stack([grad[own] for grad, own in zip(grads, channels, strict=True)])
         if member.is_whole(len(grads[0])):
             return [grad.unflatten(0, (group.n_units, -1)) for grad in grads]

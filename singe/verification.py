@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from singe.coupling import readers_in_training
-from singe.data import Batch, device_of
+from singe.data import Batch
 from singe.errors import ModelError, NonFiniteError, first_line
 from singe.graph import NORMS, ROWS, Group, ModelGraph, private_copy
 from singe.memory import is_out_of_memory
@@ -138,7 +138,7 @@ def _readers_in_training(
     """What one trace tells; whatever it cannot tell is found by trying: GoogLeNet, 1 try in place of 39."""
     groups = [g for g in graph.groups if not g.heads]
     try:
-        with random_state_kept(device_of(model)):
+        with random_state_kept():
             return readers_in_training(model, batch, groups, layers)
     except Exception as error:  # of the trace or of Torch-Pruning, whose errors have no common type
         if is_out_of_memory(error):
@@ -178,7 +178,7 @@ def _watched(model: nn.Module, batch: Batch) -> tuple[list[Tensor], set[str]]:
     idle = set(layers)
     for name, layer in layers.items():
         layer.register_forward_pre_hook(lambda *_, name=name: idle.discard(name))
-    with random_state_kept(device_of(model)):
+    with random_state_kept():
         return float_outputs(batch.call(model)), idle
 
 
@@ -198,7 +198,7 @@ def _without_a_part(model: nn.Module, batch: Batch, layers: set[str]) -> set[str
 
 def _trouble_in_training(model: nn.Module, batch: Batch) -> str | None:
     """What a private copy raises in training mode, if it does."""
-    with random_state_kept(device_of(model)):
+    with random_state_kept():
         try:
             batch.call(model.train())
         except Exception as error:

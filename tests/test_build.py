@@ -167,11 +167,9 @@ def test_sdist_then_wheel_then_wheel_again(checkout, tmp_path):
     # Without a ninja of its own pip puts one into the isolated environment, and then deletes that.
     path = path_without("ninja", tmp_path / "bin")
     settings = {"SINGE_CUDA": "OFF", "CMAKE_BUILD_TYPE": "Debug"}  # half the time
-    broken = (
-        tmp_path / "broken" / "ninja"
-    )  # as the script of a ninja that is not in that environment
+    broken = tmp_path / "broken" / "ninja"  # as the script of a ninja whose environment is gone
     broken.parent.mkdir()
-    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.write_text("#!/no/such/python\n")
     broken.chmod(0o755)
     probe = subprocess.run(
         [*pip, "download", "-q", "--no-deps", "-d", tmp_path / "probe", "ninja", "pybind11"],
@@ -224,3 +222,21 @@ def test_a_broken_nvcc(checkout, tmp_path, mode):
     else:
         assert done.returncode == 0, done.stdout
         assert "built WITHOUT CUDA kernels: nvcc found but unable to compile" in said
+
+
+@pytest.mark.slow
+@needs("cmake")
+@needs("ninja")
+@needs("nvcc")
+def test_an_nvcc_that_is_too_old(checkout):
+    pytest.importorskip("pybind11", reason="configures without build isolation")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=checkout,
+        env=os.environ | {"SINGE_CUDA": "ON", "SINGE_CUDA_ARCHS": "80-real;999"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "SINGE_CUDA=ON, but this nvcc does not know sm_999" in " ".join(done.stdout.split())

@@ -58,6 +58,22 @@ def test_compiled_is_the_definition(name):
     compare(case.model(), case.batches((3, 3, 3, 3, 2)), 1e-9, path="network")
 
 
+@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_what_was_checked_is_what_runs(precision):
+    """Once: Dynamo compiles anew where products have another precision than when it was checked."""
+    before = torch.get_float32_matmul_precision()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        case = CASES["residual"]
+        run_engine(case.model(), case.batches((3,) * 5), compile=True, path="network")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 @pytest.mark.parametrize("name", ["residual", "tokens"])
 def test_inductor_is_the_definition(name):
     case = CASES[name]

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from helpers import batch_of, make_batches, randomise
+from helpers import batch_of, make_batches, randomise, relative_error
 from helpers_networks import residual
 from torch import nn
 
@@ -54,6 +54,24 @@ def test_equals_the_definition_on_the_cpu(
     for name in scores:
         torch.testing.assert_close(scores[name], expected[name], rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(scores[name], again[name], rtol=1e-5, atol=1e-7)
+
+
+# bfloat16 keeps 8 bits (on a CPU up to 1.4e-2 here), the others only sum in another order.
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [({"autocast": torch.bfloat16}, 0.1), ({"compile": True}, 1e-3), ({"max_memory": 1}, 1e-3)],
+    ids=str,
+)
+def test_other_ways_to_the_same_scores(
+    monkeypatch: pytest.MonkeyPatch, options: dict, tolerance: float
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    model = randomise(residual()).cuda()
+    data = make_batches((3, 8, 8), [8] * 5, dtype=torch.float32)
+    plain = singe.score(model, data, path="network")
+    found = singe.score(model, data, path="network", **options)
+    for name in plain:
+        assert relative_error(found[name], plain[name]) <= tolerance, name
 
 
 @pytest.mark.parametrize("tf32", [False, True])
@@ -107,11 +125,11 @@ def test_a_model_on_two_devices_is_refused() -> None:
     model = residual()
     model[0].cuda()
     with pytest.raises(singe.ModelError, match=r"on cpu, cuda:0; move the model to one device"):
-        singe.score(model, make_batches((3, 8, 8), [8]), progress=False)
+        singe.score(model, make_batches((3, 8, 8), [8], dtype=torch.float32), progress=False)
 
 
 def test_a_default_device_has_no_say() -> None:
-    model, data = residual(), make_batches((3, 8, 8), [8, 8])
+    model, data = residual(), make_batches((3, 8, 8), [8, 8], dtype=torch.float32)
     expected = singe.score(model, data, progress=False)
     with torch.device("cuda"):
         scores = singe.score(model, data, progress=False)

@@ -382,6 +382,13 @@ def test_why_cuda_is_not_usable(monkeypatch, core, device, message):
     assert bool(message) == bool(said)
 
 
+def test_a_torch_without_cuda_cannot_name_the_gpu(monkeypatch):
+    """Its driver and the core are there all the same."""
+    pretend(monkeypatch, FakeCore(problem="no kernel image is available"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert native.cuda_problem(0) == "no kernel image is available"
+
+
 def test_a_card_without_memory_is_asked_again(monkeypatch):
     core = FakeCore(problem="singe: CUDA: out of memory")
     pretend(monkeypatch, core)
@@ -407,6 +414,7 @@ def pretend(monkeypatch, core: FakeCore) -> None:
     monkeypatch.setattr(native, "_load", lambda: (core, ""))
     monkeypatch.setattr(native, "_setup_problem", native._setup_problem.__wrapped__)
     monkeypatch.setattr(native, "_ready", set())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
 
 

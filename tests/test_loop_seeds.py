@@ -14,13 +14,26 @@ from helpers_loop import BATCHES, OPTIONS, network, same_weights
 from torch.utils.data import DataLoader, TensorDataset
 
 import singe
-from singe.seeding import Stream
+from singe.seeding import Stream, seed_all
 
 
 def loader(seed: int | None = None) -> DataLoader:
     x, y = torch.cat([b[0] for b in BATCHES]), torch.cat([b[1] for b in BATCHES])
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     return DataLoader(TensorDataset(x, y), batch_size=5, shuffle=True, generator=generator)
+
+
+@pytest.mark.parametrize("in_use", [True, False])
+def test_gpus_that_are_not_in_use_are_not_seeded(monkeypatch, in_use):
+    """They would take the seed when they are first used, long after the run."""
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: in_use)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    with torch.random.fork_rng(devices=[]):
+        seed_all(5)
+        found = torch.initial_seed()
+    assert seeded == ([found] if in_use else [])
 
 
 @pytest.mark.parametrize("seed", [None, 3])

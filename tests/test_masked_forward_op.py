@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -197,6 +198,33 @@ def test_dispatch_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         op.backend(cpu)
     monkeypatch.setenv("SINGE_KERNELS", "auto")
     assert op.backend(torch.device("cuda")) is None
+
+
+def test_a_triton_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As without a C compiler: torch serves, a warning says why; a full card is no such reason."""
+
+    def kernels_that_raise(said: str) -> Any:
+        def start(*_: Any) -> None:
+            raise RuntimeError(said)
+
+        module = ModuleType("kernels")
+        module.masked_forward = start  # type: ignore[attr-defined]
+        return module
+
+    cpu = torch.device("cpu")
+    kernels = kernels_that_raise("Failed to find C compiler")
+    with pytest.warns(UserWarning, match="runs on plain torch.*cpu.*Failed to find C compiler"):
+        assert not op._works(kernels, cpu)
+    assert not op._works(kernels, cpu)  # and says so once
+    with pytest.raises(RuntimeError, match="out of memory"):
+        op._works(kernels_that_raise("CUDA error: out of memory"), cpu)
+    kernels = op._triton()
+    if kernels is not None and kernels.interpreted():
+        assert op._works(kernels, cpu)
+    monkeypatch.setattr(op, "_triton", lambda: kernels)
+    for works in (True, False):
+        monkeypatch.setattr(op, "_works", lambda *_, works=works: works)
+        assert op.backend(torch.device("cuda")) is (kernels if works else None)
 
 
 def test_works_without_triton() -> None:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from typing import Any
+
 import pytest
 import torch
 
 from singe.memory import is_out_of_memory
 from singe.tf32 import full_float32
 
+cudnn: Any = torch.backends.cudnn
+
 
 @full_float32()
 def fail_inside() -> None:
-    assert not torch.backends.cudnn.allow_tf32
+    if hasattr(cudnn, "fp32_precision"):
+        assert cudnn.conv.fp32_precision == cudnn.rnn.fp32_precision == "ieee"
+    else:
+        assert not cudnn.allow_tf32
     assert torch.get_float32_matmul_precision() == "highest"
     raise ZeroDivisionError
 
@@ -29,6 +38,52 @@ def test_settings_come_back_also_after_an_error(monkeypatch, convolutions, produ
         assert torch.get_float32_matmul_precision() == products
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_products_may_be_left_as_they_are():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with full_float32(products=False):
+            assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+# In a process of its own: what is set once cannot be made unset by torch's older names.
+SETTINGS = """
+import sys, torch
+from singe.tf32 import full_float32
+
+backends = torch.backends
+owners = [backends, backends.cudnn, backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul]
+exec(sys.argv[1])
+before = [owner.fp32_precision for owner in owners]
+with full_float32():
+    assert backends.cudnn.conv.fp32_precision == backends.cudnn.rnn.fp32_precision == "ieee"
+    assert backends.cuda.matmul.fp32_precision != "tf32"
+assert [owner.fp32_precision for owner in owners] == before
+"""
+
+
+@pytest.mark.skipif(not hasattr(cudnn, "fp32_precision"), reason="torch before 2.9")
+@pytest.mark.parametrize(
+    "first",
+    [
+        "pass",
+        "backends.cudnn.conv.fp32_precision = 'tf32'",
+        "backends.cuda.matmul.fp32_precision = 'tf32'",
+        "backends.cudnn.fp32_precision = 'tf32'",
+        "backends.fp32_precision = 'tf32'",
+        "backends.fp32_precision = 'ieee'",
+    ],
+)
+def test_what_was_inherited_is_inherited_again(first):
+    later = "backends.fp32_precision = 'ieee'\nassert backends.cudnn.conv.fp32_precision == 'ieee'"
+    inherits = "cudnn" not in first
+    program = SETTINGS + (later if inherits else "")
+    done = subprocess.run([sys.executable, "-c", program, first], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

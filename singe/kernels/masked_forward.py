@@ -11,13 +11,14 @@ Gradients exist for y, gate and residual, once: there is no double backward. sca
 frozen: they get none, also where they require it.
 
 The environment variable SINGE_KERNELS chooses the implementation at every call: `auto` (Triton on
-CUDA where it is installed, torch elsewhere), `triton` or `torch`.
+CUDA where it is installed and runs, torch elsewhere), `triton` or `torch`.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import warnings
 from types import ModuleType
 from typing import Any
 
@@ -96,6 +97,27 @@ def _triton() -> ModuleType | None:
     return masked_forward_triton
 
 
+@functools.cache
+def _works(kernels: ModuleType, device: torch.device) -> bool:
+    """Whether a kernel starts there: Triton needs a C compiler, Python's headers and a GPU it knows."""
+    one = torch.ones(1, 1, 1, 1, device=device)
+    gate = one.view(1, 1)
+    try:
+        kernels.masked_forward(
+            torch.empty_like(one), one, gate, None, None, None, "identity", False
+        )
+    except Exception as error:  # of a subprocess, a compiler or a driver
+        if "out of memory" in str(error):
+            raise  # says nothing, and is not remembered
+        message = f"{type(error).__name__}: {error}"
+        warnings.warn(
+            f"the masked forward runs on plain torch: Triton cannot start a kernel on {device} ({message})",
+            stacklevel=4,
+        )
+        return False
+    return True
+
+
 def backend(device: torch.device) -> ModuleType | None:
     """The module with the launchers, or None for the torch reference."""
     mode = os.environ.get("SINGE_KERNELS", "auto")
@@ -104,11 +126,11 @@ def backend(device: torch.device) -> ModuleType | None:
     if mode == "torch" or (mode == "auto" and device.type != "cuda"):
         return None
     kernels = _triton()
-    if mode == "auto" or (kernels is not None and device.type == "cuda"):
-        return kernels
+    if mode == "auto":
+        return kernels if kernels is not None and _works(kernels, device) else None
     if kernels is None:
         raise KernelError("SINGE_KERNELS=triton, but triton is not installed: pip install triton")
-    if not kernels.interpreted():
+    if device.type != "cuda" and not kernels.interpreted():
         raise KernelError(
             "SINGE_KERNELS=triton on CPU tensors needs TRITON_INTERPRET=1 set before triton was "
             "imported"

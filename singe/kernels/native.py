@@ -79,7 +79,7 @@ def _device_problem(device: int) -> str:
     said = str(module.cuda_problem(device))
     if not said:
         _ready.add(device)
-    elif any(text in said for text in UNFIT):
+    elif any(text in said for text in UNFIT) and torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability(device)
         return (
             f"{said}; the GPU is sm_{major}{minor}, rebuild for it: "
