@@ -12,7 +12,6 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from singe.errors import KernelError
 from singe.kernels import masked_forward, native
 from singe.versions import versions
 
@@ -90,7 +89,7 @@ def _kernels(device: torch.device) -> dict[str, str]:
         integral = "torch" if problem or forced == "torch" else "native"
     try:
         forward = "torch" if masked_forward.backend(device) is None else "triton"
-    except (KernelError, ImportError) as error:
+    except (RuntimeError, ImportError) as error:  # a KernelError, or a card without memory
         forward = f"error: {error}"
     return {"integral": integral, "masked_forward": forward}
 
