@@ -24,9 +24,8 @@ def full_float32(products: bool = True) -> Iterator[None]:
 
 def _full_convolutions(undo: ExitStack) -> None:
     cudnn: Any = torch.backends.cudnn
-    if hasattr(
-        cudnn, "fp32_precision"
-    ):  # torch 2.9; its old names refuse where the new ones were used
+    # Since torch 2.9, whose old names refuse where the new ones were used.
+    if hasattr(cudnn, "fp32_precision"):
         for owner in (cudnn, cudnn.conv, cudnn.rnn):  # the last two follow the first, or were set
             _set_full(owner, undo)
     elif cudnn.allow_tf32:

@@ -274,12 +274,19 @@ def choose_criteria(
         parser.error(f"unknown: {', '.join(sorted(unknown))}; offered: {', '.join(offered)}")
 
 
-def where() -> Row:
-    """What a run says about the machine."""
+def where(experiment: Experiment) -> Row:
+    """What every run says of the machine, and of the network before anything is removed."""
+    base = accuracy(experiment.model, experiment.data.test)
     here = environment()
     gpu = {"gpu": here["machine"]["gpu"]} if DEVICE == "cuda" else {}
     precision = "bfloat16" if BF16 else "float32"
-    return {"precision": precision, "cpu": here["machine"]["cpu"], **gpu, "commit": here["commit"]}
+    return {
+        "precision": precision,
+        "cpu": here["machine"]["cpu"],
+        **gpu,
+        "commit": here["commit"],
+        "base": base,
+    }
 
 
 def told(row: Row) -> str:
@@ -304,7 +311,7 @@ def main() -> None:
         parser.error("--steps 0 goes with one round")
     part, parts = map(int, args.part.split("/"))
     experiment = Experiment(args)
-    fixed = where() | {"base": accuracy(experiment.model, experiment.data.test)}
+    fixed = where(experiment)
     for job in list(jobs(args))[part::parts]:
         if is_done(job):
             continue

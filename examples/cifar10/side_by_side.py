@@ -180,8 +180,7 @@ def main() -> None:
     print(f"{len(plans)} plans in {folder}", flush=True)
     if not args.epochs:
         return
-    base = finetuned.accuracy(experiment.model, experiment.data.test)
-    fixed = finetuned.where() | {"base": base}
+    fixed = finetuned.where(experiment)
     pairs = zip(todo, plans, strict=True)
     for _, group in groupby(pairs, key=lambda pair: pair[0]["seed"]):
         jobs, of_jobs = zip(*group, strict=True)
