@@ -145,7 +145,10 @@ class BatchPasses:
                     return
                 if self.sweep.recorded_shapes != shapes_of(batch):  # but of the few that were tried
                     reference = self.sweep.record(batch)
-            variants = job[done : done + self.room.chunk]
+            # Passes of one size: a GPU chooses its kernels anew for every shape.
+            left = len(job) - done
+            passes = -(-left // self.room.chunk)
+            variants = job[done : done + -(-left // passes)]
             lack = self._add(variants, batch, reference, fold)
             if lack is None:
                 done += len(variants)

@@ -27,7 +27,7 @@ from singe.graph import expect_model, separate_copy, unwrapped
 from singe.latency import Timing
 from singe.limits import MAX_PRUNING_RATIO, Share
 from singe.loop import ROUNDS, Loop
-from singe.memory import free_memory
+from singe.memory import usual_budget
 from singe.objectives import Loss, Objective
 from singe.plain import plain_count, plain_number
 from singe.plan import Plan
@@ -226,7 +226,7 @@ def compress(
         if calibrate is None:
             calibrate = _first_samples(train, CALIBRATION_SAMPLES, seed)
         if request.max_memory is None:
-            request = replace(request, max_memory=max(LEAST_MEMORY, free_memory(device) // 4))
+            request = replace(request, max_memory=max(LEAST_MEMORY, usual_budget(device)))
         teacher = separate_copy(model).eval() if training.distill > 0 else None
         tuner = Tuner(model, training, Stream(train, derive(seed, "train")), seed, teacher)
         if finetune is None and finetune_steps + final_steps > 0:

@@ -36,8 +36,9 @@ class FusedEngine:
     """One scoring run; see :func:`singe.score` for the arguments.
 
     Args:
-        max_memory: bytes that scoring may take beside the model and the data; None: a quarter of
-            what is free. On out-of-memory the pass is halved and repeated, then the batch.
+        max_memory: bytes that scoring may take beside the model and the data; None: see
+            :func:`singe.memory.usual_budget`. On out-of-memory the pass is halved and repeated, then
+            the batch.
         autocast: dtype of convolutions and linear layers, or None.
         n_batches: how many batches there are, or None if that is not known.
         decision: stops feeding units whose side of a cut is settled.

@@ -134,8 +134,9 @@ def score(
         layers: only the groups of these layers (names or modules); default all prunable groups.
         ignore: layers that keep all their channels (names or modules, containers included).
         engine: ``"fused"``, or ``"naive"``: the definition, run literally.
-        max_memory: bytes beside the model and the data; default a quarter of what is free. Passes are
-            cut to fit, batches too where not even one variant fits, down to one sample and one variant.
+        max_memory: bytes beside the model and the data; default a quarter of what is free, half of it on
+            a GPU. Passes are cut to fit, batches too where not even one variant fits, down to one sample
+            and one variant.
         autocast: ``torch.bfloat16`` or ``torch.float16``: convolutions and linear layers compute in
             it, sums stay float32. Float32 models and the fused engine only.
         compile: run the passes through ``torch.compile``. Every group's pass is compiled once for every

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from singe import memory, units, verification
 from singe.data import cut
+from singe.room import Room
 from singe.sums import Sums
 from singe.sweep import Sweep
 
@@ -44,6 +45,23 @@ def test_a_batch_that_does_not_fit_is_cut(monkeypatch):
     cut = run_engine(model, batches, max_memory=60_000)
     assert {size for _, size in sizes} < set(range(1, 6))
     assert_close(cut.scores, whole.scores, 1e-12)
+
+
+def test_the_passes_of_a_group_are_of_one_size(monkeypatch):
+    case = CASES["residual"]
+    model, batches = case.model(), case.batches((9,))
+    monkeypatch.setattr(Room, "variants", lambda self: 4)
+    monkeypatch.setattr(Room, "shared_by", lambda self: 0)
+    sizes = []
+    add = Sweep._add_gradients
+
+    def spy(self, variants, *args):
+        sizes.append(len(variants))
+        return add(self, variants, *args)
+
+    monkeypatch.setattr(Sweep, "_add_gradients", spy)
+    run_engine(model, batches, quadrature=6)
+    assert set(sizes) == {3}
 
 
 @pytest.mark.parametrize(
