@@ -115,9 +115,10 @@ sys.exit(native.cuda_problem(0) or None)' || give_up "the compiled kernels are n
 export SINGE_INTEGRAL=native SINGE_REQUIRE_GPU=1
 test=("$PYTHON" -m pytest -vv -rs -p no:cacheprovider)
 mapfile -t marked < <(grep -l 'mark\.gpu' tests/test_*.py)
-step tests 160 "${test[@]}" -n 10 -m gpu "${marked[@]}"
+# One thread each: the references run on the CPU, and processes that all use all cores stand in each other's way.
+step tests 160 env OMP_NUM_THREADS=1 "${test[@]}" -n 14 -m gpu "${marked[@]}"
 # Not marked: without a GPU these run in Triton's interpreter.
-step triton 115 "${test[@]}" -n 14 -m "not gpu" tests/test_masked_forward{,_op}.py
+step triton 115 env OMP_NUM_THREADS=1 "${test[@]}" -n 14 -m "not gpu" tests/test_masked_forward{,_op}.py
 # torch's caching allocator would hide what lies beyond a tensor; 2^30 elements would take too long.
 triton=tests/test_masked_forward.py::test_triton_equals_torch
 step sanitizer 50 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \

@@ -145,16 +145,19 @@ class Contest:
         self.calls: list[float] = []
 
     def warm_up(self) -> None:
-        """One batch of everything: caches, allocators, kernels chosen at the first call of a shape."""
+        """One batch of everything: caches, allocators, kernels chosen at the first call of a shape.
+
+        In the order of a round: how many variants fit into a pass depends on what ran before.
+        """
+        for loop in self.loops.values():
+            loop.step(self.plan.steps[0], self.work.batches, self.rule)
+        ordinary(self.work.model, *self.work.batches[0], passes=1)
         first = Work(self.work.name, self.work.model, self.work.batches[:1], self.work.layers)
         path = "layer" if self.path == "neuron" else self.path
-        sweep(first, path, self.nodes)
         for name, variant in self.variants.items():
             if variant["refused"] is None and name != COMPILED:
                 sweep(first, path, self.nodes, **VARIANTS[name])
-        ordinary(self.work.model, *self.work.batches[0], passes=1)
-        for loop in self.loops.values():
-            loop.step(self.plan.steps[0], self.work.batches, self.rule)
+        sweep(first, path, self.nodes)
 
     def others(self) -> None:
         """One round of everyone but the fused engine."""
