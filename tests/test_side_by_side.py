@@ -16,6 +16,7 @@ from helpers import (
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "cifar10"))
+import cifar10
 import finetuned
 import side_by_side
 
@@ -58,10 +59,32 @@ def test_as_each_alone(monkeypatch, device, bf16, tolerance):
     for model in alone:
         finetuned.train(model, itertools.cycle(data), 10, 0.1)
     seen = list(side_by_side.train(models, itertools.cycle(data), 10, 0.1))
-    assert seen == list(range(1, 11))
+    assert seen == [2, 5, 8, 10]
     for found, expected in zip(models, alone, strict=True):
         assert not found.training
         for name, tensor in expected.state_dict().items():
             torch.testing.assert_close(
                 found.state_dict()[name], tensor, rtol=tolerance, atol=tolerance, msg=name
             )
+
+
+def test_channels_of_zeros_change_nothing(monkeypatch):
+    monkeypatch.setattr(finetuned, "DEVICE", "cpu")
+    monkeypatch.setattr(finetuned, "BF16", False)
+    torch.manual_seed(0)
+    narrow = cifar10.CifarResNet(1)
+    side_by_side.resize(narrow, [13, 20, 41])
+    wide = copy.deepcopy(narrow)
+    side_by_side.resize(wide, [16, 24, 48])
+    assert side_by_side.widths(wide) == [16, 24, 48]
+    data = [(torch.randn(6, 3, 16, 16), torch.randint(10, (6,))) for _ in range(5)]
+    for model in (narrow, wide):
+        finetuned.train(model, itertools.cycle(data), 10, 0.01)
+    grown = wide.state_dict()["layer1.0.conv1.weight"][13:]
+    assert grown.shape[0] == 3
+    assert not grown.any()
+    side_by_side.resize(wide, [13, 20, 41])
+    for name, tensor in narrow.state_dict().items():
+        torch.testing.assert_close(
+            wide.state_dict()[name], tensor, rtol=1e-4, atol=1e-5, msg=name
+        )  # sums of other lengths

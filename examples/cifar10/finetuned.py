@@ -54,7 +54,8 @@ BF16 = DEVICE == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False
 KEY = ("criterion", "ranking", "speedup", "steps", "rounds", "lr", "seed")
 # What rows that do not say were run with.
 ALSO = {
-    "samples": 256, "train_images": 50_000, "between": 0.5, "max_pruning_ratio": 0.75, "held_out": False,
+    "samples": 256, "train_images": 50_000, "batch_size": BATCH, "between": 0.5,
+    "max_pruning_ratio": 0.75, "held_out": False,
 }  # fmt: skip
 TEST_IMAGES = 5000  # of the 10,000
 QUICK_IMAGES = 2000  # of those, while a network trains
@@ -75,11 +76,11 @@ class Data:
         part = slice(seed * samples, (seed + 1) * samples)
         return cifar10.batches(self.x[part], self.y[part], BATCH)
 
-    def training(self, seed: int, images: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def training(self, seed: int, images: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """All images, or the next ``images`` of them for every seed; augmented, without end."""
         start = seed * images if images < len(self.x) else 0
         part = slice(start, start + images)
-        epochs = cifar10.Augmented(self.x[part], self.y[part], BATCH, seed)
+        epochs = cifar10.Augmented(self.x[part], self.y[part], size, seed)
         while True:
             yield from epochs
 
@@ -156,7 +157,7 @@ class Experiment:
     def run(self, job: Row) -> Row:
         """Prune and fine-tune, at once or in rounds."""
         torch.manual_seed(job["seed"])
-        batches = self.data.training(job["seed"], job["train_images"])
+        batches = self.data.training(job["seed"], job["train_images"], job["batch_size"])
         return self.entwined(job, batches) if job["rounds"] > 1 else self.one_shot(job, batches)
 
     def entwined(self, job: Row, batches: Iterator[tuple[Tensor, Tensor]]) -> Row:
@@ -257,6 +258,7 @@ def options(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--criteria", nargs="+", help="default: all")
     parser.add_argument("--lr", type=float, default=LR)
+    parser.add_argument("--batch-size", type=int, default=BATCH, help="to fine-tune with")
     parser.add_argument("--samples", type=int, default=ALSO["samples"], help="to score on")
     parser.add_argument(
         "--max-pruning-ratio", type=float, default=ALSO["max_pruning_ratio"], help="of every layer"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections import defaultdict
@@ -39,14 +40,22 @@ class Setting(NamedTuple):
     lr: float
     samples: int
     train_images: int
+    batch_size: int
     between: float
     max_pruning_ratio: float
     held_out: bool
 
     @property
     def usual(self) -> bool:
-        """Whether only budget, steps, rounds and learning rate are its own."""
-        return all(getattr(self, name) == value for name, value in ALSO.items())
+        """Whether only budget, steps, rounds, learning rate and size of batches are its own."""
+        return all(
+            getattr(self, name) == value for name, value in ALSO.items() if name != "batch_size"
+        )
+
+    @property
+    def usual_rate(self) -> bool:
+        """Whether the learning rate is in proportion to the batches."""
+        return math.isclose(self.lr * BATCH, LR * self.batch_size)
 
     @property
     def title(self) -> str:
@@ -55,9 +64,13 @@ class Setting(NamedTuple):
             return f"{self.speedup:g} x fewer MACs, no fine-tuning, BatchNorm recalibrated{images}"
         how = "one-shot" if self.rounds == 1 else f"entwined in {self.rounds} rounds"
         rate = "" if self.lr == LR else f", learning rate {self.lr:g}"
-        epochs = round(self.steps * BATCH / self.train_images)
-        long = f" ({epochs} epochs)" if epochs > 1 and self.usual else ""
-        return f"{self.speedup:g} x fewer MACs, {how}, {self.steps:,} steps{long}{rate}"
+        batches = "" if self.batch_size == BATCH else f" of {self.batch_size} images"
+        long = f" ({self.epochs} epochs)" if self.epochs > 1 and self.usual else ""
+        return f"{self.speedup:g} x fewer MACs, {how}, {self.steps:,} steps{batches}{long}{rate}"
+
+    @property
+    def epochs(self) -> int:
+        return round(self.steps * self.batch_size / self.train_images)
 
 
 def by_setting(runs: Runs) -> dict[Setting, Cells]:
@@ -156,16 +169,23 @@ def overview(settings: dict[Setting, Cells]) -> str:
         shown = [
             (what, title, cells)
             for setting, cells in settings.items()
-            if (setting.speedup, setting.rounds, setting.lr) == (speedup, 1, LR)
-            for what, title in (("pruned", "right after"), ("last", f"{setting.steps:,} steps"))
+            if (setting.speedup, setting.rounds, setting.usual_rate) == (speedup, 1, True)
+            for what, title in (("pruned", "right after"), ("last", trained(setting)))
             if what == "last" or setting.steps == 0
         ]  # fmt: skip
-        names = ordered({name: {"cost": of["cost"]} for name, of in shown[-1][2].items()})
+        last = max((cells for _, _, cells in shown[::-1]), key=len)  # of those with all criteria
+        names = ordered({name: {"cost": of["cost"]} for name, of in last.items()})
         columns = [column_of(names, cells, what) for what, _, cells in shown]
         header = [f"{speedup:g} x fewer MACs", *(title for _, title, _ in shown)]
         rows = [[name, *cells] for name, *cells in zip(names, *columns, strict=True)]
         parts.append(table(header, rows))
     return "\n\n".join(parts)
+
+
+def trained(setting: Setting) -> str:
+    if setting.batch_size == BATCH:
+        return f"{setting.steps:,} steps"
+    return f"{setting.epochs} epochs, batches of {setting.batch_size}"
 
 
 def column_of(names: list[str], cells: Cells, what: str) -> list[str]:
