@@ -29,7 +29,8 @@ def free_memory(device: torch.device) -> int:
 def usual_budget(device: torch.device) -> int:
     """Bytes that scoring takes where nobody says: half of what is free on a GPU, a quarter elsewhere.
 
-    Every pass costs a GPU's host 50 to 90 ms, however many variants it has (ResNet-50).
+    What starts a pass costs the host more than a variant costs a GPU: ResNet-50 on an H200 took 94 ms for a
+    pass of one variant, 33 for a plain one (``benchmarks/results/probes-h200.json``).
     """
     return free_memory(device) // (2 if device.type == "cuda" else 4)
 

@@ -10,7 +10,7 @@ a CUDA graph, on a stream of its own (of which a GPU runs 8 at once, if not told
 same batch at the same time: runs of one seed see the same images in the same order anyway. Batches are
 full: 195 steps of 256 images are an epoch. Widths are filled up to multiples of 8 with channels that are 0
 and stay it. On an H200 a step of 17 networks takes 34 ms with 64 images, 25 with the widths filled up, and 66
-with 256 images: 40 epochs are 17, 13 and 9 minutes.
+with 256 images: 40 epochs are 17, 13 and 9 minutes (``benchmarks/results/probes-h200.json``).
 
 Plans are kept in ``--plans``. With ``--epochs 0`` nothing else is made, so that the hours of the GPU
 go to training alone.
