@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.architectures import ARCHITECTURES, Architecture
-from benchmarks.record import RESULTS, ROOT, write
+from benchmarks.record import ROOT, earlier, write
 from singe.criteria import as_criterion
 from singe.data import as_batch
 from singe.definition import Definition
@@ -263,8 +263,7 @@ def _publish(fresh: dict[str, dict[str, Any]]) -> None:
 
 def _earlier() -> list[dict[str, Any]]:
     """What docs/models.md holds so far: a run with ``--only`` replaces some of it."""
-    path = RESULTS / "models.json"
-    return json.loads(path.read_text())["results"]["architectures"] if path.is_file() else []
+    return earlier("models").get("architectures", [])
 
 
 if __name__ == "__main__":

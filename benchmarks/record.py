@@ -112,10 +112,24 @@ def _cpu() -> str:
         return platform.processor()
 
 
+def _folder() -> Path:
+    return Path(os.environ.get("SINGE_RESULTS") or RESULTS)
+
+
+def earlier(name: str) -> Any:
+    """The results that :func:`write` left last, for what goes on with them; an empty dict if there are none.
+
+    Where results are put elsewhere for the time being, the first write goes on with those of the checkout.
+    """
+    for folder in (_folder(), RESULTS):
+        if (path := folder / f"{name}.json").is_file():
+            return json.loads(path.read_text())["results"]
+    return {}
+
+
 def write(name: str, results: Any, folder: Path | None = None) -> Path:
     """Write ``{"environment", "results"}`` and say where."""
-    folder = folder or Path(os.environ.get("SINGE_RESULTS", RESULTS))
-    path = folder / f"{name}.json"
+    path = (folder or _folder()) / f"{name}.json"
     save(path, {"environment": environment(), "results": results})
     print(f"wrote {path.name}", flush=True)
     return path

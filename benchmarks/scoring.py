@@ -152,6 +152,7 @@ class Contest:
         for loop in self.loops.values():
             loop.step(self.plan.steps[0], self.work.batches, self.rule)
         ordinary(self.work.model, *self.work.batches[0], passes=1)
+        self.work.model.zero_grad()
         first = Work(self.work.name, self.work.model, self.work.batches[:1], self.work.layers)
         path = "layer" if self.path == "neuron" else self.path
         for name, variant in self.variants.items():

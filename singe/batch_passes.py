@@ -145,10 +145,11 @@ class BatchPasses:
                     return
                 if self.sweep.recorded_shapes != shapes_of(batch):  # but of the few that were tried
                     reference = self.sweep.record(batch)
-            # Passes of one size: a GPU chooses its kernels anew for every shape.
             left = len(job) - done
             passes = -(-left // self.room.chunk)
-            variants = job[done : done + -(-left // passes)]
+            # Of one size where that takes no more passes: a GPU chooses its kernels anew for every shape.
+            size = self.room.chunk if left % passes else left // passes
+            variants = job[done : done + size]
             lack = self._add(variants, batch, reference, fold)
             if lack is None:
                 done += len(variants)

@@ -24,7 +24,7 @@ from singe.errors import CheckpointError
 from singe.files import replacing
 from singe.graph import unwrapped
 
-FORMAT = "singe-checkpoint-6"
+FORMAT = "singe-checkpoint-7"
 KEPT = 2
 
 

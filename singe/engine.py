@@ -156,8 +156,7 @@ class FusedEngine:
             self.decision.load(tensors)
         self.room.load(header)
         self.passes.evaluated = header["evaluated"]
-        # Not in a state that was saved before it was there.
-        self.sweep.sample_gates.known = dict(header.get("sample_gates", {}))
+        self.sweep.sample_gates.known = dict(header["sample_gates"])
 
     def variants_per_batch(self) -> int:
         """How many variants one batch takes: the unit of progress."""

@@ -17,9 +17,10 @@ MAX_VARIANTS = 64  # per pass; beyond that a pass only takes more memory
 # seconds with 4 / 2 / 1 variants per pass: 16 images (12 MB a variant) 0.62 / 0.72 / 0.72, 64 images
 # 2.1 / 2.1 / 2.2, 256 images 14.3 / 10.1 / 8.9.
 CPU_PASS_BYTES = 200 << 20
-# What a variant takes, over the plain pass's outputs, beside its gradients of rows. Measured: 0.7 (ResNet-50,
-# Swin-T, an MLP-Mixer) to 1.2 (MobileNetV3-L), 1.4 (ViT-B/16), 1.9 (ConvNeXt-T).
-ACTIVATION_COPIES = 2
+ACTIVATION_COPIES = 3  # forward, what backward keeps, and the gradient
+# Where nobody gave a limit, on a GPU: 0.7 (ResNet-50) to 1.9 (ConvNeXt-T) were seen, and memory that runs out
+# all the same is a pass that is repeated.
+EXPECTED_COPIES = 2
 # Groups share a pass while it is so small that starting operations costs more than running them.
 SHARED_PASS_BYTES = 2 << 20
 MAX_FOLDS = 16  # of the data, for error bars
@@ -62,6 +63,8 @@ class Room:
         }[definition.path]
         self.max_memory = max_memory
         self.budget = max_memory or usual_budget(device)
+        bold = max_memory is None and not self._on_cpu
+        self._copies = EXPECTED_COPIES if bold else ACTIVATION_COPIES
         self.folds = 1
         self.chunk = MAX_VARIANTS
         self.most = sys.maxsize
@@ -80,13 +83,13 @@ class Room:
 
     def samples(self) -> int:
         """How many samples leave room for one variant, by :attr:`sample_bytes`; at least 1."""
-        size = int(self.beside_sums // max(1, (1 + ACTIVATION_COPIES) * self.sample_bytes))
+        size = int(self.beside_sums // max(1, (1 + self._copies) * self.sample_bytes))
         return max(1, min(size, self.most))
 
     def variants(self) -> int:
         """How many variants of the recorded batch fit beside its record; 0: none does."""
         record = max(1, self._cache.bytes)
-        left, activations = self.beside_sums - record, ACTIVATION_COPIES * record
+        left, activations = self.beside_sums - record, self._copies * record
         if left < activations:
             return 0
         # Not less than one for the rows' sake: a smaller batch has the same.
@@ -99,8 +102,7 @@ class Room:
 
     def load(self, state: Mapping[str, int]) -> None:
         """Take over what :meth:`state` gave."""
-        self.budget, self.chunk = state["budget"], state["chunk"]
-        self.most = state.get("most", sys.maxsize)  # states were saved before it was there
+        self.budget, self.chunk, self.most = state["budget"], state["chunk"], state["most"]
 
     def shared_by(self) -> int:
         """How many variants of the recorded batch make one pass, where groups share it."""

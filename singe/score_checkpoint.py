@@ -24,7 +24,7 @@ from singe.errors import CheckpointError
 from singe.files import replacing
 from singe.graph import unwrapped
 
-FORMAT = "singe-run-1"
+FORMAT = "singe-run-2"
 SHARE_OF_TIME = 0.05  # at most this goes into saving; the first batch is always saved
 
 

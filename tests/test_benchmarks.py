@@ -215,6 +215,19 @@ def test_the_commit_is_none_where_nothing_says_it(tmp_path, monkeypatch):
     assert "commit unknown" in report.provenance(found, "name.json")
 
 
+def test_results_that_are_put_elsewhere_add_up(monkeypatch, tmp_path):
+    (tmp_path / "checkout").mkdir()
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "checkout")
+    assert record.earlier("name") == {}
+    record.write("name", {"runs": [1]})
+    monkeypatch.setenv("SINGE_RESULTS", str(tmp_path / "elsewhere"))
+    for run in (2, 3):
+        record.write("name", {"runs": [*record.earlier("name")["runs"], run]})
+    assert record.earlier("name") == {"runs": [1, 2, 3]}
+    monkeypatch.delenv("SINGE_RESULTS")
+    assert record.earlier("name") == {"runs": [1]}
+
+
 def test_commands_name_places_in_the_checkout(monkeypatch, tmp_path):
     monkeypatch.setenv("SINGE_RESULTS", str(tmp_path))
     words = ["-m", "pytest", f"{record.ROOT}/benchmarks", "--flush", f"{tmp_path}/suite.json"]

@@ -47,21 +47,22 @@ def test_a_batch_that_does_not_fit_is_cut(monkeypatch):
     assert_close(cut.scores, whole.scores, 1e-12)
 
 
-def test_the_passes_of_a_group_are_of_one_size(monkeypatch):
+# Of one size where that takes no more passes, else as large as they may be.
+@pytest.mark.parametrize(("nodes", "sizes"), [(6, [3, 3]), (7, [4, 3]), (9, [3, 3, 3]), (3, [3])])
+def test_the_sizes_of_the_passes_of_a_group(monkeypatch, nodes, sizes):
     case = CASES["residual"]
-    model, batches = case.model(), case.batches((9,))
     monkeypatch.setattr(Room, "variants", lambda self: 4)
     monkeypatch.setattr(Room, "shared_by", lambda self: 0)
-    sizes = []
+    seen = []
     add = Sweep._add_gradients
 
     def spy(self, variants, *args):
-        sizes.append(len(variants))
+        seen.append(len(variants))
         return add(self, variants, *args)
 
     monkeypatch.setattr(Sweep, "_add_gradients", spy)
-    run_engine(model, batches, quadrature=6)
-    assert set(sizes) == {3}
+    run_engine(case.model(), case.batches((9,)), quadrature=nodes)
+    assert seen == sizes * 2, "two groups"
 
 
 @pytest.mark.parametrize(

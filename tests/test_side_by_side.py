@@ -7,6 +7,8 @@ import gc
 import itertools
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -88,3 +90,43 @@ def test_channels_of_zeros_change_nothing(monkeypatch):
         torch.testing.assert_close(
             wide.state_dict()[name], tensor, rtol=1e-4, atol=1e-5, msg=name
         )  # sums of other lengths
+
+
+class Recorded:
+    """In place of an experiment: what :func:`side_by_side.run` asks of one."""
+
+    def __init__(self, models: list[nn.Module]) -> None:
+        self.models = iter(models)
+        x, y = torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8), torch.arange(20) % 10
+        self.data = SimpleNamespace(x=x, y=y, quick=cifar10.batches(x, y, 10))
+
+    def pruned(self, plan: Any) -> tuple[nn.Module, Any]:
+        return next(self.models), plan
+
+    def row(self, model: nn.Module, report: Any, history: Any) -> dict:
+        return {"widths": side_by_side.widths(model), "report": report, "history": history}
+
+
+def test_networks_are_narrow_again_when_they_are_recorded(monkeypatch):
+    monkeypatch.setattr(finetuned, "DEVICE", "cpu")
+    monkeypatch.setattr(side_by_side, "DEVICE", "cpu")
+    models = [cifar10.CifarResNet(1) for _ in range(2)]
+    trained = []
+    train = side_by_side.train
+    monkeypatch.setattr(
+        side_by_side,
+        "train",
+        lambda m, *a: trained.extend(map(side_by_side.widths, m)) or train(m, *a),
+    )
+    for model, widths in zip(models, ([13, 20, 41], [8, 31, 64]), strict=True):
+        side_by_side.resize(model, widths)
+    job = {"seed": 0, "steps": 4, "lr": 0.01, "batch_size": 8}
+    rows = list(side_by_side.run(Recorded(models), [job | {"n": n} for n in (0, 1)], ["a", "b"]))
+    assert trained == [[16, 24, 48], [8, 32, 64]]
+    assert [(row["n"], row["report"], row["widths"]) for row in rows] == [
+        (0, "a", [13, 20, 41]), (1, "b", [8, 31, 64])
+    ]  # fmt: skip
+    for row in rows:
+        assert list(row["history"]) == [1, 2, 3, 4]
+        assert row["best"] == max(row["history"].values())
+        assert 0 <= row["pruned"] <= 1

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -58,27 +57,22 @@ def images(split: str) -> tuple[Tensor, Tensor]:
 
 
 def _decode(archive: Path) -> dict[str, np.ndarray]:
-    found: dict[str, list[tuple[str, str, bytes]]] = {"train": [], "test": []}
+    found: dict[str, list[tuple[str, str, np.ndarray]]] = {"train": [], "test": []}
     with tarfile.open(archive) as tar:
         for entry in tar:
             parts = entry.name.split("/")
             if entry.isfile() and len(parts) == 3 and parts[0] in found:
                 data = tar.extractfile(entry)
                 assert data is not None
-                found[parts[0]].append((parts[1], parts[2], data.read()))
+                pixels = np.asarray(Image.open(io.BytesIO(data.read())).convert("RGB"))
+                found[parts[0]].append((parts[1], parts[2], pixels))
     arrays = {}
     names = sorted({name for name, _, _ in found["train"]})
-    with ThreadPoolExecutor() as pool:
-        for split, items in found.items():
-            items.sort(key=lambda item: item[:2])
-            files = [file for _, _, file in items]
-            arrays[f"{split}_x"] = np.stack(list(pool.map(_pixels, files, chunksize=256)))
-            arrays[f"{split}_y"] = np.array([names.index(name) for name, _, _ in items])
+    for split, items in found.items():
+        items.sort(key=lambda item: item[:2])
+        arrays[f"{split}_x"] = np.stack([pixels for _, _, pixels in items])
+        arrays[f"{split}_y"] = np.array([names.index(name) for name, _, _ in items])
     return arrays
-
-
-def _pixels(file: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))
 
 
 def normalise(x: Tensor) -> Tensor:

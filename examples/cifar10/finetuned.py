@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import copy
 import fcntl
-import json
 import math
 import sys
 import tempfile
@@ -42,7 +41,7 @@ from torch.optim.swa_utils import update_bn
 import singe
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from benchmarks.record import RESULTS, ROOT, environment, write
+from benchmarks.record import ROOT, earlier, environment, write
 
 NAME = "cifar10-resnet56"
 RANKINGS = ("global", "local", "cost")
@@ -233,8 +232,7 @@ def jobs(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def recorded() -> list[Row]:
-    path = RESULTS / f"{NAME}.json"
-    return json.loads(path.read_text())["results"]["runs"] if path.is_file() else []
+    return earlier(NAME).get("runs", [])
 
 
 def is_done(job: Row) -> bool:

@@ -63,10 +63,8 @@ class Setting(NamedTuple):
             images = ", held-out images" if self.held_out else ""
             return f"{self.speedup:g} x fewer MACs, no fine-tuning, BatchNorm recalibrated{images}"
         how = "one-shot" if self.rounds == 1 else f"entwined in {self.rounds} rounds"
-        rate = "" if self.lr == LR else f", learning rate {self.lr:g}"
-        batches = "" if self.batch_size == BATCH else f" of {self.batch_size} images"
-        long = f" ({self.epochs} epochs)" if self.epochs > 1 and self.usual else ""
-        return f"{self.speedup:g} x fewer MACs, {how}, {self.steps:,} steps{batches}{long}{rate}"
+        rate = "" if self.usual_rate else f", learning rate {self.lr:g}"
+        return f"{self.speedup:g} x fewer MACs, {how}, {trained(self)}{rate}"
 
     @property
     def epochs(self) -> int:
@@ -144,7 +142,7 @@ def columns(cells: Cells, shown: list[str]) -> str:
 def tried(settings: dict[Setting, Cells]) -> str:
     """Variants and unusual settings, each row a table of its own would have."""
     header = [
-        "criterion", "ranking", "fewer MACs", "steps", "rounds", "learning rate", "scored on",
+        "criterion", "ranking", "fewer MACs", "steps", "of images", "rounds", "learning rate", "scored on",
         "trained on", "at most pruned", *COLUMNS.values(),
     ]  # fmt: skip
     rows = []
@@ -155,7 +153,7 @@ def tried(settings: dict[Setting, Cells]) -> str:
             for ranking, runs in cells[criterion].items():
                 where = [
                     criterion, ranking, f"{setting.speedup:g} x", f"{setting.steps:,}",
-                    f"{setting.rounds}", f"{setting.lr:g}", f"{setting.samples:,}",
+                    f"{setting.batch_size}", f"{setting.rounds}", f"{setting.lr:g}", f"{setting.samples:,}",
                     f"{setting.train_images:,}", f"{setting.max_pruning_ratio:.0%}",
                 ]  # fmt: skip
                 rows.append([*where, *(cell(runs, what) for what in COLUMNS)])
@@ -170,11 +168,14 @@ def overview(settings: dict[Setting, Cells]) -> str:
             (what, title, cells)
             for setting, cells in settings.items()
             if (setting.speedup, setting.rounds, setting.usual_rate) == (speedup, 1, True)
+            and any("cost" in of for of in cells.values())
             for what, title in (("pruned", "right after"), ("last", trained(setting)))
             if what == "last" or setting.steps == 0
         ]  # fmt: skip
+        if not shown:
+            continue
         last = max((cells for _, _, cells in shown[::-1]), key=len)  # of those with all criteria
-        names = ordered({name: {"cost": of["cost"]} for name, of in last.items()})
+        names = ordered({name: {"cost": of["cost"]} for name, of in last.items() if "cost" in of})
         columns = [column_of(names, cells, what) for what, _, cells in shown]
         header = [f"{speedup:g} x fewer MACs", *(title for _, title, _ in shown)]
         rows = [[name, *cells] for name, *cells in zip(names, *columns, strict=True)]
@@ -183,9 +184,10 @@ def overview(settings: dict[Setting, Cells]) -> str:
 
 
 def trained(setting: Setting) -> str:
-    if setting.batch_size == BATCH:
-        return f"{setting.steps:,} steps"
-    return f"{setting.epochs} epochs, batches of {setting.batch_size}"
+    """How long, and with which batches, where they are others."""
+    images = "" if setting.batch_size == BATCH else f" of {setting.batch_size} images"
+    long = f" ({setting.epochs} epochs)" if setting.epochs > 1 else ""
+    return f"{setting.steps:,} steps{images}{long}"
 
 
 def column_of(names: list[str], cells: Cells, what: str) -> list[str]:
@@ -212,7 +214,7 @@ def gains(settings: dict[Setting, Cells]) -> str:
             every = [d for differences in pairs.values() for d in differences]
             low, high = (f(per_criterion, key=per_criterion.__getitem__) for f in (min, max))
             rows.append([
-                f"{setting.speedup:g} x, {setting.steps:,} steps", other, f"{statistics.mean(every):+.1f}",
+                f"{setting.speedup:g} x, {trained(setting)}", other, f"{statistics.mean(every):+.1f}",
                 f"{per_criterion[low]:+.1f} ({low})", f"{per_criterion[high]:+.1f} ({high})",
                 f"{len(per_criterion)}", f"{len(every)}",
             ])  # fmt: skip
@@ -223,7 +225,11 @@ def gains(settings: dict[Setting, Cells]) -> str:
 def gain(of: dict[str, Runs], other: str) -> list[float]:
     """Per seed that both rankings have, in points."""
     there = {run["seed"]: run["last"] for run in of.get(other, [])}
-    return [100 * (run["last"] - there[run["seed"]]) for run in of["cost"] if run["seed"] in there]
+    return [
+        100 * (run["last"] - there[run["seed"]])
+        for run in of.get("cost", [])
+        if run["seed"] in there
+    ]
 
 
 def draw(settings: dict[Setting, Cells], path: Path) -> None:
@@ -271,7 +277,8 @@ def generated(document: dict[str, Any]) -> str:
     commits = ", ".join(f"`{commit}`" for commit in sorted({run["commit"] for run in runs}))
     note = (
         f"{ALSO['samples']} calibration images, batches of {BATCH}, learning rate {LR} where "
-        f"nothing else is said, with a cosine to zero; the first {TEST_IMAGES:,} test images ("
+        f"nothing else is said (with larger batches in proportion), with a cosine to zero; the first "
+        f"{TEST_IMAGES:,} test images ("
         f'"best seen", the best of four looks, and "right after": the first {QUICK_IMAGES:,}); the whole '
         f"network has {base(runs, False)} %. "
         '"parameters": the share that is left; a plan for MACs is free to keep more of them. Mean ± '

@@ -4,13 +4,13 @@
     CUDA_DEVICE_MAX_CONNECTIONS=32 python examples/cifar10/side_by_side.py --ranking cost --seeds 1 \\
         --speedup 2.11 --batch-size 256 --lr 0.08                                    (with a GPU)
 
-The same experiment as finetuned.py, in the same results. A step of a pruned ResNet-56 on 64 images is 900
-kernels of a few microseconds each, which leave most of a large GPU idle. So every network has its step in
-a CUDA graph, on a stream of its own (of which a GPU runs 8 at once, if not told otherwise), and all take the
-same batch at the same time: runs of one seed see the same images in the same order anyway. Batches are
-full: 195 steps of 256 images are an epoch. Widths are filled up to multiples of 8 with channels that are 0
-and stay it. On an H200 a step of 17 networks takes 34 ms with 64 images, 25 with the widths filled up, and 66
-with 256 images: 40 epochs are 17, 13 and 9 minutes (``benchmarks/results/probes-h200.json``).
+The same experiment as finetuned.py, in the same results. A step of a pruned ResNet-56 on 64 images is
+hundreds of kernels of a few microseconds each, which leave most of a large GPU idle. So every network has
+its step in a CUDA graph, on a stream of its own (of which a GPU runs 8 at once, if not told otherwise), and
+all take the same batch at the same time: runs of one seed see the same images in the same order anyway.
+Batches are full: 195 steps of 256 images are an epoch. Widths are filled up to multiples of 8 with channels
+that are 0 and stay it. On an H200 a step of 17 networks takes 34 ms with 64 images, 25 with the widths filled
+up, and 66 with 256 images: 40 epochs are 17, 13 and 9 minutes (``benchmarks/results/probes-h200.json``).
 
 Plans are kept in ``--plans``. With ``--epochs 0`` nothing else is made, so that the hours of the GPU
 go to training alone.
@@ -108,9 +108,12 @@ def train(
     # Pruning traced these parameters; nodes of such a graph that are left, of the default stream, would break
     # the capture, and the graph lies in a reference cycle.
     gc.collect()
+    chosen_by_time = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True  # what is captured is what is chosen now
-    members = [Member(model, x, y, rate) for model in models]
-    torch.backends.cudnn.benchmark = False
+    try:
+        members = [Member(model, x, y, rate) for model in models]
+    finally:
+        torch.backends.cudnn.benchmark = chosen_by_time
     ready = torch.cuda.Event() if x.is_cuda else None
     looks = {round(steps * (i + 1) / LOOKS) for i in range(LOOKS)}
     for step, lr_now in enumerate(finetuned.cosine(lr, steps)):
@@ -207,6 +210,8 @@ def main() -> None:
     args = parser.parse_args()
     finetuned.choose_criteria(parser, args, SCORERS, SCORERS | VARIANTS)
     args.rounds, args.train_images, args.between = 1, ALSO["train_images"], ALSO["between"]
+    if args.batch_size > ALSO["train_images"]:
+        parser.error(f"--batch-size: there are {ALSO['train_images']:,} training images")
     args.steps = args.epochs * (ALSO["train_images"] // args.batch_size)
     experiment = Experiment(args)
     folder = args.plans or experiment.kept / "plans"

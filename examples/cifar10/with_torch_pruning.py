@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.metadata
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -31,7 +30,9 @@ from singe.adapters.torch_pruning import importance
 from singe.evaluation import accuracy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from benchmarks.record import RESULTS, write
+from benchmarks.record import earlier, write
+
+NAME = "torch-pruning-resnet20"
 
 
 def by_singe(
@@ -85,12 +86,6 @@ def pruned_to(
     return best
 
 
-def earlier() -> dict[str, Any]:
-    """The rows of the last run."""
-    path = RESULTS / "torch-pruning-resnet20.json"
-    return json.loads(path.read_text())["results"]["rows"] if path.is_file() else {}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draws", type=int, default=3)
@@ -106,7 +101,7 @@ def main() -> None:
     full, _ = tp.utils.count_ops_and_params(model, example)
     base = accuracy(model, test)
     print(f"{base:.1%} with {full / 1e6:.1f} M MACs")
-    rows = earlier() if args.only else {}
+    rows = earlier(NAME).get("rows", {}) if args.only else {}
     for name, (by_draw, make) in IMPORTANCES.items():
         if args.only not in name:
             continue
@@ -129,9 +124,7 @@ def main() -> None:
         print(f"{name:30s}" + "".join(f"{100 * m:7.1f}" for m in means), flush=True)
     version = importlib.metadata.version("torch-pruning")  # tp.__version__ of 1.6.1 says 1.6.0
     settings = vars(args) | {"speedups": SPEEDUPS, "torch_pruning": version}
-    write(
-        "torch-pruning-resnet20", {"settings": settings, "base": base, "macs": full, "rows": rows}
-    )
+    write(NAME, {"settings": settings, "base": base, "macs": full, "rows": rows})
 
 
 if __name__ == "__main__":
