@@ -25,6 +25,7 @@ for name in kernels targets growth compiled; do
     echo '{' >"$SINGE_RESULTS/$name-cuda.1.partial"
   fi
 done
+[[ "$*" != *side_by_side* ]] || echo '{}' >"$SINGE_RESULTS/cifar10-resnet56.json"
 while [ $# -gt 0 ]; do
   [ "$1" != --flush ] || echo '{}' >"$2"
   shift
@@ -112,6 +113,17 @@ def test_some_steps_alone(bench):
     }
     assert any("setup.py" in call for call in calls)
     assert not any("pytest" in call or "benchmarks.kernels" in call for call in calls)
+
+
+def test_forty_epochs_are_asked_for_by_name(bench):
+    *_, calls = run(bench, broken="nothing")
+    assert not any("side_by_side" in call for call in calls)
+    status, left, summary, calls = run(bench, broken="nothing", ONLY="epochs")
+    assert status == 0, summary
+    assert "side_by_side" in calls[-1]
+    assert {name for name in left if name.endswith(".json")} == {"cifar10-resnet56.json"}
+    results = bench / "checkout" / "benchmarks" / "results"
+    assert (results / "cifar10-resnet56.json").is_file()
 
 
 def test_without_a_gpu_nothing_runs(bench):
