@@ -26,9 +26,9 @@ for tool in nvcc compute-sanitizer; do
   command -v "$tool" >/dev/null || PATH=$PATH:/usr/local/cuda/bin
 done
 kinds=(kernels targets suite peers growth compiled)
-EPOCHS=cifar10-resnet56
-for kind in "${kinds[@]}"; do
-  rm -f "$OUT/$kind-cuda.json"  # of an earlier run
+results=("${kinds[@]/%/-cuda.json}" cifar10-resnet56.json)
+for file in "${results[@]}"; do
+  rm -f "$OUT/$file"  # of an earlier run
 done
 failed=()
 END=$((SECONDS + ${BUDGET:-560}))
@@ -38,11 +38,10 @@ say() {
 }
 
 collect() {  # after every step, and at the end whatever ended the run
-  local log kind
-  for kind in "${kinds[@]}"; do
-    [ ! -s "$RESULTS/$kind-cuda.json" ] || cp "$RESULTS/$kind-cuda.json" "$OUT"
+  local log file
+  for file in "${results[@]}"; do
+    [ ! -s "$RESULTS/$file" ] || cp "$RESULTS/$file" "$OUT"
   done
-  [ ! -s "$RESULTS/$EPOCHS.json" ] || cp "$RESULTS/$EPOCHS.json" "$OUT"
   {
     cat "$LOGS/summary.txt"
     for log in "$LOGS"/*.log; do
@@ -152,7 +151,7 @@ if [ -n "${ONLY:-}" ]; then  # by what an H200 took for 17 networks, eight take 
     --criteria "SInGE, layer, Fisher" "SInGE, network" L1 FPGM LAMP Taylor Hessian random
 fi
 
-cp -f "$RESULTS"/*-cuda.json "$RESULTS/$EPOCHS.json" benchmarks/results/ 2>/dev/null || true
+cp -f "$RESULTS"/*.json benchmarks/results/ 2>/dev/null || true
 for kind in "${kinds[@]}"; do
   [ -n "${ONLY:-}" ] || [ -s "$RESULTS/$kind-cuda.json" ] || say "no result of $kind"
 done

@@ -28,41 +28,39 @@ from singe.sums import Sums
 from singe.sweep import Sweep
 
 
-def test_a_batch_that_does_not_fit_is_cut(monkeypatch):
-    case = CASES["residual"]
-    model, batches = case.model(), case.batches((9,))
-    sizes = []
+@pytest.fixture
+def passes(monkeypatch) -> list[tuple[int, int]]:
+    """Variants and samples of every pass with gradients, as they come."""
+    seen: list[tuple[int, int]] = []
     add = Sweep._add_gradients
 
     def spy(self, variants, batch, *args):
-        sizes.append((len(variants), batch.size))
+        seen.append((len(variants), batch.size))
         return add(self, variants, batch, *args)
 
     monkeypatch.setattr(Sweep, "_add_gradients", spy)
+    return seen
+
+
+def test_a_batch_that_does_not_fit_is_cut(passes):
+    case = CASES["residual"]
+    model, batches = case.model(), case.batches((9,))
     whole = run_engine(model, batches)
-    assert set(sizes) == {(6, 9)}, "two groups of three nodes share a pass"
-    sizes.clear()
+    assert set(passes) == {(6, 9)}, "two groups of three nodes share a pass"
+    passes.clear()
     cut = run_engine(model, batches, max_memory=60_000)
-    assert {size for _, size in sizes} < set(range(1, 6))
+    assert {samples for _, samples in passes} < set(range(1, 6))
     assert_close(cut.scores, whole.scores, 1e-12)
 
 
 # Of one size where that takes no more passes, else as large as they may be.
 @pytest.mark.parametrize(("nodes", "sizes"), [(6, [3, 3]), (7, [4, 3]), (9, [3, 3, 3]), (3, [3])])
-def test_the_sizes_of_the_passes_of_a_group(monkeypatch, nodes, sizes):
+def test_the_sizes_of_the_passes_of_a_group(monkeypatch, passes, nodes, sizes):
     case = CASES["residual"]
     monkeypatch.setattr(Room, "variants", lambda self: 4)
     monkeypatch.setattr(Room, "shared_by", lambda self: 0)
-    seen = []
-    add = Sweep._add_gradients
-
-    def spy(self, variants, *args):
-        seen.append(len(variants))
-        return add(self, variants, *args)
-
-    monkeypatch.setattr(Sweep, "_add_gradients", spy)
     run_engine(case.model(), case.batches((9,)), quadrature=nodes)
-    assert seen == sizes * 2, "two groups"
+    assert [variants for variants, _ in passes] == sizes * 2, "two groups"
 
 
 @pytest.mark.parametrize(
@@ -302,22 +300,14 @@ def test_a_side_input_as_long_as_the_batch_is_not_taken_apart(objective):
     assert_close(small.scores, whole.scores, 1e-12)
 
 
-def test_sums_that_are_too_large_do_not_cut_the_batches(monkeypatch):
+def test_sums_that_are_too_large_do_not_cut_the_batches(passes):
     torch.manual_seed(0)
     model = torch.nn.Sequential(
         torch.nn.Linear(6, 400), torch.nn.ReLU(), torch.nn.Linear(400, 400), torch.nn.ReLU(),
         torch.nn.Linear(400, 4),
     )  # fmt: skip
-    sizes = []
-    add = Sweep._add_gradients
-
-    def spy(self, variants, batch, *args):
-        sizes.append(batch.size)
-        return add(self, variants, batch, *args)
-
-    monkeypatch.setattr(Sweep, "_add_gradients", spy)
     run_engine(model, make_batches((6,), (16,), dtype=torch.float32), max_memory=2_000_000)
-    assert set(sizes) == {16}
+    assert {samples for _, samples in passes} == {16}
 
 
 PEAK = """

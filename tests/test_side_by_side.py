@@ -78,7 +78,7 @@ def test_channels_of_zeros_change_nothing(monkeypatch):
     side_by_side.resize(narrow, [13, 20, 41])
     wide = copy.deepcopy(narrow)
     side_by_side.resize(wide, [16, 24, 48])
-    assert side_by_side.widths(wide) == [16, 24, 48]
+    assert finetuned.widths(wide) == [16, 24, 48]
     data = [(torch.randn(6, 3, 16, 16), torch.randint(10, (6,))) for _ in range(5)]
     for model in (narrow, wide):
         finetuned.train(model, itertools.cycle(data), 10, 0.01)
@@ -104,7 +104,7 @@ class Recorded:
         return next(self.models), plan
 
     def row(self, model: nn.Module, report: Any, history: Any) -> dict:
-        return {"widths": side_by_side.widths(model), "report": report, "history": history}
+        return {"widths": finetuned.widths(model), "report": report, "history": history}
 
 
 def test_networks_are_narrow_again_when_they_are_recorded(monkeypatch):
@@ -116,7 +116,7 @@ def test_networks_are_narrow_again_when_they_are_recorded(monkeypatch):
     monkeypatch.setattr(
         side_by_side,
         "train",
-        lambda m, *a: trained.extend(map(side_by_side.widths, m)) or train(m, *a),
+        lambda m, *a: trained.extend(map(finetuned.widths, m)) or train(m, *a),
     )
     for model, widths in zip(models, ([13, 20, 41], [8, 31, 64]), strict=True):
         side_by_side.resize(model, widths)

@@ -84,6 +84,11 @@ class Data:
             yield from epochs
 
 
+def widths(model: nn.Module) -> list[int]:
+    """Channels between the convolutions of every block."""
+    return [model.get_submodule(n).out_channels for n in inner_layers(model)]
+
+
 def mixed_precision() -> torch.autocast:
     return torch.autocast(DEVICE, torch.bfloat16, enabled=BF16)
 
@@ -217,7 +222,7 @@ class Experiment:
             "params": report.params_after / report.params_before,
             "history": history,
             "last": accuracy(model, self.data.test),
-            "widths": [model.get_submodule(n).out_channels for n in inner_layers(model)],
+            "widths": widths(model),
         }
 
 

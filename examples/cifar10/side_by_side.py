@@ -137,11 +137,6 @@ def train(
         model.to(memory_format=torch.contiguous_format).eval()
 
 
-def widths(model: nn.Module) -> list[int]:
-    """Channels between the convolutions of every block."""
-    return [m.conv1.out_channels for m in model.modules() if isinstance(m, cifar10.BasicBlock)]
-
-
 @torch.no_grad()
 def resize(model: nn.Module, to: list[int]) -> None:
     """Channels of zeros more between the convolutions of every block, or the last ones less; in place.
@@ -186,7 +181,7 @@ def run(experiment: Experiment, jobs: list[Row], plans: Iterable[singe.Plan]) ->
     models = [model for model, _ in pruned]
     before = [finetuned.accuracy(model, data.quick) for model in models]
     histories: list[dict[int, float]] = [{} for _ in jobs]
-    narrow = [widths(model) for model in models]
+    narrow = [finetuned.widths(model) for model in models]
     for model, own in zip(models, narrow, strict=True):
         resize(model, [-(-width // MULTIPLE) * MULTIPLE for width in own])
     torch.manual_seed(first["seed"])
