@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "cifar
 import cifar10
 import finetuned
 import side_by_side
+from side_by_side import Progress
 
 import singe
 
@@ -60,7 +61,7 @@ def test_as_each_alone(monkeypatch, device, bf16, tolerance):
     alone = copy.deepcopy(models)
     for model in alone:
         finetuned.train(model, itertools.cycle(data), 10, 0.1)
-    seen = list(side_by_side.train(models, itertools.cycle(data), 10, 0.1))
+    seen = list(side_by_side.train(models, itertools.cycle(data), 10, 0.1, Progress(2)))
     assert seen == [2, 5, 8, 10]
     for found, expected in zip(models, alone, strict=True):
         assert not found.training
@@ -121,7 +122,11 @@ def test_networks_are_narrow_again_when_they_are_recorded(monkeypatch):
     for model, widths in zip(models, ([13, 20, 41], [8, 31, 64]), strict=True):
         side_by_side.resize(model, widths)
     job = {"seed": 0, "steps": 4, "lr": 0.01, "batch_size": 8}
-    rows = list(side_by_side.run(Recorded(models), [job | {"n": n} for n in (0, 1)], ["a", "b"]))
+    rows = list(
+        side_by_side.run(
+            Recorded(models), [job | {"n": n} for n in (0, 1)], ["a", "b"], Progress(2)
+        )
+    )
     assert trained == [[16, 24, 48], [8, 32, 64]]
     assert [(row["n"], row["report"], row["widths"]) for row in rows] == [
         (0, "a", [13, 20, 41]), (1, "b", [8, 31, 64])
@@ -130,3 +135,34 @@ def test_networks_are_narrow_again_when_they_are_recorded(monkeypatch):
         assert list(row["history"]) == [1, 2, 3, 4]
         assert row["best"] == max(row["history"].values())
         assert 0 <= row["pruned"] <= 1
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_run_that_was_ended_goes_on_where_it_was(monkeypatch, tmp_path, compiled):
+    """Weights, statistics and what was seen are those of a run without a break, bit for bit."""
+    monkeypatch.setattr(finetuned, "DEVICE", "cpu")
+    monkeypatch.setattr(side_by_side, "DEVICE", "cpu")
+    monkeypatch.setattr(side_by_side, "KEEP", 3)
+    torch.manual_seed(0)
+    fresh = [network(width) for width in (5, 8)]
+    data = [(torch.randn(6, 3, 8, 8), torch.randint(4, (6,))) for _ in range(4)]
+
+    def train(progress: Progress, until: int = 8) -> list[nn.Module]:
+        models = copy.deepcopy(fresh)
+        for step in side_by_side.train(models, itertools.cycle(data), 8, 0.1, progress, compiled):
+            for history in progress.histories:
+                history[step] = float(step)
+            if step == until:
+                break
+        return models
+
+    whole = train(without := Progress(2))
+    train(Progress(2, tmp_path / "run.pt"), until=4)  # kept: 3 steps
+    ended = Progress(2, tmp_path / "run.pt")
+    ended.start += 1000
+    again = train(ended)
+    assert ended.histories == without.histories
+    assert ended.seconds() > -1000  # the first process's are counted
+    for found, expected in zip(again, whole, strict=True):
+        for name, tensor in expected.state_dict().items():
+            assert torch.equal(found.state_dict()[name], tensor), name
