@@ -3,8 +3,9 @@
 MACs are counted as Torch-Pruning counts them (convolutions, linear layers, norms, activations and
 pooling), so that targets mean the same as in its results. The exceptions: attention modules that it
 counts as a whole, once heads are gone (:mod:`singe.attention_cost`); torchvision's Swin, whose projections
-it does not see; transposed convolutions and recurrent layers (:mod:`singe.miscounted`). A closed formula
-predicts them for any number of removed units; the count on the pruned network is the last word.
+it does not see; transposed convolutions, recurrent layers and subclasses of the layers it knows
+(:mod:`singe.miscounted`). A closed formula predicts them for any number of removed units; the count on the
+pruned network is the last word.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from singe.errors import ModelError, SingeError, first_line
 from singe.graph import NORMS, ROWS, Group, ModelGraph, private_copy
 from singe.heads import Heads, tables_of
 from singe.memory import is_out_of_memory
-from singe.miscounted import counted_calls, miscounted
+from singe.miscounted import counted_calls, is_counted, miscounted
 from singe.removal import Removals, remove_units
 from singe.slim import open_attention
 
@@ -40,7 +41,7 @@ def count(model: nn.Module, batch: Batch) -> tuple[float, int]:
     with contextlib.redirect_stdout(io.StringIO()):  # it prints where there are no inputs
         counted = tp.utils.count_ops_and_params(_Call(twin, batch), {}, layer_wise=True)
     macs, params, by_layer, _ = counted
-    wrong = {module for module in twin.modules() if miscounted(module)}
+    wrong = set(miscounted(twin))
     narrow = {
         name: module for name, module in twin.named_modules()
         if counted_whole(module) and sizes_of(module).width != sizes_of(module).inputs
@@ -48,7 +49,7 @@ def count(model: nn.Module, batch: Batch) -> tuple[float, int]:
     if wrong or narrow:
         with counted_calls(wrong) as found, watched(narrow) as seen:
             batch.call(twin)
-        macs += sum(found[module] - (by_layer[module] or 0) for module in wrong)
+        macs += sum(found.values()) - sum(by_layer[m] or 0 for m in wrong if is_counted(m))
         for name, module in narrow.items():
             macs += attention_macs(module, seen[name]) - (by_layer[module] or 0)
     return float(macs) / batch.size, int(params)
@@ -285,7 +286,8 @@ def _describe(layer: nn.Module, out: Tensor, samples: int) -> _Layer:
             return _Layer(module.out_channels, 0, 0.0, per_out + bias, per_out + bias, positions)
         per_pair = kernel / module.groups
         return _Layer(module.out_channels, module.in_channels, per_pair, bias, bias, positions)
-    channels = out.shape[-1 if isinstance(layer, nn.LayerNorm) else 1]
+    # A LayerNorm may be one of images (timm's LayerNorm2d), with the channels in dimension 1.
+    channels = module.normalized_shape[-1] if isinstance(layer, nn.LayerNorm) else out.shape[1]
     affine = module.weight is not None
     positions = out.numel() // channels // samples
     per_out = 2.0 if affine else 1.0

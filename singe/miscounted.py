@@ -1,8 +1,9 @@
-"""MACs of layers that Torch-Pruning miscounts: transposed convolutions and recurrent layers.
+"""MACs of layers that Torch-Pruning miscounts: transposed convolutions, recurrent layers, subclasses.
 
 Of a transposed convolution it multiplies the outputs, not the inputs, with the kernel (stride 4: 16 times
 too many); a recurrent layer's it multiplies with the batch twice, and counts second directions and layers
-by the first.
+by the first. Of a class that only derives from one that it knows (timm's ``Conv2dSame``, a weight-normed
+convolution) it counts nothing: such a layer counts as its base does.
 """
 
 from __future__ import annotations
@@ -13,11 +14,30 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
+from torch_pruning.utils.op_counter import MODULES_MAPPING as COUNTED
+
+from singe.graph import NORMS, ROWS
 
 
-def miscounted(module: nn.Module) -> bool:
-    """Whether :func:`counted_calls` knows better."""
-    return isinstance(module, (_ConvTransposeNd, nn.RNNBase))
+def is_counted(module: nn.Module) -> bool:
+    """Whether Torch-Pruning has a count for it; what is inside then has none of its own."""
+    return type(module) in COUNTED
+
+
+def miscounted(module: nn.Module) -> Iterator[nn.Module]:
+    """What :func:`counted_calls` knows better, of this module and of all in it."""
+    if isinstance(module, (_ConvTransposeNd, nn.RNNBase)) or _counter_of_base(module):
+        yield module
+    elif not is_counted(module):
+        for child in module.children():
+            yield from miscounted(child)
+
+
+def _counter_of_base(module: nn.Module) -> Any:
+    """Torch-Pruning's count of the class that this conv, linear or norm derives from, if that is needed."""
+    if is_counted(module) or not isinstance(module, (*ROWS, *NORMS)):
+        return None
+    return next((COUNTED[base] for base in type(module).__mro__ if base in COUNTED), None)
 
 
 @contextmanager
@@ -44,4 +64,8 @@ def _macs(module: Any, x: Any, out: Any) -> float:
         steps = x.data.numel() // module.input_size
         return float(steps * sum(p.numel() for p in module.parameters()))
     assert isinstance(x, Tensor)
+    if counter := _counter_of_base(module):
+        module.__flops__ = 0  # the counter adds to it
+        counter(module, (x,), out)
+        return float(module.__flops__)
     return float(x.numel() * module.weight[0].numel() + (0 if module.bias is None else out.numel()))

@@ -121,3 +121,82 @@ def test_what_removal_saves_is_predicted(name):
     case = CASES[name]
     inputs, _ = case.batches((2,), dtype=torch.float32)[0]
     assert_predicted(case.model(dtype=torch.float32), inputs)
+
+
+class OwnConv(nn.Conv2d):
+    """As many models have one: torch's, with an ``__init__`` of its own."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3, padding=1)
+
+
+class OwnNorm(nn.BatchNorm2d):
+    """As timm's norms, which hold their activation."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        return self.act(super().forward(x))
+
+
+class OwnLinear(nn.Linear): ...
+
+
+class ImageNorm(nn.LayerNorm):
+    """A LayerNorm over dimension 1, as in ConvNeXt."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _network(own: bool) -> nn.Sequential:
+    norm = [OwnNorm(6)] if own else [nn.BatchNorm2d(6), nn.ReLU()]
+    return nn.Sequential(
+        OwnConv(3, 6) if own else nn.Conv2d(3, 6, 3, padding=1),
+        *norm,
+        nn.Conv2d(6, 8, 3, padding=1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        OwnLinear(8, 4) if own else nn.Linear(8, 4),
+    )
+
+
+def test_a_subclass_counts_like_its_base():
+    x = torch.randn(1, 3, 9, 9)
+    own, plain = _network(own=True), _network(own=False)
+    assert macs(own, x) == macs(plain, x)
+    nn.utils.parametrizations.weight_norm(own[0])
+    assert macs(own, x) == macs(plain, x)
+
+
+def test_a_subclass_inside_a_module_that_is_counted_whole_counts_once():
+    x = torch.randn(1, 5, 8)
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = attention
+
+        def forward(self, x):
+            return self.attention(x, x, x)[0]
+
+    before = macs(Wrapped(), x)
+    attention.out_proj = OwnLinear(8, 8)
+    assert macs(Wrapped(), x) == before
+
+
+@pytest.mark.parametrize("norm", [OwnNorm, ImageNorm])
+def test_what_removal_from_subclasses_saves_is_predicted(norm):
+    """No activation or pooling is in the way, so the closed formula is the count."""
+    model = nn.Sequential(OwnConv(3, 6), norm(6), OwnConv(6, 8)).eval()
+    model[1].act = nn.Identity()
+    graph, batch = graph_of(model, torch.randn(1, 3, 9, 7))
+    cost = CostModel(model, graph, batch)
+    group = next(g for g in graph.groups if g.name == "0")
+    twin = private_copy(model, trainable=True)
+    counted, params = count_without(twin, batch, [(group, [1, 4])])
+    assert cost({"0": 2})["macs"] == counted
+    assert cost({"0": 2})["params"] == params
