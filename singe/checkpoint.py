@@ -1,7 +1,7 @@
 """Where a run is, on disk: one safetensors file per checkpoint, its JSON in the header.
 
 Nothing here needs pickle. A file is written beside the old ones and renamed, the newest two are kept, and
-a digest of the tensors tells a damaged file from a good one.
+a digest of all that is in it tells a damaged file from a good one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from singe.errors import CheckpointError
 from singe.files import replacing
 from singe.graph import unwrapped
 
-FORMAT = "singe-checkpoint-7"
+FAMILY = "singe-checkpoint-"
+FORMAT = FAMILY + "8"
 KEPT = 2
 
 
@@ -64,7 +65,7 @@ class Folder:
         header = {
             "format": FORMAT,
             "settings": self.settings,
-            "digest": digest(tensors),
+            "digest": digest(tensors, [self.settings, content]),
             "state": content,
         }
         path = self.path / f"checkpoint-{self._number + 1:06d}.safetensors"
@@ -114,22 +115,26 @@ class Folder:
         for stale in self.path.glob(".*.partial"):  # of a process that was killed while writing
             stale.unlink(missing_ok=True)
         problems: list[str] = []
+        advice = "remove the folder to start again"
         for path in reversed(self.files()):
             try:
-                header, tensors = _read(path)
+                settings, state = _read(path)
+            except _OtherVersionError as error:
+                problems.append(f"{path.name} is of another version of singe ({error})")
+                advice = "continue with that version, or remove the folder to start again"
+                continue
             except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
                 problems.append(f"{path.name} is damaged ({error})")
                 continue
-            self._require_same(path, header["settings"])
+            self._require_same(path, settings)
             if problems:
                 warnings.warn(
                     f"{'; '.join(problems)}; continuing from {path.name}", UserWarning, stacklevel=3
                 )
-            return unpack(header["state"], tensors)
+            return state
         if problems:
             raise CheckpointError(
-                f"no checkpoint in {self.path} can be read: {'; '.join(problems)}; remove the folder "
-                "to start again"
+                f"no checkpoint in {self.path} can be read: {'; '.join(problems)}; {advice}"
             )
         return None
 
@@ -146,25 +151,34 @@ class Folder:
             )
 
 
+class _OtherVersionError(ValueError):
+    """A checkpoint as an earlier or a later version writes them."""
+
+
 def _number(path: Path) -> int:
     digits = path.stem.split("-", 1)[1]
     return int(digits) if digits.isdigit() else -1
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings and the state in a file."""
     with safe_open(str(path), framework="pt") as file:
         header = json.loads((file.metadata() or {}).get("singe", "null"))
-        if not isinstance(header, dict) or header.get("format") != FORMAT:
+        found = header.get("format") if isinstance(header, dict) else None
+        if found != FORMAT and str(found).startswith(FAMILY):
+            raise _OtherVersionError(f"{found}, this version continues {FORMAT}")
+        if found != FORMAT:
             raise ValueError(f"it is no {FORMAT}")
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    if digest(tensors) != header["digest"]:
-        raise ValueError("its tensors do not match their digest")
-    return header, tensors
+    settings, content = header["settings"], header["state"]
+    if digest(tensors, [settings, content]) != header["digest"]:
+        raise ValueError("it does not match its digest")
+    return settings, unpack(content, tensors)
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and values."""
-    found = hashlib.sha256()
+def digest(tensors: Mapping[str, Tensor], content: Any = None) -> str:
+    """SHA-256 over names, shapes and values, and over what JSON ``content`` goes with them."""
+    found = hashlib.sha256(b"" if content is None else json.dumps(content).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -24,7 +24,7 @@ from singe.errors import CheckpointError
 from singe.files import replacing
 from singe.graph import unwrapped
 
-FORMAT = "singe-run-2"
+FORMAT = "singe-run-3"
 SHARE_OF_TIME = 0.05  # at most this goes into saving; the first batch is always saved
 
 
@@ -95,8 +95,10 @@ class ScoreCheckpoint:
                         "file for it"
                     )
                 self._tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            signature, self._header = header["signature"], header["run"]
-            self.digests = list(header["digests"])
+            found = [header["signature"], header["digests"], header["run"]]
+            if checkpoint.digest(self._tensors, found) != header["digest"]:
+                raise ValueError("it does not match its digest")
+            signature, self.digests, self._header = found
         except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
             raise CheckpointError(
                 f"cannot read the checkpoint {self.path}: {error}; remove it to start again"
@@ -145,9 +147,11 @@ class ScoreCheckpoint:
         if (start - self._saved_at) * SHARE_OF_TIME < self._cost:
             return
         tensors, header = run.state()
+        named = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
         text = json.dumps(
             {
                 "format": FORMAT,
+                "digest": checkpoint.digest(named, [self.signature, self.digests, header]),
                 "signature": self.signature,
                 "digests": self.digests,
                 "run": header,
@@ -155,7 +159,6 @@ class ScoreCheckpoint:
         )
         try:
             with replacing(self.path) as partial:
-                named = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
                 save_file(named, partial, metadata={"singe": text})
         except (OSError, SafetensorError) as error:
             warnings.warn(

@@ -33,10 +33,11 @@ def loader(after: int = 10**9) -> DataLoader:
 
 def compress(model: nn.Module, folder=None, **options) -> singe.CompressReport:
     options = {
-        "macs": 0.5, "rounds": 2, "finetune_steps": 6, "checkpoint_every": 2, "train": loader(),
-        "calibrate": BATCHES, "evaluate": BATCHES, "ema": 0.9, "resume": folder is not None,
-        "progress": False,
+        "macs": 0.5, "rounds": 2, "finetune_steps": 6, "train": loader(), "calibrate": BATCHES,
+        "evaluate": BATCHES, "ema": 0.9, "resume": folder is not None, "progress": False,
     } | options  # fmt: skip
+    if folder is not None and "finetune" not in options:
+        options["checkpoint_every"] = 2
     return singe.compress(model, checkpoint=folder, **options)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 from functools import partial
 
@@ -106,6 +107,46 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, damage):
     with pytest.warns(UserWarning, match=rf"{newest.name} is damaged.*from {older.name}"):
         compress(cut, tmp_path, evaluate=Evaluate(99))
     assert same_weights(cut, whole)
+
+
+@pytest.mark.parametrize(
+    ("written", "damaged"),
+    [
+        (rb'"step", \d', rb'"step", 9'),
+        (rb'"finished", false', rb'"finished", true '),
+        (rb'{"tensor": "t0"', rb'{"tensor": "t1"'),
+        (rb'{"tensor": "t0"', rb'{"tensor": "u0"'),
+        (rb'"finetune_steps": 6', rb'"finetune_steps": 7'),
+        (rb"singe-checkpoint-", rb"singe-checkpoint,"),
+    ],
+)
+def test_a_header_is_damaged_as_well_as_a_tensor(tmp_path, written, damaged):
+    interrupted(tmp_path)
+    older, newest = sorted(tmp_path.glob("checkpoint-*"))
+    content = newest.read_bytes()
+    # The header of the file holds JSON as a string in JSON: its quotes are escaped.
+    written = written.replace(b'"', rb"\\\"")
+    damaged = damaged.replace(b'"', rb"\"")
+    other = re.sub(written, lambda _: damaged, content, count=1)
+    assert other != content
+    assert len(other) == len(content)
+    newest.write_bytes(other)
+    whole, cut = network(), network()
+    compress(whole, evaluate=Evaluate(99))
+    with pytest.warns(UserWarning, match=rf"{newest.name} is damaged.*from {older.name}"):
+        compress(cut, tmp_path, evaluate=Evaluate(99))
+    assert same_weights(cut, whole)
+
+
+def test_checkpoints_of_another_version(tmp_path):
+    interrupted(tmp_path)
+    for path in tmp_path.glob("checkpoint-*"):
+        path.write_bytes(path.read_bytes().replace(b"singe-checkpoint-8", b"singe-checkpoint-6"))
+    with pytest.raises(
+        singe.CheckpointError,
+        match=r"another version of singe \(singe-checkpoint-6.*continue with that version",
+    ):
+        compress(network(), tmp_path, evaluate=Evaluate(99))
 
 
 def test_no_checkpoint_that_can_be_read(tmp_path):
