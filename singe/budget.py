@@ -289,8 +289,27 @@ def gather(steps: Iterable[Step]) -> dict[str, list[int]]:
     return gone
 
 
-def require(reached: float, target: float, kind: str, full: float) -> None:
-    """Raise BudgetError where even the most that may be removed misses the target."""
+def left_out(rejected: Mapping[str, str]) -> str:
+    """The layers that have no units and why, at the end of a message; three reasons at most."""
+    names: dict[str, list[str]] = {}
+    for name, why in rejected.items():
+        names.setdefault(why, []).append(name)
+    told = [
+        f"{', '.join(layers[:3])}{', ...' if len(layers) > 3 else ''} ({why})"
+        for why, layers in list(names.items())[:3]
+    ]
+    return f". Left out: {'; '.join(told)}" if told else ""
+
+
+def require(
+    reached: float, target: float, kind: str, full: float, rejected: Mapping[str, str]
+) -> None:
+    """Raise BudgetError where even the most that may be removed misses the target.
+
+    Args:
+        full: what the unpruned model costs.
+        rejected: layers that have no units, and why.
+    """
     if reached > target:
         unit = " ms" if kind == "latency" else ""
         advice = (
@@ -304,5 +323,5 @@ def require(reached: float, target: float, kind: str, full: float) -> None:
             )
         raise BudgetError(
             f"a target of {target:.4g}{unit} {kind} cannot be met: the smallest reachable is "
-            f"{reached / full:.4f} of the model's {full:.4g} ({reached:.4g}); {advice}"
+            f"{reached / full:.4f} of the model's {full:.4g} ({reached:.4g}); {advice}{left_out(rejected)}"
         )

@@ -41,6 +41,7 @@ from singe.tuner import Tuner
 
 CALIBRATION_SAMPLES = 256  # taken from the training data when no calibration data is given
 FINETUNE_STEPS = 200  # per round
+CHECKPOINT_EVERY = 100  # steps
 # Of a request: what decides the scores, and is not remembered under another name.
 REMEMBERED = {f.name for f in fields(Request)} - {"objective", "progress", "seed", "checkpoint"}
 LEAST_MEMORY = 64 << 20  # bytes for scoring, even where the system reports none free
@@ -84,7 +85,7 @@ def compress(
     finetune_objective: str | Loss | Objective = "cross_entropy",
     accuracy_floor: float | None = None,
     checkpoint: str | PathLike[str] | None = None,
-    checkpoint_every: int = 100,
+    checkpoint_every: int | None = None,
     resume: bool = False,
     on_round: Callable[[Round, Scores, Plan], None] | None = None,
     progress: bool = True,
@@ -117,7 +118,7 @@ def compress(
         order: ``"global"``: every round takes from the whole network. ``"layerwise"``: a first scoring
             settles how many units each group loses, then the groups are scored, pruned and followed
             by fine-tuning one after the other.
-        visit: layerwise only: ``"forward"`` (front to back) or ``"damage"`` (least score lost first).
+        visit: layerwise only: ``"forward"`` (front to back, as called) or ``"damage"`` (least score lost first).
         ranking: see :func:`singe.plan`, like the next three.
         round_to: kept channels are a multiple of this.
         min_keep: shares of the units of the *original* groups, like the next two.
@@ -148,7 +149,7 @@ def compress(
         accuracy_floor: once the metric after a round is below this, the last good round comes back.
         checkpoint: folder for checkpoints, one after every removal, every round, and every
             ``checkpoint_every`` steps; see ``docs/pruning.md``.
-        checkpoint_every: steps.
+        checkpoint_every: steps of the built-in training, default 100.
         resume: continue from the newest checkpoint there, if there is one. ``model`` is the original.
         on_round: called after every round, a rolled back one included, with what it did, its scores
             and its plan.
@@ -167,7 +168,15 @@ def compress(
     """
     finetune_steps = plain_count("finetune_steps", finetune_steps, 0)
     final_steps = plain_count("final_steps", final_steps, 0)
-    checkpoint_every = plain_count("checkpoint_every", checkpoint_every, 1)
+    if checkpoint_every is not None:
+        checkpoint_every = plain_count("checkpoint_every", checkpoint_every, 1)
+        if checkpoint is None:
+            raise OptionError("checkpoint_every needs checkpoint=, the folder for the checkpoints")
+        if finetune is not None:
+            raise OptionError(
+                "checkpoint_every counts steps of the built-in training; around every call of a finetune "
+                "function there are checkpoints anyway, inside it there are none"
+            )
     seed = plain_count("seed", seed)
     if resume and checkpoint is None:
         raise OptionError("resume=True needs checkpoint=, the folder to continue from")
@@ -235,7 +244,7 @@ def compress(
             model=model, snapshot=snapshot, pruning=pruning, request=request, tuner=tuner,
             calibrate=calibrate, train=train, measure=measure, floor=accuracy_floor,
             finetune=finetune, finetune_steps=finetune_steps, final_steps=final_steps,
-            recalibrate=recalibrate, folder=folder, checkpoint_every=checkpoint_every,
+            recalibrate=recalibrate, folder=folder, checkpoint_every=checkpoint_every or CHECKPOINT_EVERY,
             on_round=on_round, progress=progress, seed=seed,
         )  # fmt: skip
         report = loop.run(folder.newest() if folder and resume else None)

@@ -157,7 +157,8 @@ def table(plan: Plan) -> str:
         for i, cell in enumerate((title, *cells)):
             text = cell.ljust(width) if title in ("group", "why") else cell.rjust(width)
             lines[i] = f"{lines[i]}  {text}" if lines[i] else text
-    return "\n".join([*head, *(line.rstrip() for line in lines)])
+    left_out = [f"left out: {name}: {why}" for name, why in meta.get("rejected", {}).items()]
+    return "\n".join([*head, *(line.rstrip() for line in lines), *left_out])
 
 
 def _told(row: Mapping[str, Any], key: str, form: str) -> str:

@@ -100,18 +100,26 @@ def call_finetune(finetune: FinetuneFunction, model: nn.Module, stage: Stage) ->
             f"the finetune function left the model in {', '.join(now)}, and it came in {', '.join(kinds)}; "
             "put it back before returning (autocast leaves it as it is)"
         )
+    if loss is model:  # `return model` is a habit
+        return None
     if isinstance(loss, Tensor):
         loss = loss.detach()
     try:
         return None if loss is None else float(loss)
     except (TypeError, ValueError, RuntimeError):
         raise OptionError(
-            f"the finetune function must return a loss as one number, or None; got {loss!r}"
+            f"the finetune function must return a loss as one number, or None; got {_told(loss)}"
         ) from None
 
 
 def _kinds(model: nn.Module) -> list[str]:
     return sorted({f"{p.dtype} on {p.device}" for p in model.parameters()})
+
+
+def _told(value: Any) -> str:
+    """A value in a message; a module would print all its layers."""
+    text = repr(value)
+    return text if len(text) <= 60 and "\n" not in text else f"a {type(value).__name__}"
 
 
 def _plain(name: str, given: Mapping[str, Any]) -> Any:
@@ -153,6 +161,12 @@ def training_of(
             )
     elif "temperature" in changed and not found["distill"]:
         raise OptionError("temperature is of the distillation: give distill=, its weight, as well")
+    if found["distill"] == 1.0 and (objective != "cross_entropy" or found["label_smoothing"]):
+        idle = "label_smoothing" if found["label_smoothing"] else "finetune_objective"
+        raise OptionError(
+            f"with distill=1.0 the original's outputs are all that is trained for, so {idle} has no say; "
+            "give distill less weight or leave the other out"
+        )
     lr, label_smoothing = found.pop("lr"), found.pop("label_smoothing")
     if optimizer is not None and "lr" in changed:
         raise OptionError(

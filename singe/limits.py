@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -150,6 +151,19 @@ def limits_of(
                 f"and no number of channels there is a multiple of round_to={round_to}; change one"
             )
     return Limits(least, most, round_to, why)
+
+
+def warn_of_target(
+    kind: str, target: float, full: float, limits: Limits, groups: Iterable[Group]
+) -> None:
+    """Say that a target is none where the whole model costs less, unless ``max_keep`` takes some."""
+    if target > full and all(limits.most[g.name] == g.n_units for g in groups):
+        unit = " ms" if kind == "latency" else ""
+        warnings.warn(
+            f"the whole model costs {full:.4g}{unit} {kind}, less than the target of {target:.4g}: nothing "
+            "goes (a target up to 1 is a share of the model, a larger one an absolute number)",
+            stacklevel=4,
+        )
 
 
 def _least_of_grouped(group: Group, modules: Mapping[str, nn.Module]) -> int:

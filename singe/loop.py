@@ -16,11 +16,11 @@ from torch.utils._pytree import tree_leaves
 from singe.checkpoint import Folder
 from singe.cost import count
 from singe.data import device_of, first_batch
-from singe.errors import NonFiniteError, OptionError
+from singe.errors import BudgetError, NonFiniteError, OptionError
 from singe.evaluation import Evaluate
 from singe.finetune import FinetuneFunction, Stage, call_finetune
 from singe.graph import ModelGraph, unwrapped
-from singe.limits import Limits, absolute, limits_of
+from singe.limits import Limits, absolute, limits_of, warn_of_target
 from singe.modes import in_mode
 from singe.original import Original
 from singe.plan import Plan, make_plan
@@ -33,6 +33,7 @@ from singe.rounds import (
     Round,
     describe,
     minutes_left,
+    network_after,
     portions,
     target_after,
 )
@@ -129,6 +130,9 @@ class Loop:
             )
         if self.pruning.order == "layerwise":
             self._plan_visits()
+        else:
+            kind, groups = self.pruning.kind, self.original.graph.groups
+            warn_of_target(kind, self.last, self.original.full[kind], self.limits, groups)
         self._note_plan()
 
     def _plan_visits(self) -> None:
@@ -138,7 +142,7 @@ class Loop:
         self.quota = {name: len(units) for name, units in plan.items()}
         self._scores, self._round_plan = scores, plan
         self._write_decision(0)
-        names = [g.name for g in graph.groups if g.name in plan]
+        names = self.original.in_order_of_calls(plan)
         if self.pruning.visit == "damage":
             names.sort(key=lambda n: float(scores[n][plan[n]].sum()))
         self.visits = portions(names, self.pruning.rounds)
@@ -168,7 +172,13 @@ class Loop:
             request = replace(request, layers=left)
         if left:
             scores, graph = self._score_again(request, index)
-            plan = self._plan(graph, scores, index)
+            try:
+                plan = self._plan(graph, scores, index)
+            except BudgetError as error:
+                if not self.report.rounds:
+                    raise
+                self._stop(f"{error}; this is {network_after(index - 1)}")  # times are never exact
+                return
             self._remove([(g, plan[g.name]) for g in graph.groups if g.name in plan])
         else:  # every group is down to its last unit
             scores, plan = Scores({}, {}, {"criterion": request.criterion}), Plan({})
@@ -303,7 +313,7 @@ class Loop:
         self.report.abandoned = done
         self.report.stopped = (
             f"the metric after round {index} was {done.metric_finetuned:.4f}, below "
-            f"accuracy_floor={self.floor}; this is the network after round {index - 1}"
+            f"accuracy_floor={self.floor}; this is {network_after(index - 1)}"
         )
         if self.good is None:
             self.original.restore()
@@ -311,6 +321,12 @@ class Loop:
         else:
             self._return_to(self.good)
         self.good = None
+
+    def _stop(self, why: str) -> None:
+        """End the run with the rounds that are done."""
+        self.report.stopped = why
+        say(f"stopped: {why}", self.progress)
+        self._finish()
 
     def _finish(self) -> None:
         self.tuner.keep_average()
@@ -414,6 +430,7 @@ class Loop:
             "criterion": self.request.criterion,
             "before": self.original.full,
             "after": after,
+            "rejected": self.original.graph.rejected,
         }
         rounds = [r.kept for r in report.rounds]
         report.plan = self.original.plan(self.kept, meta, rounds, self.limits)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from singe.cost import CostModel
 from singe.data import Batch
 from singe.explain import explain_rounds
-from singe.graph import ModelGraph, named_tensors
+from singe.graph import Group, ModelGraph, named_tensors, private_copy
 from singe.latency import Stopwatch, Timing
 from singe.limits import Limits
 from singe.plan import Plan, full_cost
 from singe.removal import remove_units
 from singe.scores import fingerprint
+from singe.seeding import random_state_kept
 from singe.snapshot import Snapshot
 from singe.units import small
 
@@ -89,6 +90,23 @@ class Original:
         """Of the network as it is, in milliseconds on the scale of :attr:`full`."""
         assert self.watch is not None
         return self.watch.compare(self.model).share * self.full["latency"]
+
+    def in_order_of_calls(self, groups: Iterable[str]) -> list[str]:
+        """Names of groups from front to back: by the first call of one of their layers."""
+        twin, called = private_copy(self.model), list[str]()
+        for name, module in twin.named_modules():
+            module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
+        with torch.no_grad(), random_state_kept():
+            self.batch.call(twin)
+        first = {name: i for i, name in reversed(list(enumerate(called)))}
+        never = len(called)
+
+        def place(group: Group) -> int:
+            layers = [*group.layers, *([group.heads.module] if group.heads else [])]
+            return min(first.get(name, never) for name in layers)
+
+        wanted = set(groups)
+        return [g.name for g in sorted(self.graph.groups, key=place) if g.name in wanted]
 
     def values(self) -> dict[str, Tensor]:
         """Copies of all parameters and buffers as they are now, in their layouts."""

@@ -218,5 +218,10 @@ def minutes_left(last: Round, training: float, rounds: int, steps: int, final_st
     return f"; about {seconds / 60:.1f} minutes left"
 
 
+def network_after(rounds: int) -> str:
+    """What comes back where a run ends with its last good round."""
+    return f"the network after round {rounds}" if rounds else "the unpruned model"
+
+
 def _number(value: float | None) -> str:
     return "none" if value is None else f"{value:.4f}"

@@ -69,7 +69,7 @@ class ScoreTable(Mapping[str, Tensor]):
                 raise NonFiniteError(
                     f"the scores of {self.ENTRY} {name!r} hold NaN or infinite values; are the "
                     "gradients of this network finite? A half-precision model may overflow: score in "
-                    "float32"
+                    "float32. In scores of your own, protect a unit by min_keep= or ignore=, not by infinity"
                 )
 
     def __getitem__(self, name: str) -> Tensor:

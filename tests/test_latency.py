@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -170,6 +171,56 @@ def test_rounds_take_no_more_than_the_target(clock):
     assert model.conv.out_channels == 16, "20 of 40 ms allow 20 channels, in steps of 8"
     assert [r.kept["conv"] for r in report.rounds] == [32, 32, 24, 24, 16, 16]
     assert met == pytest.approx([40, 32, 32, 24, 24, 16])
+
+
+class Spell(Slow):
+    """So many passes of the pruned network are ten times as slow: the machine does something else."""
+
+    slow = 0
+
+    def forward(self, x):
+        before = Slow.now
+        out = super().forward(x)
+        if Spell.slow > 0 and self.conv.out_channels < 40:
+            Spell.slow -= 1
+            Slow.now += 9 * (Slow.now - before)
+        return out
+
+
+def in_rounds(monkeypatch, slow: int):
+    """Four rounds of a target in latency; so many passes are slow after the second."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(Spell, "slow", 0)
+    model, x = Spell().eval(), torch.randn(2, *IMAGE)
+    seen = []
+
+    def on_round(done, scores, plan):
+        seen.append(done)
+        if len(seen) == 2:
+            Spell.slow = slow
+
+    report = singe.compress(
+        model, train=[(x, torch.tensor([0, 1]))], latency=0.5, rounds=4, finetune_steps=0,
+        criterion="magnitude", timing=Timing(runs=3, warmup=1), progress=False, on_round=on_round,
+    )  # fmt: skip
+    return model, report
+
+
+def test_a_slow_spell_does_not_end_a_run(clock, monkeypatch):
+    """What seemed out of reach is timed again and longer."""
+    model, report = in_rounds(monkeypatch, slow=12)
+    assert len(report.rounds) == 4
+    assert report.stopped is None
+    assert model.conv.out_channels <= 20
+
+
+def test_a_latency_out_of_reach_in_a_later_round_leaves_the_rounds_before(clock, monkeypatch):
+    model, report = in_rounds(monkeypatch, slow=10**6)
+    assert len(report.rounds) == 2
+    assert model.conv.out_channels == report.rounds[-1].kept["conv"] == 30
+    assert re.search(
+        r"cannot be met: .* of the model's 40 .*; this is the network after round 2", report.stopped
+    )
 
 
 def test_attention_is_timed_as_the_model_runs_it():

@@ -49,8 +49,17 @@ def test_a_finetune_function_of_the_users():
     def ruins(m: nn.Module, stage: singe.Stage) -> None:
         m[16] = nn.Linear(3, 3)
 
-    with pytest.raises(singe.OptionError, match=r"must return a loss as one number.*got \[1, 2\]"):
-        singe.compress(network(), macs=0.6, finetune=lambda m, s: [1, 2], **OPTIONS)
+    for wrong, told in (
+        ([1, 2], r"\[1, 2\]"),
+        (nn.ReLU, "<class .*ReLU'>"),
+        (network(), "a Sequential"),
+    ):
+        with pytest.raises(
+            singe.OptionError, match=rf"must return a loss as one number, or None; got {told}$"
+        ):
+            singe.compress(network(), macs=0.6, finetune=lambda m, s, w=wrong: w, **OPTIONS)
+    report = singe.compress(network(), macs=0.6, finetune=lambda m, s: m, **OPTIONS)  # a habit
+    assert [r.finetune_loss for r in report.rounds] == [None, None]
 
     def halves(m: nn.Module, stage: singe.Stage) -> None:
         m.bfloat16()
@@ -84,6 +93,8 @@ def test_a_finetune_function_of_the_users():
         ({"temperature": None, "distill": 0.5}, "temperature must be positive and finite, got None"),
         ({"distill": None}, r"distill must lie in \[0, 1\], got None"),
         ({"ema": torch.ones(2), "finetune": lambda m, s: None}, r"ema must lie in \(0, 1\), got tensor"),
+        ({"distill": 1.0, "label_smoothing": 0.1}, "distill=1.0 .* label_smoothing has no say"),
+        ({"distill": 1.0, "finetune_objective": lambda o, b: o.sum()}, "so finetune_objective has no say"),
         ({"ema": 1.0}, r"ema must lie in \(0, 1\)"),
         ({"ema": 0.9, "finetune": lambda m, s: None}, "ema belong to the built-in training"),
         ({"lr": 0.5, "finetune": lambda m, s: None}, "lr belong to the built-in training"),
@@ -104,6 +115,9 @@ def test_a_finetune_function_of_the_users():
         ({"accuracy_floor": 0.5, "evaluate": lambda m: 0.4}, "0.4000, below accuracy_floor=0.5"),
         ({"final_steps": -1}, "final_steps must be a whole number >= 0"),
         ({"checkpoint_every": 0}, "checkpoint_every must be a whole number >= 1"),
+        ({"checkpoint_every": 5}, "checkpoint_every needs checkpoint="),
+        ({"checkpoint_every": 5, "checkpoint": "run", "finetune": lambda m, s: None},
+         "inside it there are none"),
         ({"resume": True}, "resume=True needs checkpoint="),
         ({"finetune_objective": "kl"}, "'kl'.*distill=1.0"),
         ({"schedule": lambda done: 2.0}, r"schedule\(0.5\) must lie in \[0, 1\], got 2.0"),
@@ -187,6 +201,52 @@ def test_layerwise_prunes_one_group_after_the_other(visit):
     assert halves.macs_after == pytest.approx(report.macs_after)
 
 
+class Backwards(nn.Module):
+    """Defined back to front; ``c2`` is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.c3 = nn.Linear(9, 4), nn.Conv2d(8, 9, 3)
+        self.c2, self.c1 = nn.Conv2d(8, 8, 1), nn.Conv2d(3, 8, 3)
+
+    def forward(self, x):
+        x = self.c2(self.c2(self.c1(x).relu()).relu())
+        return self.head(self.c3(x.relu()).mean((2, 3)))
+
+
+def test_front_to_back_is_the_order_of_calls():
+    visited = []
+    singe.compress(
+        randomise(Backwards()), channels=0.5, order="layerwise", ranking="local",
+        on_round=lambda done, scores, plan: visited.extend(plan),
+        **{**OPTIONS, "rounds": None},
+    )  # fmt: skip
+    assert visited == ["c2", "c3"], "c2 feeds itself: its units are those of c1, the first"
+
+
+def test_a_target_above_the_whole_is_told():
+    model = network()
+    with pytest.warns(UserWarning, match="less than the target of 1e[+]12: nothing goes"):
+        report = singe.compress(model, macs=1e12, **OPTIONS)
+    assert report.macs_after == report.macs_before
+    scores = singe.score(model, BATCHES, progress=False)
+    with pytest.warns(UserWarning, match="the whole model costs .* params, less than the target"):
+        plan = singe.plan(model, scores, BATCHES[0][0], params=10**9)
+    assert plan.n_units == 0
+
+
+def test_layers_without_units_are_told():
+    model = network()
+    nn.utils.parametrizations.weight_norm(model[4])
+    report = singe.compress(model, macs=0.95, **OPTIONS)
+    assert "computes its weight" in report.plan.meta["rejected"]["4"]
+    assert "left out: 4: " in report.plan.explain()
+    with pytest.raises(
+        singe.BudgetError, match=r"cannot be met.*Left out: .*; 4, 0 \(4 computes its weight"
+    ):
+        singe.compress(model, macs=0.01, **OPTIONS)
+
+
 @pytest.mark.parametrize("order", ["global", "layerwise"])
 def test_the_plan_of_the_run_rebuilds_the_network(order):
     """In indices of the original: a fresh copy takes the final shapes, and then the weights."""
@@ -214,7 +274,8 @@ def test_the_plan_of_the_run_tells_what_each_round_took(order):
     assert len({row["why"] for row in report.plan.rows()}) > 1
     lines = report.plan.explain().splitlines()
     assert lines[0].endswith(f"for at most {0.5 * report.macs_before:.4g} macs")
-    assert [line.split()[0] for line in lines[2:]] == ["group", *report.rounds[0].kept]
+    assert [line.split()[0] for line in lines[2:-1]] == ["group", *report.rounds[0].kept]
+    assert lines[-1].startswith("left out: 16: its channels reach")
     assert "lowest in" not in lines[2]  # every round had scores of its own
 
 
