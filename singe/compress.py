@@ -118,7 +118,8 @@ def compress(
         order: ``"global"``: every round takes from the whole network. ``"layerwise"``: a first scoring
             settles how many units each group loses, then the groups are scored, pruned and followed
             by fine-tuning one after the other.
-        visit: layerwise only: ``"forward"`` (front to back, as called) or ``"damage"`` (least score lost first).
+        visit: layerwise only: ``"forward"`` (front to back, as called) or ``"damage"`` (least score lost
+            first).
         ranking: see :func:`singe.plan`, like the next three.
         round_to: kept channels are a multiple of this.
         min_keep: shares of the units of the *original* groups, like the next two.
