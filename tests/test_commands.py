@@ -241,7 +241,7 @@ def test_compress_stops_at_the_floor(tmp_path, monkeypatch, capsys):
     captured = capsys.readouterr()
     told = json.loads(captured.out)
     assert "below accuracy_floor=0.7" in told["stopped"]
-    assert "stopped early" in captured.err
+    assert told["failed"] == []
     assert told["after"]["macs"] == told["before"]["macs"]  # not one round was good
     load_pruned(load_model("net.py:make"), tmp_path / "out")
 

@@ -11,7 +11,7 @@ from helpers import (
 )
 from helpers_cli import DATA, FACTORY, MODEL, run
 
-from singe.errors import ScoresError
+from singe.errors import OptionError, ScoresError
 
 pytestmark = pytest.mark.usefixtures("inside")
 COMPARE = ("compare", "--model", *MODEL, *DATA, "--json")
@@ -37,6 +37,28 @@ def test_every_copy_gets_statistics_of_its_own(monkeypatch):
     monkeypatch.setattr(command, "set_statistics", noted)
     run(*COMPARE, "--criteria", "random,magnitude", "--macs", 0.6)
     assert len({id(model) for model in pruned}) == 2
+
+
+def test_an_earlier_result_keeps_its_report(tmp_path):
+    out = tmp_path / "out"
+    run("prune", *MODEL, *DATA, "--macs", 0.5, "--export", "none", "--out", out)
+    before = (out / "report.html").read_text()
+    words = ("compare", "--model", *MODEL, *DATA, "--criteria", "magnitude,random", "--out")
+    with pytest.raises(OptionError, match="holds a pruned model or a run, whose report"):
+        run(*words, out)
+    assert (out / "report.html").read_text() == before
+    run(*words, tmp_path / "other", "--share", 0.25)
+    settings = json.loads((tmp_path / "other" / "report.json").read_text())["settings"]
+    assert settings["share"] == 0.25
+    assert settings["criteria"] == "magnitude, random"
+
+
+def test_score_files_alone_need_no_model_and_no_data(tmp_path):
+    files = [tmp_path / "a.st", tmp_path / "b.st"]
+    for file, criterion in zip(files, ("magnitude", "random"), strict=True):
+        run("score", *MODEL, "--criterion", criterion, "--input-shape", "3,8,8", "--out", file)
+    with pytest.raises(OptionError, match="--weights, --data, --image-size: score files alone"):
+        run("compare", *files, "--weights", "w.pt", "--data", "nowhere", "--image-size", 3)
 
 
 def test_scores_of_another_model_are_refused(tmp_path):

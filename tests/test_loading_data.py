@@ -234,6 +234,28 @@ def test_npz_in_another_form(tmp_path, arrays, message):
         Source(str(tmp_path / "d.npz"))
 
 
+def test_half_a_test_part(tmp_path):
+    path = tmp_path / "data.npz"
+    np.savez(path, x=np.zeros((4, 3), np.float32), y=np.arange(4), x_test=np.zeros((4, 3)))
+    with pytest.raises(DataError, match="has x_test but no y_test"):
+        Source(str(path))
+
+
+def test_a_class_without_images_would_shift_the_others(tmp_path):
+    write_images(tmp_path)
+    (tmp_path / "doe").mkdir()
+    (tmp_path / "doe" / "notes.txt").touch()
+    (tmp_path / "_about").mkdir()
+    with pytest.raises(DataError, match="class folders without images: doe; put some in"):
+        scan(tmp_path)
+    shutil.rmtree(tmp_path / "doe")
+    assert scan(tmp_path)[0] == ["cat", "dog", "eel"]
+    for part in ("train", "test"):
+        write_images(tmp_path / "parts" / part)
+    (tmp_path / "parts" / "test" / "doe").mkdir()  # of no class there is an image
+    assert scan(tmp_path / "parts")[0] == ["cat", "dog", "eel"]
+
+
 def test_a_held_out_part_that_leaves_nothing(tmp_path):
     np.savez(tmp_path / "d.npz", x=np.zeros((6, 2)), y=np.arange(6) % 2)
     with pytest.raises(DataError, match=r"--held-out 0\.999 of 6 samples leaves none"):

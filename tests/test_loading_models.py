@@ -57,12 +57,14 @@ def test_a_factory_finds_its_neighbours_and_its_weights(factory, tmp_path):
         assert all((v == 0.5).all() for v in loaded.state_dict().values())
 
 
-def test_a_file_of_the_users_leaves_no_trace_on_the_search_path(factory):
+def test_a_file_of_the_users_hides_nothing_from_later_imports(factory, monkeypatch):
+    """Its folder comes last then: what it imports later is found, what others import is not its own."""
     before = list(sys.path)
     load_model(factory)
     with pytest.raises(ModelError):
         load_model(factory.replace(":make", ":broken"))
-    assert sys.path == before
+    assert sys.path == [*before, factory.rpartition("/")[0]]
+    monkeypatch.setattr(sys, "path", before)
 
 
 def test_a_layer_called_module_is_no_wrapper(factory, tmp_path):

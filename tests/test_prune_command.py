@@ -20,6 +20,7 @@ from singe.cli.data import Reading, Source
 from singe.cli.folders import holds_run
 from singe.cli.models import load_model
 from singe.data import read_batches
+from singe.errors import OptionError
 from singe.evaluation import accuracy
 from singe.export import load_pruned
 from singe.recalibration import recalibrate
@@ -151,6 +152,34 @@ def test_nothing_of_an_earlier_result_stays_beside_new_weights(tmp_path):
     run(*words, "--out", tmp_path, "--export", "none", "--no-report")
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"model.safetensors", "plan.json", "mine.txt"}
+
+
+def test_what_a_result_starts_from_is_not_written_over(tmp_path):
+    out = tmp_path / "out"
+    words = ("prune", *MODEL, *DATA, "--macs", 0.8, "--export", "none", "--no-report", "--out")
+    run(*words, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for weights in (out, out / "model.safetensors"):
+        with pytest.raises(OptionError, match="is where --weights come from"):
+            run(*words, out, "--weights", weights)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    run(*words, tmp_path / "again", "--weights", out)
+
+
+def test_the_report_says_what_decided(tmp_path):
+    words = ("prune", *MODEL, *DATA, "--macs", 0.8, "--export", "none", "--out")
+    run(*words, tmp_path / "a")
+    settings = json.loads((tmp_path / "a" / "report.json").read_text())["settings"]
+    expected = {
+        "criterion": "singe", "path": "layer", "p": "fisher", "norm": "inside", "ranking": "cost",
+        "max_pruning_ratio": 0.75, "macs": 0.8,
+    }  # fmt: skip
+    assert settings.items() >= expected.items()
+    plan = tmp_path / "a" / "plan.json"
+    run("prune", *MODEL, *DATA, "--plan", plan, "--export", "none", "--out", tmp_path / "b")
+    settings = json.loads((tmp_path / "b" / "report.json").read_text())["settings"]
+    assert settings.items() >= {"criterion": "singe", "ranking": "cost"}.items()
+    assert "max_pruning_ratio" not in settings
 
 
 def test_files_that_are_not_of_a_result_are_left_alone(tmp_path):

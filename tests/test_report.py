@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import re
@@ -182,6 +183,22 @@ def test_scores_on_a_logarithmic_axis_have_plain_numbers():
         labels = [tick.get_text() for tick in axes.get_xticklabels()]
         assert {"0.001", "0.1"} <= set(labels)
         assert not any("$" in label for label in labels)
+
+
+@pytest.mark.parametrize("span", [2.2, 4, 11, 30])
+def test_a_short_logarithmic_axis_has_plain_numbers_that_do_not_overlap(span):
+    groups = {"a": {"scores": [2e-4, 2e-4 * span], "removed": [0]}}
+    with LIGHT.applied():
+        figure = plots.scores({"groups": groups}, LIGHT)
+        figure.canvas.draw()
+        (axes,) = figure.axes
+        told = [t for t in axes.get_xticklabels(which="both") if t.get_text()]
+        low, high = axes.get_xlim()
+        shown = [t for t in told if low <= t.get_position()[0] <= high]
+        assert len(shown) >= 1
+        assert not any("$" in t.get_text() for t in told)
+        boxes = sorted((t.get_window_extent() for t in shown), key=lambda box: box.x0)
+        assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes)), [t.get_text() for t in shown]
 
 
 @pytest.mark.parametrize("is_score", [True, False])

@@ -1,14 +1,14 @@
 """The command line: ``singe score | prune | compress | compare | info | demo``.
 
-Exit status: 0 done; 1 a bug (with a traceback); 2 wrong use or input, with one line that says what;
-3 ``compress`` stopped at the accuracy floor and kept the last good round; 130 interrupted.
+Exit status: 0 done; 1 a bug (with a traceback); 2 wrong use or input, with a message that says what;
+3 ``compress`` stopped before its last round and kept the last good one; 130 interrupted.
 """
 
 from __future__ import annotations
 
 import sys
 import warnings
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -16,6 +16,7 @@ from rich.console import Console
 from singe import __version__
 from singe.cli.compare import compare
 from singe.cli.compress import compress
+from singe.cli.models import in_users_file
 from singe.cli.prune import prune
 from singe.cli.score import score
 from singe.cli.show import demo, info
@@ -53,11 +54,20 @@ def main() -> None:
     try:
         app(prog_name="singe")
     except (SingeError, OSError) as error:
-        console = Console(stderr=True, soft_wrap=True, highlight=False)
         said = str(error)
         if said.startswith("Caught "):  # by a loader's worker, which hands on its whole traceback
             said = said.rpartition(f"{type(error).__name__}: ")[2]
-        console.print("error: " + " ".join(said.split()), style="red", markup=False)
-        sys.exit(2)
+        _end(said)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        place = in_users_file(error)
+        if place is None:
+            raise
+        _end(f"{place}: {type(error).__name__}: {error}")
+
+
+def _end(said: str) -> NoReturn:
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print("error: " + " ".join(said.split()), style="red", markup=False)
+    sys.exit(2)

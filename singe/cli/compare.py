@@ -11,9 +11,9 @@ from rich.table import Table
 
 import singe
 from singe.cli import finish
-from singe.cli.folders import require_folder
+from singe.cli.folders import holds_result, require_folder
 from singe.cli.groups import takes_groups
-from singe.cli.inputs import Inputs, given, load_inputs
+from singe.cli.inputs import Inputs, changed, given, load_inputs
 from singe.cli.options import (
     BudgetOptions,
     CommonOptions,
@@ -28,6 +28,7 @@ from singe.comparison import require_two
 from singe.criteria import PATHS, as_criterion, choose
 from singe.errors import OptionError
 from singe.evaluation import accuracy
+from singe.finetune import LR
 from singe.graph import separate_copy
 from singe.plain import POSITIVE, plain_number
 from singe.report import write_report
@@ -59,7 +60,7 @@ def compare(
     finetune_steps: Annotated[
         int, typer.Option(help="Before accuracy is measured at equal budgets.", min=0)
     ] = 0,
-    lr: Annotated[float, typer.Option(help="Of that fine-tuning.")] = 0.01,
+    lr: Annotated[float, typer.Option(help="Of that fine-tuning.")] = LR,
     out: Annotated[
         Path | None, typer.Option(help="Folder for report.html and its pictures.")
     ] = None,
@@ -72,12 +73,18 @@ def compare(
     voice = Voice(common)
     if out is not None:
         require_folder(out, data.data)
+        if holds_result(out):
+            raise OptionError(
+                f"--out {out} holds a pruned model or a run, whose report this would replace; give another"
+            )
     plain_number("--share", share, "(0, 1)")
     plain_number("--lr", lr, POSITIVE)
     if budget.arguments():
         pruning_of(**budget.arguments())
     if finetune_steps and not budget.target():
         raise OptionError("--finetune-steps needs a budget, e.g. --macs 0.5")
+    if lr != LR and not finetune_steps:
+        raise OptionError("--lr is of the fine-tuning: give --finetune-steps as well")
     named = {path.stem: Scores.load(path) for path in scores or []}
     if len(named) < len(scores or []):
         raise OptionError("the score files need different names: they are the labels")
@@ -91,6 +98,8 @@ def compare(
         named |= _score_all(inputs, wanted, scoring, common, voice)
     elif criteria is not None or budget.arguments() or scoring.arguments():
         raise OptionError("--criteria, scoring options and budgets need --model")
+    elif idle := [*changed(model), *changed(data)]:
+        raise OptionError(f"{', '.join(idle)}: score files alone need neither a model nor data")
     result = agreement(named, share)
     if budget.target():
         assert inputs is not None
@@ -101,7 +110,9 @@ def compare(
             "title": "Criteria compared",
             "lead": f"{result['units']} units in {len(next(iter(named.values())))} groups.",
             "criteria": result,
-            "settings": given(inputs, model, data, scoring, budget, common),
+            "settings": given(inputs, model, data, scoring, budget, common)
+            | {"criteria": ", ".join(named), "share": share}
+            | ({"finetune_steps": finetune_steps, "lr": lr} if finetune_steps else {}),
             "versions": finish.environment(),
         }
         files["report"] = str(write_report(out, content))

@@ -12,6 +12,7 @@ import typer
 from torch.optim import Optimizer
 
 import singe
+from singe.budget import left_out
 from singe.cli import finish
 from singe.cli.folders import (
     CHECKPOINT,
@@ -19,6 +20,7 @@ from singe.cli.folders import (
     holds_run,
     remove_results,
     require_folder,
+    require_other,
 )
 from singe.cli.groups import takes_groups
 from singe.cli.inputs import Inputs, given, load_inputs
@@ -48,7 +50,7 @@ from singe.request import Request
 from singe.rounds import pruning_of
 from singe.scores import Scores
 
-EXIT_FLOOR = 3
+EXIT_STOPPED = 3
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"sgd": sgd, "adamw": torch.optim.AdamW}
 ORDER = ("rounds", "order", "visit", "schedule")
 TRAINING = ("clip_grad_norm", "label_smoothing", "distill", "temperature", "ema")
@@ -78,6 +80,7 @@ def compress(
     formats = output.formats()
     if not output.dry_run:
         require_folder(output.out, data.data)
+        require_other(output.out, model.weights)
         if not tuning.resume and holds_run(output.out):
             raise OptionError(
                 f"--out {output.out} holds a run: --resume continues it if this command made it, or "
@@ -93,10 +96,12 @@ def compress(
     chosen = {n: getattr(tuning, n) for n in PASSED if getattr(tuning, n) is not None}
     limits = budget.arguments()
     # What singe.compress would refuse, before a warm-up is trained or a plan is shown.
-    pruning_of(**limits, **{n: chosen[n] for n in ORDER if n in chosen})
+    pruning = pruning_of(**limits, **{n: chosen[n] for n in ORDER if n in chosen})
     training_of(**{n: chosen[n] for n in TRAINING if n in chosen})
-    Request(**options)
-    optimizer = _optimizer(tuning)
+    request = Request(**options)
+    optimizer, autocast = _optimizer(tuning), tuning.autocast()
+    if tuning.accuracy_floor is not None and found.evaluate is None:
+        raise OptionError("--accuracy-floor needs held-out data to measure accuracy on")
     if output.dry_run:
         _show_plan(inputs, options, budget, tuning, common, voice)
         return
@@ -107,7 +112,7 @@ def compress(
         "calibrate": found.calibrate,
         "evaluate": found.evaluate,
         "optimizer": optimizer,
-        "autocast": tuning.autocast(),
+        "autocast": autocast,
         "seed": common.seed,
         "resume": tuning.resume,
         "recalibrate": tuning.recalibrate,
@@ -132,7 +137,15 @@ def compress(
     latency = finish.time_both(original, inputs.model, inputs.example, budget.timing())
     content = _content(done, latency) | {
         "title": f"{model.model}, compressed",
-        "settings": given(inputs, model, data, scoring, budget, tuning, common),
+        "settings": {
+            **finish.made_by(vars(request)),
+            **finish.limited_by(pruning),
+            "order": pruning.order,
+            "schedule": pruning.schedule,
+            "rounds": len(done.rounds),
+            "finetune_steps": FINETUNE_STEPS,
+            **given(inputs, model, data, scoring, budget, tuning, common),
+        },
         "versions": finish.environment(),
         "accuracy_floor": tuning.accuracy_floor,
     }
@@ -158,11 +171,13 @@ def compress(
     written, failed = finish.write_exports(inputs, output.out, formats, voice)
     files |= written
     keys = ("before", "after", "rounds", "latency", "stopped")
-    summary = {k: content[k] for k in keys} | {"files": files, "seconds": seconds}
+    summary = {k: content[k] for k in keys}
+    summary |= {"files": files, "failed": failed, "seconds": seconds}
     voice.result(summary, describe(summary))
-    if done.stopped:
-        voice.notice(". ".join([f"stopped early: {done.stopped}", *failed]))
-        raise typer.Exit(EXIT_FLOOR)
+    if done.stopped:  # `describe` and the JSON say why
+        for line in failed:
+            voice.error(line)
+        raise typer.Exit(EXIT_STOPPED)
     if failed:
         raise ExportError("; ".join(failed))
 
@@ -177,7 +192,7 @@ def _optimizer(tuning: TuningOptions) -> OptimizerFactory:
 
 
 def _content(done: CompressReport, latency: dict[str, Any]) -> dict[str, Any]:
-    told = done.to_dict()
+    plain = done.to_dict()
     return {
         "before": {
             "macs": done.macs_before, "params": done.params_before, "metric": done.metric_before,
@@ -185,10 +200,13 @@ def _content(done: CompressReport, latency: dict[str, Any]) -> dict[str, Any]:
         "after": {
             "macs": done.macs_after, "params": done.params_after, "metric": done.metric_after,
         },
-        "rounds": told["rounds"],
+        "rounds": plain["rounds"],
         "latency": latency,
         "stopped": done.stopped,
-        "notes": [f"Stopped early: {done.stopped}."] if done.stopped else [],
+        "notes": [
+            *([f"Stopped early: {done.stopped}."] if done.stopped else []),
+            *([told.removeprefix(". ")] if (told := left_out(done.plan.meta["rejected"])) else []),
+        ],
     }  # fmt: skip
 
 

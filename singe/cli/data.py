@@ -231,7 +231,12 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
             "x_test and y_test"
         )
     found = {k: arrays[k] for k in ("x_train", "y_train")}
-    if {"x_test", "y_test"} <= arrays.keys():
+    parts = {"x_test", "y_test"}
+    if len(parts & arrays.keys()) == 1:
+        raise DataError(
+            f"{path} has {', '.join(parts & arrays.keys())} but no {', '.join(parts - arrays.keys())}"
+        )
+    if parts <= arrays.keys():
         found |= {k: arrays[k] for k in ("x_test", "y_test")}
     for part in ("train", "test"):
         if f"x_{part}" not in found:

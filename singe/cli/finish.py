@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from singe.export import export_onnx, export_pt2, save_pruned
 from singe.integrand import along_the_path, telling_units
 from singe.latency import Stopwatch, Timing
 from singe.plan import Plan
+from singe.rounds import Pruning
 from singe.scores import Scores
 from singe.versions import versions
 
@@ -137,6 +138,16 @@ def _suits(criterion: str, objective: str) -> bool:
 
 def _units(scores: Scores) -> int:
     return sum(len(values) for values in scores.values())
+
+
+def made_by(options: Mapping[str, Any]) -> dict[str, Any]:
+    """How units were scored, of the ``meta`` of scores or the fields of a request."""
+    return {k: options.get(k) for k in ("criterion", "path", "p", "norm", "objective")}
+
+
+def limited_by(pruning: Pruning) -> dict[str, Any]:
+    """How scores became a plan."""
+    return {k: getattr(pruning, k) for k in ("ranking", "max_pruning_ratio", "round_to")}
 
 
 def label(scores: Scores) -> str:

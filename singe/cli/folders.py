@@ -73,6 +73,25 @@ def holds_run(out: Path) -> bool:
     return any(any(place.glob("checkpoint-*.safetensors")) for place in places)
 
 
+def holds_result(out: Path) -> bool:
+    """Whether a run keeps its checkpoints there, or a pruned model lies there."""
+    return holds_run(out) or (out / PLAN).is_file()
+
+
+def require_other(out: Path, weights: str | None) -> None:
+    """See that a result does not replace the one that it starts from, whose plan would be lost.
+
+    Raises:
+        OptionError: ``--out`` is the folder of ``--weights``.
+    """
+    if weights is not None and out.is_dir() and Path(weights).resolve() in (
+        out.resolve(), *(path.resolve() for path in out.iterdir())
+    ):  # fmt: skip
+        raise OptionError(
+            f"--out {out} is where --weights come from, and would be written over; give another"
+        )
+
+
 def remove_results(out: Path) -> None:
     """Take away an earlier result's exports and report: beside new weights they would be of another model.
 

@@ -10,11 +10,13 @@ from typing import Any, get_type_hints
 
 import typer
 
+from singe.cli.output import undisturbed
+
 TABLE = "singe: options of the command's own table"
 
 
 def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """``command(model: ModelOptions, ...)`` for typer, with every field as an option of its own.
+    """``command(model: ModelOptions, ..., common)`` for typer, with every field as an option of its own.
 
     A group may have ``OUTRANKS``: option, or ``option=value`` -> those that give way where it is chosen
     nearer by, the command line before the command's table in the file, that before the file's top level.
@@ -57,7 +59,9 @@ def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
             name: group(**{f.name: given.pop(f.name) for f in fields(group)})
             for name, group in groups.items()
         }
-        command(**given, **folded)
+        common: Any = folded["common"]
+        with undisturbed(common):
+            command(**given, **folded)
 
     run.__signature__ = inspect.Signature(found)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in found}

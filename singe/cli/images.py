@@ -122,11 +122,11 @@ def scan(folder: Path) -> tuple[list[str], list[Item], list[Item] | None]:
         inside = _folders(folder)
         if all(f.name.lower() in (*TRAINING, *HELD_OUT) for f in inside):
             inside = []  # parts without classes in them are no classes themselves
-        classes = [f.name for f in inside if _has_images(f)]
+        classes = _classes(inside)
         return classes, _items(folder, classes), None
-    classes = [f.name for f in _folders(train) if _has_images(f)]
-    extra = [] if held_out is None else {f.name for f in _folders(held_out)} - set(classes)
-    if extra:
+    classes = _classes(_folders(train))
+    theirs = [] if held_out is None else [f.name for f in _folders(held_out) if _has_images(f)]
+    if extra := set(theirs) - set(classes):
         raise DataError(
             f"{held_out} has classes that {train} lacks: {', '.join(sorted(extra)[:5])}"
         )
@@ -149,6 +149,18 @@ def _parts(folder: Path) -> tuple[Path, Path | None, Path | None]:
     train = next((f for f in parts if f.name.lower() in TRAINING), None)
     held_out = next((f for f in parts if f.name.lower() in HELD_OUT), None)
     return folder, train, held_out
+
+
+def _classes(folders: Sequence[Path]) -> list[str]:
+    """Their names; one without images would shift the numbers of all that follow."""
+    full = [f.name for f in folders if _has_images(f)]
+    empty = [f.name for f in folders if f.name not in full]
+    if full and empty:
+        raise DataError(
+            f"{folders[0].parent} has class folders without images: {', '.join(empty[:5])}; put some in, "
+            "or take them away (names that begin with . or _ are passed over)"
+        )
+    return full
 
 
 def _items(folder: Path, classes: Sequence[str]) -> list[Item]:

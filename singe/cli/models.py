@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from singe.gates import BATCH_NORMS
 PRETRAINED = "pretrained"
 SOURCES = "torchvision:NAME, timm:NAME, hf:FOLDER or path/to/file.py:factory"
 State = dict[str, Tensor]
+USERS_FILES = set[str]()  # that were run; an error in one of them is its owner's
 
 _operators: list[torch.library.Library] = []  # a Library undoes itself when it is collected
 
@@ -83,7 +85,10 @@ def call_from_file(spec: str) -> Any:
     assert found.loader is not None
     module = importlib.util.module_from_spec(found)
     sys.modules[found.name] = module  # dataclasses and torch.export look themselves up there
-    sys.path.insert(0, str(file.parent))  # its neighbours, as when it is run as a script
+    folder = str(file.parent)
+    sys.path.insert(0, folder)  # its neighbours, as when it is run as a script
+    USERS_FILES.add(str(file))
+    arguments, sys.argv = sys.argv, [str(file)]
     try:
         found.loader.exec_module(module)
         if not callable(getattr(module, name, None)):
@@ -92,10 +97,25 @@ def call_from_file(spec: str) -> Any:
         return getattr(module, name)()
     except ModelError:
         raise
+    except SystemExit as error:
+        raise ModelError(
+            f"{spec} ended the program (exit status {error.code}); put what runs it as a script under if "
+            '__name__ == "__main__"'
+        ) from error
     except Exception as error:
         raise ModelError(f"{spec} failed: {type(error).__name__}: {error}") from error
     finally:
-        sys.path.remove(str(file.parent))
+        sys.argv = arguments
+        sys.path.remove(folder)
+        if folder not in sys.path:  # for what is imported later; last, so that it hides nothing
+            sys.path.append(folder)
+
+
+def in_users_file(error: BaseException) -> str | None:
+    """Where in a file that :func:`call_from_file` ran an error arose, if there: ``net.py:12, in forward``."""
+    frames = traceback.extract_tb(error.__traceback__)
+    found = [frame for frame in frames if frame.filename in USERS_FILES]
+    return f"{found[-1].filename}:{found[-1].lineno}, in {found[-1].name}" if found else None
 
 
 def import_torchvision() -> ModuleType:

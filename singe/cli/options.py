@@ -93,10 +93,12 @@ class DataOptions:
     ] = None  # fmt: skip
 
     def reading(self, seed: int) -> Reading:
+        mean, std = numbers("--mean", self.mean), numbers("--std", self.std)
+        if not all(value > 0 for value in std):
+            raise OptionError(f"--std {self.std}: images are divided by it, so it must be positive")
         return Reading(
             self.image_size, self.batch_size, self.calibration, self.held_out, self.evaluation,
-            numbers("--mean", self.mean), numbers("--std", self.std), self.augment, self.workers,
-            seed,
+            mean, std, self.augment, self.workers, seed,
         )  # fmt: skip
 
 
@@ -308,7 +310,7 @@ class ExportOptions:
         str,
         _option(
             _OUTPUT,
-            "Beside safetensors: pt2, onnx (needs onnxruntime), both, or none.",
+            "Beside safetensors: pt2, onnx (needs onnxruntime), pt2,onnx for both, or none.",
         ),
     ] = "pt2"
     report: Annotated[bool, _option(_OUTPUT, "Write report.html.")] = True
@@ -318,10 +320,11 @@ class ExportOptions:
 
     def formats(self) -> tuple[str, ...]:
         found = tuple(f.strip() for f in self.export.split(",") if f.strip() != "none")
+        found = tuple(dict.fromkeys(found))
         unknown = set(found) - {"pt2", "onnx"}
         if unknown:
             raise OptionError(
-                f"--export {', '.join(unknown)} is not offered; choose pt2, onnx, none"
+                f"--export {self.export!r} is not offered; choose pt2, onnx, pt2,onnx or none"
             )
         if "onnx" in found:
             check_onnx()  # now, not after an hour of training

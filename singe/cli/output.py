@@ -3,12 +3,44 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 from rich.console import Console
 
-from singe.cli.options import CommonOptions
+if TYPE_CHECKING:
+    from singe.cli.options import CommonOptions
+
+_results: ContextVar[TextIO | None] = ContextVar("_results", default=None)  # where --json goes
+
+
+@contextmanager
+def undisturbed(common: CommonOptions) -> Iterator[None]:
+    """While a command runs: warnings are notices, each told once; what a user's file prints is no result."""
+    told = set[str]()
+
+    def tell(message: Warning | str, *_: Any, **__: Any) -> None:
+        text = " ".join(str(message).split())
+        if text not in told:
+            told.add(text)
+            Voice(common).notice(f"warning: {text}")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = tell
+        if not common.as_json:
+            yield
+            return
+        token = _results.set(sys.stdout)
+        try:
+            with redirect_stdout(sys.stderr):
+                yield
+        finally:
+            _results.reset(token)
 
 
 class Voice:
@@ -28,6 +60,10 @@ class Voice:
         if not self._quiet:
             self._errors.print(line, markup=False)
 
+    def error(self, line: str) -> None:
+        """What went wrong, on standard error, whatever was asked for."""
+        self._errors.print(f"error: {line}", style="red", markup=False)
+
     def step(self, line: str) -> None:
         """What is being done now; on a terminal only."""
         if self.progress:
@@ -44,4 +80,4 @@ class Voice:
 
 
 def print_json(content: dict[str, Any]) -> None:
-    typer.echo(json.dumps(content, indent=2))
+    typer.echo(json.dumps(content, indent=2), file=_results.get())

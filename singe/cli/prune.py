@@ -12,7 +12,7 @@ import typer
 import singe
 from singe import recalibration
 from singe.cli import finish
-from singe.cli.folders import holds_run, remove_results, require_folder
+from singe.cli.folders import holds_run, remove_results, require_folder, require_other
 from singe.cli.groups import takes_groups
 from singe.cli.inputs import Inputs, given, load_inputs
 from singe.cli.options import (
@@ -89,6 +89,7 @@ def prune(
         )
     if not output.dry_run:
         require_folder(output.out, data.data)
+        require_other(output.out, model.weights)
         if holds_run(output.out):
             raise OptionError(
                 f"--out {output.out} holds a run of compress, which prune would overwrite; give another"
@@ -131,7 +132,8 @@ def prune(
         "metric_after_removal": removed,
         "recalibrated": recalibrated,
         "latency": latency,
-        "settings": given(inputs, model, data, scoring, budget, source, common),
+        "settings": _decided(made, found, budget)
+        | given(inputs, model, data, scoring, budget, source, common),
         "versions": finish.environment(),
     }
     content["lead"] = _lead(content, str(done))
@@ -148,7 +150,7 @@ def prune(
     written, failed = finish.write_exports(inputs, output.out, formats, voice)
     files |= written
     keys = ("before", "after", "metric_after_removal", "recalibrated", "latency")
-    summary: dict[str, Any] = {k: content[k] for k in keys} | {"files": files}
+    summary: dict[str, Any] = {k: content[k] for k in keys} | {"files": files, "failed": failed}
     voice.result(summary, describe(summary))
     if failed:
         raise ExportError("; ".join(failed))
@@ -184,6 +186,15 @@ def set_statistics(inputs: Inputs, seed: int) -> bool:
     return recalibration.set_statistics(inputs.model, inputs.data.calibrate, seed, round=1)
 
 
+def _decided(plan: Plan, scores: Scores | None, budget: BudgetOptions) -> dict[str, Any]:
+    """By what the units were chosen, defaults included; of a plan that was given, what it tells."""
+    if scores is None:
+        told = {k: plan.meta.get(k) for k in ("criterion", "ranking")}
+    else:
+        told = finish.made_by(scores.meta) | finish.limited_by(pruning_of(**budget.arguments()))
+    return {k: v for k, v in told.items() if v is not None}
+
+
 def _lead(content: dict[str, Any], done: str) -> str:
     text = f"One shot, no training. {done}."
     if content["recalibrated"]:
@@ -206,6 +217,8 @@ def describe(summary: dict[str, Any]) -> str:
             steps.insert(1, summary["metric_after_removal"])
             remark = " (BatchNorm statistics set again)"
         lines.append(f"{'accuracy':<11} " + " -> ".join(f"{m:.1%}" for m in steps) + remark)
+    if summary.get("stopped"):
+        lines.append(f"{'stopped':<11} {summary['stopped']}")
     lines.append(f"{'latency':<11} {_describe_latency(summary['latency'])}")
     lines += [f"{kind:<11} {path}" for kind, path in summary["files"].items()]
     return "\n".join(lines)

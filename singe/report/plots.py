@@ -81,7 +81,11 @@ def scores(content: dict[str, Any], theme: Theme) -> Any:
         axes.vlines(x, y - 0.42, y + 0.42, color=theme.ink, linewidth=1.4, label="cut")
     if not negative:
         axes.set_xscale("log")
+        from matplotlib.ticker import LogFormatter
+
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")  # matplotlib's own is TeX
+        # Between powers of ten it has numbers where there is less than one of these.
+        axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.3)))
     axes.set_xlabel(f"score ({content['score_name']})" if content.get("score_name") else "score")
     _name_rows(axes, groups)
     axes.grid(axis="x")
