@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
+import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -385,7 +387,12 @@ def _relative(mine: Tensor, theirs: Tensor) -> float:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch's exporters warn about their own deprecated internals."""
-    with warnings.catch_warnings():
+    """torch's exporters warn about their own internals, and print graphs that they cannot handle."""
+    level = logging.root.manager.disable
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        yield
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(level)

@@ -323,7 +323,7 @@ def test_something_that_is_no_model(call, tmp_path):
         call(tmp_path)
 
 
-def test_a_model_that_cannot_be_captured(tmp_path):
+def test_a_model_that_cannot_be_captured(tmp_path, capfd):
     class Branches(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -334,6 +334,7 @@ def test_a_model_that_cannot_be_captured(tmp_path):
 
     with pytest.raises(ExportError, match=r"cannot capture this Branches"):
         export_pt2(Branches(), torch.ones(2, 4), tmp_path / "model.pt2")
+    assert capfd.readouterr() == ("", ""), "torch prints the graph as far as it came"
 
 
 def test_onnx_says_what_to_install(monkeypatch, tmp_path):

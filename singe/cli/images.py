@@ -236,7 +236,8 @@ def unpacked(archive: Path) -> Path:
             if not folder.is_dir():  # else another process has just unpacked the same
                 raise
     except (tarfile.TarError, OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise DataError(f"cannot unpack {archive}: {error}") from error
+        kinds = "an image folder, a tar of one, .npz or file.py:loader"
+        raise DataError(f"cannot unpack {archive}: {error}; data are {kinds}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
