@@ -180,6 +180,8 @@ def test_the_report_says_what_decided(tmp_path):
     settings = json.loads((tmp_path / "b" / "report.json").read_text())["settings"]
     assert settings.items() >= {"criterion": "singe", "ranking": "cost"}.items()
     assert "max_pruning_ratio" not in settings
+    pictures = {path.stem for path in (tmp_path / "b" / "pictures").iterdir()}
+    assert pictures == {"layers", "layers-dark", "latency", "latency-dark"}
 
 
 def test_files_that_are_not_of_a_result_are_left_alone(tmp_path):

@@ -213,7 +213,7 @@ def test_an_area_is_called_the_score_where_it_is(is_score, tmp_path):
 def test_labels_stay_in_the_picture():
     long = "a" * 60 + ".conv"
     with LIGHT.applied():
-        bars = plots.layers({"groups": {long: CONTENT["groups"]["layer2"]}}, LIGHT)
+        bars = plots.layers({"sizes": {long: {"units": 8, "kept": 5}}}, LIGHT)
         label = "RMS derivative (p=fisher, network path)"
         lines = plots.integrand({"integrand": CONTENT["integrand"] | {"ylabel": label}}, LIGHT)
         for figure in (bars, lines):

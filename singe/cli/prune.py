@@ -145,6 +145,8 @@ def prune(
                 original, inputs, found, made, options.get("max_memory"), common.seed, voice
             ),
         }
+    elif rows := made.rows():  # a plan tells how much of every group goes, not by which scores
+        content["sizes"] = {row["group"]: {k: row[k] for k in ("units", "kept")} for row in rows}
     if output.report:
         files["report"] = str(write_report(output.out, content))
     written, failed = finish.write_exports(inputs, output.out, formats, voice)

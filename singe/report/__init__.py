@@ -5,6 +5,7 @@ The content is plain data (it is also written as JSON), each part optional but `
 - ``title``, ``settings``, ``versions``: text and flat mappings.
 - ``before``: ``{"macs", "params", "metric"}`` and ``rounds``: as ``CompressReport.to_dict()["rounds"]``.
 - ``groups``: group name -> ``{"scores": [...], "removed": [unit, ...]}``; ``score_name``.
+- ``sizes``: group name -> ``{"units", "kept"}``, where there are no scores.
 - ``criteria``: what :func:`singe.comparison.compare` returns.
 - ``latency``: ``{"before": ms, "after": ms, "batch_size", "device", "runs"}``, medians; beside them
   ``ratio``, the median of after / before run by run, and ``before_quartiles``, ``after_quartiles``,
@@ -42,7 +43,9 @@ def write_report(folder: str | PathLike[str], content: Mapping[str, Any]) -> Pat
     Returns:
         Path of the HTML file.
     """
-    content = dict(content)
+    content, given = dict(content), content
+    if content.get("groups"):
+        content.setdefault("sizes", {n: _size(group) for n, group in content["groups"].items()})
     folder = Path(folder)
     (folder / PICTURES).mkdir(parents=True, exist_ok=True)
     body = [*map(page.paragraph, content.get("notes", ()))]
@@ -66,7 +69,7 @@ def write_report(folder: str | PathLike[str], content: Mapping[str, Any]) -> Pat
         if content.get(key):
             body.append(page.section(key.capitalize(), page.facts(content[key])))
     text = page.page(content["title"], content.get("lead", ""), body)
-    data = json.dumps(tree_map(_finite, content), indent=1, allow_nan=False) + "\n"
+    data = json.dumps(tree_map(_finite, dict(given)), indent=1, allow_nan=False) + "\n"
     for file, written in ((HTML, text), (JSON, data)):
         with replacing(folder / file) as partial:
             partial.write_text(written, encoding="utf-8")
@@ -77,7 +80,7 @@ def write_report(folder: str | PathLike[str], content: Mapping[str, Any]) -> Pat
 SECTIONS = (
     ("accuracy", "Accuracy against MACs", ("before", "rounds"),
      "Every round takes channels out (down) and fine-tunes what is left (up)."),
-    ("layers", "What is left of every group", ("groups",),
+    ("layers", "What is left of every group", ("sizes",),
      "A group is a layer with everything that is coupled to it; its units go together."),
     ("scores", "Scores, and where the cut went", ("groups",),
      "One dot per unit, from the first scoring. A line marks the cut of a group whose removed units "
@@ -92,6 +95,10 @@ SECTIONS = (
     ("latency", "Latency", ("latency",),
      "Warm forwards in evaluation mode, the two networks in turn, medians. Lines end at the quartiles."),
 )  # fmt: skip
+
+
+def _size(group: Mapping[str, Any]) -> dict[str, int]:
+    return {"units": len(group["scores"]), "kept": len(group["scores"]) - len(group["removed"])}
 
 
 def _finite(value: Any) -> Any:

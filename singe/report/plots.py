@@ -95,18 +95,16 @@ def scores(content: dict[str, Any], theme: Theme) -> Any:
 
 def layers(content: dict[str, Any], theme: Theme) -> Any:
     """Bars: what every group kept of its channels, as a share, with the numbers beside it."""
-    groups = content["groups"]
+    groups = content["sizes"]
     figure, axes = _rows_figure(groups)
-    units = np.array([len(g["scores"]) for g in groups.values()])
-    gone = np.array([len(g["removed"]) for g in groups.values()])
+    units = np.array([group["units"] for group in groups.values()])
+    left = np.array([group["kept"] for group in groups.values()])
     rows = np.arange(len(groups))
-    kept = 100 * (units - gone) / units
+    kept = 100 * left / units
     axes.barh(rows, kept, 0.72, color=theme.kept, label="kept")
     axes.barh(rows, 100 - kept, 0.72, left=kept, color=theme.removed, alpha=0.55, label="removed")
     for row in rows:
-        axes.text(
-            101, row, f"{units[row] - gone[row]} of {units[row]}", va="center", fontsize="small"
-        )
+        axes.text(101, row, f"{left[row]} of {units[row]}", va="center", fontsize="small")
     axes.set(xlim=(0, 116), xlabel="share of the group's units (%)", xticks=range(0, 101, 20))
     _name_rows(axes, groups)
     _legend_above(axes)
