@@ -9,7 +9,7 @@ import pytest
 from helpers import (
     one_thread,  # noqa: F401 - autouse
 )
-from helpers_cli import DATA, FACTORY, MODEL, run
+from helpers_cli import DATA, FACTORY, MODEL, run, run_main
 
 from singe.errors import OptionError, ScoresError
 
@@ -53,12 +53,28 @@ def test_an_earlier_result_keeps_its_report(tmp_path):
     assert settings["criteria"] == "magnitude, random"
 
 
-def test_score_files_alone_need_no_model_and_no_data(tmp_path):
+def test_score_files_alone_are_told_what_has_no_say(tmp_path, monkeypatch, capsys):
+    """A notice, not a refusal: one file of options may serve several commands."""
     files = [tmp_path / "a.st", tmp_path / "b.st"]
     for file, criterion in zip(files, ("magnitude", "random"), strict=True):
         run("score", *MODEL, "--criterion", criterion, "--input-shape", "3,8,8", "--out", file)
-    with pytest.raises(OptionError, match="--weights, --data, --image-size: score files alone"):
-        run("compare", *files, "--weights", "w.pt", "--data", "nowhere", "--image-size", 3)
+    words = (
+        "compare",
+        *files,
+        "--weights",
+        "w.pt",
+        "--data",
+        "nowhere",
+        "--image-size",
+        3,
+        "--lr",
+        5,
+    )
+    assert run_main(monkeypatch, *words) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "--weights, --data, --image-size: no say without --model",
+        "--lr: no say without --finetune-steps",
+    ]
 
 
 def test_scores_of_another_model_are_refused(tmp_path):

@@ -164,6 +164,8 @@ def test_what_a_result_starts_from_is_not_written_over(tmp_path):
             run(*words, out, "--weights", weights)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     run(*words, tmp_path / "again", "--weights", out)
+    beside = (out / "model.safetensors").rename(tmp_path / "beside.safetensors")
+    run(*words, tmp_path, "--weights", beside)  # other files there are not in the way
 
 
 def test_the_report_says_what_decided(tmp_path):

@@ -83,8 +83,6 @@ def compare(
         pruning_of(**budget.arguments())
     if finetune_steps and not budget.target():
         raise OptionError("--finetune-steps needs a budget, e.g. --macs 0.5")
-    if lr != LR and not finetune_steps:
-        raise OptionError("--lr is of the fine-tuning: give --finetune-steps as well")
     named = {path.stem: Scores.load(path) for path in scores or []}
     if len(named) < len(scores or []):
         raise OptionError("the score files need different names: they are the labels")
@@ -99,7 +97,9 @@ def compare(
     elif criteria is not None or budget.arguments() or scoring.arguments():
         raise OptionError("--criteria, scoring options and budgets need --model")
     elif idle := [*changed(model), *changed(data)]:
-        raise OptionError(f"{', '.join(idle)}: score files alone need neither a model nor data")
+        voice.notice(f"{', '.join(idle)}: no say without --model")
+    if lr != LR and not finetune_steps:
+        voice.notice("--lr: no say without --finetune-steps")
     result = agreement(named, share)
     if budget.target():
         assert inputs is not None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from singe.cli.images import class_parents
 from singe.errors import OptionError
-from singe.export import PLAN
+from singe.export import PLAN, WEIGHTS
 
 EXPORTS = ("pt2", "onnx")  # model.KIND
 REPORT = ("report.html", "report.json")
@@ -84,9 +84,10 @@ def require_other(out: Path, weights: str | None) -> None:
     Raises:
         OptionError: ``--out`` is the folder of ``--weights``.
     """
-    if weights is not None and out.is_dir() and Path(weights).resolve() in (
-        out.resolve(), *(path.resolve() for path in out.iterdir())
-    ):  # fmt: skip
+    if weights is not None and Path(weights).resolve() in (
+        out.resolve(),
+        (out / WEIGHTS).resolve(),
+    ):
         raise OptionError(
             f"--out {out} is where --weights come from, and would be written over; give another"
         )
