@@ -297,7 +297,7 @@ def left_out(rejected: Mapping[str, str]) -> str:
     told = [
         f"{', '.join(layers[:3])}{', ...' if len(layers) > 3 else ''} ({why})"
         for why, layers in list(names.items())[:3]
-    ]
+    ] + (["..."] if len(names) > 3 else [])
     return f". Left out: {'; '.join(told)}" if told else ""
 
 

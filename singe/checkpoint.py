@@ -129,7 +129,7 @@ class Folder:
             self._require_same(path, settings)
             if problems:
                 warnings.warn(
-                    f"{'; '.join(problems)}; continuing from {path.name}", UserWarning, stacklevel=3
+                    f"{'; '.join(problems)}; continuing from {path.name}", UserWarning, stacklevel=4
                 )
             return state
         if problems:

@@ -165,7 +165,8 @@ def compress(
 
     Raises:
         CheckpointError: a checkpoint cannot be written, or none can be continued from.
-        SingeError: as :func:`singe.score` and :func:`singe.plan`; the model is unchanged then.
+        SingeError: as :func:`singe.score` and :func:`singe.plan`; the model is unchanged then. A latency that
+            comes out of reach after the first round is no error: the run stops, see ``stopped``.
     """
     finetune_steps = plain_count("finetune_steps", finetune_steps, 0)
     final_steps = plain_count("final_steps", final_steps, 0)

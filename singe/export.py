@@ -391,7 +391,7 @@ def _quiet() -> Iterator[None]:
     level = logging.root.manager.disable
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
+        logging.disable(max(level, logging.WARNING))
         try:
             yield
         finally:

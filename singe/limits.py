@@ -154,7 +154,12 @@ def limits_of(
 
 
 def warn_of_target(
-    kind: str, target: float, full: float, limits: Limits, groups: Iterable[Group]
+    kind: str,
+    target: float,
+    full: float,
+    limits: Limits,
+    groups: Iterable[Group],
+    stacklevel: int = 4,
 ) -> None:
     """Say that a target is none where the whole model costs less, unless ``max_keep`` takes some."""
     if target > full and all(limits.most[g.name] == g.n_units for g in groups):
@@ -162,7 +167,7 @@ def warn_of_target(
         warnings.warn(
             f"the whole model costs {full:.4g}{unit} {kind}, less than the target of {target:.4g}: nothing "
             "goes (a target up to 1 is a share of the model, a larger one an absolute number)",
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
 
 

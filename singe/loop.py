@@ -132,7 +132,8 @@ class Loop:
             self._plan_visits()
         else:
             kind, groups = self.pruning.kind, self.original.graph.groups
-            warn_of_target(kind, self.last, self.original.full[kind], self.limits, groups)
+            full = self.original.full[kind]
+            warn_of_target(kind, self.last, full, self.limits, groups, stacklevel=6)
         self._note_plan()
 
     def _plan_visits(self) -> None:
@@ -149,7 +150,7 @@ class Loop:
         if not names:
             warnings.warn(
                 "the network meets the target as it is, so no layer is visited and nothing is fine-tuned",
-                stacklevel=5,
+                stacklevel=6,
             )
 
     @property
@@ -175,9 +176,12 @@ class Loop:
             try:
                 plan = self._plan(graph, scores, index)
             except BudgetError as error:
-                if not self.report.rounds:
+                if not self.report.rounds or self.original.watch is None:
                     raise
-                self._stop(f"{error}; this is {network_after(index - 1)}")  # times are never exact
+                # Times are never exact: what is done stays, and another process may try this round again.
+                self.report.stopped = f"{error}; this is {network_after(index - 1)}"
+                warnings.warn(f"stopped: {self.report.stopped}", stacklevel=5)
+                self._end()
                 return
             self._remove([(g, plan[g.name]) for g in graph.groups if g.name in plan])
         else:  # every group is down to its last unit
@@ -322,18 +326,15 @@ class Loop:
             self._return_to(self.good)
         self.good = None
 
-    def _stop(self, why: str) -> None:
-        """End the run with the rounds that are done."""
-        self.report.stopped = why
-        say(f"stopped: {why}", self.progress)
-        self._finish()
-
     def _finish(self) -> None:
+        self._end()
+        self._save()
+
+    def _end(self) -> None:
         self.tuner.keep_average()
         self.finished = True
         if self.original.watch is not None:  # timed once, not after every round
             self._note_plan()
-        self._save()
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -386,13 +387,13 @@ class Loop:
             warnings.warn(
                 f"the run used {state['threads']} threads, this process has "
                 f"{torch.get_num_threads()}: sums may differ in their last bits",
-                stacklevel=4,
+                stacklevel=5,
             )
         if state["data"] != self.data:
             warnings.warn(
                 "the first calibration batch is not the one that the run began with; on other data, or in an "
                 "order that no seed decides, it does not end as it would have",
-                stacklevel=4,
+                stacklevel=5,
             )
         self.report = CompressReport.from_dict(state["report"])
         self._return_to(state["network"])

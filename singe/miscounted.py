@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
+from torch.utils._pytree import tree_leaves
 from torch_pruning.utils.op_counter import MODULES_MAPPING as COUNTED
 
 from singe.graph import NORMS, ROWS
@@ -28,7 +29,7 @@ def miscounted(module: nn.Module) -> Iterator[nn.Module]:
     """What :func:`counted_calls` knows better, of this module and of all in it."""
     if isinstance(module, (_ConvTransposeNd, nn.RNNBase)) or _counter_of_base(module):
         yield module
-    elif not is_counted(module):
+    if not is_counted(module):
         for child in module.children():
             yield from miscounted(child)
 
@@ -47,7 +48,11 @@ def counted_calls(modules: Collection[nn.Module]) -> Iterator[dict[nn.Module, fl
 
     def counter(module: nn.Module) -> Callable[..., None]:
         def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-            found[module] += _macs(module, args[0] if args else kwargs["input"], out)
+            # A subclass may take and return what it likes: the first tensors are the layer's.
+            tensors = [next(_tensors(part), None) for part in ((args, kwargs), out)]
+            x, y = tensors
+            if x is not None and y is not None:
+                found[module] += _macs(module, x, y)
 
         return look
 
@@ -59,11 +64,15 @@ def counted_calls(modules: Collection[nn.Module]) -> Iterator[dict[nn.Module, fl
             hook.remove()
 
 
-def _macs(module: Any, x: Any, out: Any) -> float:
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All in it that have values; a packed sequence is a tuple that begins with its data."""
+    return (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.dim())
+
+
+def _macs(module: Any, x: Tensor, out: Tensor) -> float:
     if isinstance(module, nn.RNNBase):  # every parameter once per step, packed sequences included
-        steps = x.data.numel() // module.input_size
+        steps = x.numel() // module.input_size
         return float(steps * sum(p.numel() for p in module.parameters()))
-    assert isinstance(x, Tensor)
     if counter := _counter_of_base(module):
         module.__flops__ = 0  # the counter adds to it
         counter(module, (x,), out)

@@ -24,7 +24,8 @@ from singe.errors import CheckpointError
 from singe.files import replacing
 from singe.graph import unwrapped
 
-FORMAT = "singe-run-3"
+FAMILY = "singe-run-"
+FORMAT = FAMILY + "3"
 SHARE_OF_TIME = 0.05  # at most this goes into saving; the first batch is always saved
 
 
@@ -89,16 +90,22 @@ class ScoreCheckpoint:
         try:
             with safe_open(str(self.path), framework="pt") as file:
                 header = json.loads((file.metadata() or {}).get("singe", "null"))
-                if not header or header.get("format") != FORMAT:
+                found = header.get("format") if isinstance(header, dict) else None
+                if found != FORMAT and str(found).startswith(FAMILY):
+                    raise CheckpointError(
+                        f"{self.path} is of another version of singe ({found}, this version continues "
+                        f"{FORMAT}); continue with that version, or remove the file to start again"
+                    )
+                if found != FORMAT:
                     raise CheckpointError(
                         f"{self.path} is no checkpoint of a scoring run ({FORMAT}); choose another "
                         "file for it"
                     )
                 self._tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            found = [header["signature"], header["digests"], header["run"]]
-            if checkpoint.digest(self._tensors, found) != header["digest"]:
+            state = [header["signature"], header["digests"], header["run"]]
+            if checkpoint.digest(self._tensors, state) != header["digest"]:
                 raise ValueError("it does not match its digest")
-            signature, self.digests, self._header = found
+            signature, self.digests, self._header = state
         except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
             raise CheckpointError(
                 f"cannot read the checkpoint {self.path}: {error}; remove it to start again"

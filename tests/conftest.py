@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -56,5 +57,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture
 def inside(place, monkeypatch):
-    """The command runs there."""
+    """The command runs there; what it leaves behind of its files goes."""
     monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr("singe.cli.models.USERS_FILES", set())

@@ -14,6 +14,7 @@ from helpers import (
 )
 from helpers_cli import DATA, LOADER, MODEL, run, run_main
 from PIL import Image
+from safetensors import safe_open
 
 import singe
 from singe.cli.models import load_model
@@ -244,6 +245,18 @@ def test_compress_stops_at_the_floor(tmp_path, monkeypatch, capsys):
     assert told["failed"] == []
     assert told["after"]["macs"] == told["before"]["macs"]  # not one round was good
     load_pruned(load_model("net.py:make"), tmp_path / "out")
+
+
+def test_labels_are_smoothed_in_the_warm_up_where_the_rounds_have_none(tmp_path):
+    out = tmp_path / "out"
+    run("compress", *MODEL, *DATA, "--macs", 0.8, "--rounds", 1, "--finetune-steps", 1, "--warmup-steps", 1,
+        "--distill", 1, "--label-smoothing", 0.1, "--out", out, "--export", "none",
+        "--no-report")  # fmt: skip
+    for folder, smoothing in (("warmup", 0.1), ("checkpoint", 0.0)):
+        newest = max((out / folder).glob("checkpoint-*.safetensors"))
+        with safe_open(str(newest), framework="pt") as file:
+            settings = json.loads(file.metadata()["singe"])["settings"]
+        assert settings["label_smoothing"] == smoothing
 
 
 def test_compare_files_and_criteria(tmp_path):

@@ -200,3 +200,44 @@ def test_what_removal_from_subclasses_saves_is_predicted(norm):
     counted, params = count_without(twin, batch, [(group, [1, 4])])
     assert cost({"0": 2})["macs"] == counted
     assert cost({"0": 2})["params"] == params
+
+
+class Odd(nn.Conv2d):
+    """A layer with a signature of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 6, 1)
+
+    def forward(self, scale, images):
+        out = super().forward(torch.cat(images) if isinstance(images, list) else images)
+        return scale * out, None
+
+
+@pytest.mark.parametrize("how", ["positional", "keyword", "list"])
+def test_a_subclass_may_take_and_return_what_it_likes(how):
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.odd = nn.Conv2d(3, 6, 1), Odd()
+
+        def forward(self, x):
+            x = self.first(x)
+            if how == "keyword":
+                return self.odd(images=x, scale=2.0)[0]
+            return self.odd(2.0, [x] if how == "list" else x)[0]
+
+    assert macs(Model(), torch.randn(2, 3, 4, 4)) == 16 * (6 * 3 + 6 + 6 * 6 + 6)
+
+
+def test_what_is_in_a_subclass_counts_too():
+    class Adapted(nn.Linear):
+        """A layer with low-rank weights beside its own."""
+
+        def __init__(self) -> None:
+            super().__init__(8, 6, bias=False)
+            self.a, self.b = OwnLinear(8, 2, bias=False), nn.Linear(2, 6, bias=False)
+
+        def forward(self, x):
+            return super().forward(x) + self.b(self.a(x))
+
+    assert macs(nn.Sequential(Adapted()), torch.randn(3, 8)) == 8 * 6 + 8 * 2 + 2 * 6

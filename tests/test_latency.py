@@ -187,7 +187,7 @@ class Spell(Slow):
         return out
 
 
-def in_rounds(monkeypatch, slow: int):
+def in_rounds(monkeypatch, slow: int, **options):
     """Four rounds of a target in latency; so many passes are slow after the second."""
     torch.manual_seed(0)
     monkeypatch.setattr(Spell, "slow", 0)
@@ -202,6 +202,7 @@ def in_rounds(monkeypatch, slow: int):
     report = singe.compress(
         model, train=[(x, torch.tensor([0, 1]))], latency=0.5, rounds=4, finetune_steps=0,
         criterion="magnitude", timing=Timing(runs=3, warmup=1), progress=False, on_round=on_round,
+        **options,
     )  # fmt: skip
     return model, report
 
@@ -214,13 +215,20 @@ def test_a_slow_spell_does_not_end_a_run(clock, monkeypatch):
     assert model.conv.out_channels <= 20
 
 
-def test_a_latency_out_of_reach_in_a_later_round_leaves_the_rounds_before(clock, monkeypatch):
-    model, report = in_rounds(monkeypatch, slow=10**6)
+def test_a_latency_out_of_reach_in_a_later_round_leaves_the_rounds_before(
+    clock, monkeypatch, tmp_path
+):
+    with pytest.warns(UserWarning, match="stopped: a target of 20 ms latency cannot be met"):
+        model, report = in_rounds(monkeypatch, slow=10**6, checkpoint=tmp_path / "run")
     assert len(report.rounds) == 2
     assert model.conv.out_channels == report.rounds[-1].kept["conv"] == 30
     assert re.search(
         r"cannot be met: .* of the model's 40 .*; this is the network after round 2", report.stopped
     )
+    model, report = in_rounds(monkeypatch, slow=0, checkpoint=tmp_path / "run", resume=True)
+    assert report.stopped is None, "it is tried again"
+    assert len(report.rounds) == 4
+    assert model.conv.out_channels <= 20
 
 
 def test_attention_is_timed_as_the_model_runs_it():

@@ -244,9 +244,10 @@ def test_half_a_test_part(tmp_path):
 def test_a_class_without_images_would_shift_the_others(tmp_path):
     write_images(tmp_path)
     (tmp_path / "doe").mkdir()
-    (tmp_path / "doe" / "notes.txt").touch()
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "doe.txt").touch()
     (tmp_path / "_about").mkdir()
-    with pytest.raises(DataError, match="class folders without images: doe; put some in"):
+    with pytest.raises(DataError, match="empty class folders: doe; put images in"):
         scan(tmp_path)
     shutil.rmtree(tmp_path / "doe")
     assert scan(tmp_path)[0] == ["cat", "dog", "eel"]

@@ -177,6 +177,10 @@ def test_the_report_says_what_decided(tmp_path):
         "max_pruning_ratio": 0.75, "macs": 0.8,
     }  # fmt: skip
     assert settings.items() >= expected.items()
+    run(*words, tmp_path / "c", "--criterion", "random")
+    settings = json.loads((tmp_path / "c" / "report.json").read_text())["settings"]
+    assert settings["criterion"] == "random"
+    assert not {"path", "p", "norm", "objective"} & settings.keys(), "they had no say"
     plan = tmp_path / "a" / "plan.json"
     run("prune", *MODEL, *DATA, "--plan", plan, "--export", "none", "--out", tmp_path / "b")
     settings = json.loads((tmp_path / "b" / "report.json").read_text())["settings"]

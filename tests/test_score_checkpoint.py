@@ -260,6 +260,28 @@ def test_a_damaged_file_is_refused(tmp_path, content):
     assert path.read_bytes() == content
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c[:-3] + bytes([c[-3] ^ 1]) + c[-2:], "does not match its digest; remove it"),
+        (lambda c: c.replace(b"cross_entropy", b"cross_entropi", 1), "does not match its digest"),
+        (
+            lambda c: c.replace(b"singe-run-3", b"singe-run-2"),
+            r"another version of singe .singe-run-2,.*continue with",
+        ),
+    ],
+    ids=["a bit of a tensor", "a number of the header", "version"],
+)
+def test_a_file_that_was_changed_is_refused(tmp_path, change, message):
+    path = tmp_path / "run.safetensors"
+    interrupted(path)
+    content = change(path.read_bytes())
+    assert content != path.read_bytes()
+    path.write_bytes(content)
+    with pytest.raises(singe.CheckpointError, match=message):
+        score(path, data())
+
+
 def test_another_kind_of_file_is_refused(tmp_path):
     path = tmp_path / "scores.safetensors"
     score(None, data()).save(path)

@@ -157,12 +157,13 @@ def test_a_run_that_was_ended_goes_on_where_it_was(monkeypatch, tmp_path, compil
         return models
 
     whole = train(without := Progress(2))
-    train(Progress(2, tmp_path / "run.pt"), until=4)  # kept: 3 steps
+    first = Progress(2, tmp_path / "run.pt")
+    first.start -= 1000
+    train(first, until=4)  # kept: 3 steps
     ended = Progress(2, tmp_path / "run.pt")
-    ended.start += 1000
     again = train(ended)
     assert ended.histories == without.histories
-    assert ended.seconds() > -1000  # the first process's are counted
+    assert ended.seconds() > 1000, "those of the first process count"
     for found, expected in zip(again, whole, strict=True):
         for name, tensor in expected.state_dict().items():
             assert torch.equal(found.state_dict()[name], tensor), name

@@ -82,6 +82,47 @@ def test_an_error_in_it_is_told_with_its_place(place, monkeypatch, capsys):
     assert said == f"error: {place / 'fails.py'}:{line}, in __iter__: KeyError: 'label_map'\n"
 
 
+def test_an_error_in_a_neighbour_in_a_worker_or_of_the_system_has_its_place_too(
+    place, monkeypatch, capsys
+):
+    (place / "near.py").write_text(
+        "def label(i): return {}[i]\ndef table(): return open('labels.csv')\n"
+    )
+    (place / "far.py").write_text("""
+import torch
+from torch.utils.data import DataLoader, Dataset
+import near
+class Rows(Dataset):
+    def __len__(self): return 8
+    def __getitem__(self, i): return torch.randn(3, 8, 8), near.label(i)
+class Table:
+    def __iter__(self): yield near.table()
+def workers(): return DataLoader(Rows(), 4, num_workers=1)
+def alone(): return DataLoader(Rows(), 4)
+def table(): return Table()
+""")
+    for name, said in (
+        ("workers", "near.py:1, in label: KeyError: 0"),
+        ("alone", "near.py:1, in label: KeyError: 0"),
+        ("table", "near.py:2, in table: FileNotFoundError: [Errno 2] No such file"),
+    ):
+        assert (
+            run_main(monkeypatch, "score", *MODEL, "--data", f"far.py:{name}", "--out", "s.st") == 2
+        )
+        assert capsys.readouterr().err.startswith(f"error: {place}/{said}"), name
+
+
+def test_an_error_of_ours_under_a_forward_of_theirs_is_a_bug(monkeypatch):
+    def fails(*_, **__):
+        raise KeyError("ours")
+
+    monkeypatch.setattr("singe.cost._describe", fails)
+    words = ("prune", *MODEL, *map(str, DATA), "--macs", "0.5", "--criterion", "magnitude")
+    monkeypatch.setattr(sys, "argv", ["singe", *words, "--dry-run"])
+    with pytest.raises(KeyError, match="ours"):
+        cli.main()
+
+
 def test_an_error_elsewhere_is_a_bug(monkeypatch):
     def fails(*_, **__):
         raise KeyError("ours")

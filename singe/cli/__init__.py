@@ -53,18 +53,19 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet")
     try:
         app(prog_name="singe")
-    except (SingeError, OSError) as error:
-        said = str(error)
-        if said.startswith("Caught "):  # by a loader's worker, which hands on its whole traceback
-            said = said.rpartition(f"{type(error).__name__}: ")[2]
-        _end(said)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        place = in_users_file(error)
-        if place is None:
+        kind, said = type(error).__name__, str(error)
+        if said.startswith("Caught "):  # by a loader's worker, which hands on its whole traceback
+            said = said.rpartition(f"{kind}: ")[2]
+        if isinstance(error, SingeError):
+            _end(said)
+        if place := in_users_file(error):
+            _end(f"{place}: {kind}: {said}")
+        if not isinstance(error, OSError):
             raise
-        _end(f"{place}: {type(error).__name__}: {error}")
+        _end(said)
 
 
 def _end(said: str) -> NoReturn:

@@ -94,6 +94,9 @@ def compress(
     if found.train is None:
         raise OptionError("compress needs training data: the loader gave no `train` part")
     chosen = {n: getattr(tuning, n) for n in PASSED if getattr(tuning, n) is not None}
+    of_warmup = {name: value for name, value in chosen.items() if name in WARMUP_TOO}
+    if tuning.warmup_steps and tuning.distill == 1.0:  # only the warm-up reads the labels
+        chosen.pop("label_smoothing", None)
     limits = budget.arguments()
     # What singe.compress would refuse, before a warm-up is trained or a plan is shown.
     pruning = pruning_of(**limits, **{n: chosen[n] for n in ORDER if n in chosen})
@@ -122,8 +125,7 @@ def compress(
         voice.step(f"training for {tuning.warmup_steps} steps before pruning")
         singe.compress(
             inputs.model, **shared, channels=1.0, rounds=1, finetune_steps=tuning.warmup_steps,
-            criterion="random", checkpoint=output.out / WARMUP,
-            **{name: value for name, value in chosen.items() if name in WARMUP_TOO},
+            criterion="random", checkpoint=output.out / WARMUP, **of_warmup,
         )  # fmt: skip
     original = separate_copy(inputs.model)
     if budget.latency is not None:
@@ -141,8 +143,11 @@ def compress(
             **finish.made_by(vars(request)),
             **finish.limited_by(pruning),
             "order": pruning.order,
-            "schedule": pruning.schedule,
-            "rounds": len(done.rounds),
+            **(
+                {"schedule": pruning.schedule, "rounds": ROUNDS}
+                if pruning.order == "global"
+                else {}
+            ),
             "finetune_steps": FINETUNE_STEPS,
             **given(inputs, model, data, scoring, budget, tuning, common),
         },

@@ -141,8 +141,16 @@ def _units(scores: Scores) -> int:
 
 
 def made_by(options: Mapping[str, Any]) -> dict[str, Any]:
-    """How units were scored, of the ``meta`` of scores or the fields of a request."""
-    return {k: options.get(k) for k in ("criterion", "path", "p", "norm", "objective")}
+    """How units were scored, of the ``meta`` of scores or the fields of a request: what had a say."""
+    name, read = options.get("criterion"), ["criterion"]
+    if name in CRITERIA and as_criterion(name).needs_data:
+        read += ["objective", "p"] + (["path", "norm"] if _has_path(name) else [])
+    return {key: options.get(key) for key in read}
+
+
+def _has_path(name: str) -> bool:
+    known = as_criterion(name)
+    return known.needs_data and not known.endpoint and known.integrand != "loss"
 
 
 def limited_by(pruning: Pruning) -> dict[str, Any]:
@@ -155,9 +163,7 @@ def label(scores: Scores) -> str:
     name = str(scores.meta.get("criterion"))
     if name not in CRITERIA:  # made by other means
         return name
-    known = as_criterion(name)
-    with_path = known.needs_data and not known.endpoint and known.integrand != "loss"
-    return f"{name}, {scores.meta['path']} path" if with_path else name
+    return f"{name}, {scores.meta['path']} path" if _has_path(name) else name
 
 
 def environment() -> dict[str, str]:

@@ -45,8 +45,8 @@ def require_folder(out: Path, data: str | None = None) -> None:
                 path.rmdir()
 
 
-def require_place(out: Path) -> None:
-    """See that a file can be written to ``--out``.
+def require_place(out: Path, weights: str | None = None) -> None:
+    """See that a file can be written to ``--out``, and is not the one that ``--weights`` are read from.
 
     Raises:
         OptionError: it cannot.
@@ -55,6 +55,8 @@ def require_place(out: Path) -> None:
         raise OptionError(
             f"--out {out} is a folder; give a file, e.g. {out / 'scores.safetensors'}"
         )
+    if weights is not None and out.resolve() in _files_of(weights):
+        raise OptionError(f"--out {out} is where --weights come from; give another file")
     if not out.parent.is_dir():
         raise OptionError(
             f"--out {out}: there is no folder {out.parent}; make it, or give another file"
@@ -73,6 +75,11 @@ def holds_run(out: Path) -> bool:
     return any(any(place.glob("checkpoint-*.safetensors")) for place in places)
 
 
+def _files_of(weights: str) -> tuple[Path, Path]:
+    """What ``--weights`` may be read from: a file, or one in a folder."""
+    return Path(weights).resolve(), (Path(weights) / WEIGHTS).resolve()
+
+
 def holds_result(out: Path) -> bool:
     """Whether a run keeps its checkpoints there, or a pruned model lies there."""
     return holds_run(out) or (out / PLAN).is_file()
@@ -84,10 +91,7 @@ def require_other(out: Path, weights: str | None) -> None:
     Raises:
         OptionError: ``--out`` is the folder of ``--weights``.
     """
-    if weights is not None and Path(weights).resolve() in (
-        out.resolve(),
-        (out / WEIGHTS).resolve(),
-    ):
+    if weights is not None and (out / WEIGHTS).resolve() in _files_of(weights):
         raise OptionError(
             f"--out {out} is where --weights come from, and would be written over; give another"
         )

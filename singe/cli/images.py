@@ -152,12 +152,14 @@ def _parts(folder: Path) -> tuple[Path, Path | None, Path | None]:
 
 
 def _classes(folders: Sequence[Path]) -> list[str]:
-    """Their names; one without images would shift the numbers of all that follow."""
+    """Names of those with images; an empty one would shift the numbers of all that follow."""
     full = [f.name for f in folders if _has_images(f)]
-    empty = [f.name for f in folders if f.name not in full]
+    empty = [
+        f.name for f in folders if not any(f.rglob("*"))
+    ]  # `labels` with text files is no class
     if full and empty:
         raise DataError(
-            f"{folders[0].parent} has class folders without images: {', '.join(empty[:5])}; put some in, "
+            f"{folders[0].parent} has empty class folders: {', '.join(empty[:5])}; put images in, "
             "or take them away (names that begin with . or _ are passed over)"
         )
     return full

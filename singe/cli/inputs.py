@@ -69,7 +69,7 @@ def load_inputs(model: ModelOptions, data: DataOptions, seed: int, voice: Voice)
     example = _zeros(data) if found is None else _inputs(found)
     inputs = Inputs(network, found, to_device(example, device))
     _require_runs(inputs)
-    applied = {flag(name) for name in _applied(data, inputs)}
+    applied = {flag(f"{no}{name}") for name in _applied(data, inputs) for no in ("", "no_")}
     if idle := [option for option in changed(data) if option not in applied]:
         source_of = data.data or "inputs without data"
         voice.notice(f"{', '.join(idle)}: no say in {source_of}")
@@ -83,7 +83,8 @@ def flag(name: str) -> str:
 
 def changed(group: Any) -> list[str]:
     """The options of a group that are not at their defaults."""
-    return [flag(f.name) for f in fields(group) if getattr(group, f.name) != f.default]
+    names = [f.name for f in fields(group) if getattr(group, f.name) != f.default]
+    return [flag(f"no_{n}" if getattr(group, n) is False else n) for n in names]
 
 
 def given(inputs: Inputs | None, *groups: Any) -> dict[str, Any]:

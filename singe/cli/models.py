@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 import traceback
 from collections import OrderedDict
@@ -27,6 +28,8 @@ PRETRAINED = "pretrained"
 SOURCES = "torchvision:NAME, timm:NAME, hf:FOLDER or path/to/file.py:factory"
 State = dict[str, Tensor]
 USERS_FILES = set[str]()  # that were run; an error in one of them is its owner's
+PACKAGE = Path(__file__).resolve().parents[1]
+FRAME = re.compile(r'^ *File "(.+)", line (\d+), in (\S+)$', re.MULTILINE)
 
 _operators: list[torch.library.Library] = []  # a Library undoes itself when it is collected
 
@@ -112,10 +115,22 @@ def call_from_file(spec: str) -> Any:
 
 
 def in_users_file(error: BaseException) -> str | None:
-    """Where in a file that :func:`call_from_file` ran an error arose, if there: ``net.py:12, in forward``."""
-    frames = traceback.extract_tb(error.__traceback__)
-    found = [frame for frame in frames if frame.filename in USERS_FILES]
-    return f"{found[-1].filename}:{found[-1].lineno}, in {found[-1].name}" if found else None
+    """Where an error arose: ``net.py:12, in forward``.
+
+    None where no file that :func:`call_from_file` ran, and none in a folder of such a file, called what
+    failed, or where code of this package ran in between: a hook of ours in a ``forward`` of theirs.
+    """
+    frames = [(f.filename, f.lineno, f.name) for f in traceback.extract_tb(error.__traceback__)]
+    # What a loader's worker hands on has the worker's traceback in its text.
+    frames += [(f, int(n), name) for f, n, name in FRAME.findall(str(error))]
+    folders = {Path(file).parent for file in USERS_FILES}
+    for file, line, name in reversed(frames):
+        path = Path(file)
+        if path.is_relative_to(PACKAGE):
+            return None
+        if "site-packages" not in path.parts and any(map(path.is_relative_to, folders)):
+            return f"{file}:{line}, in {name}"
+    return None
 
 
 def import_torchvision() -> ModuleType:

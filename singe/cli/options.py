@@ -246,7 +246,6 @@ class BudgetOptions:
 class TuningOptions:
     OUTRANKS: ClassVar = {
         "order=layerwise": ("schedule",), "order=global": ("visit",), "distill=0.0": ("temperature",),
-        "distill=1.0": ("label_smoothing",),
         "amp=False": ("amp_dtype",),
     }  # fmt: skip
     rounds: Annotated[int | None, _option(_TUNING, "Rounds of score, prune, fine-tune.", min=1)] = (

@@ -42,7 +42,7 @@ def score(
 ) -> None:
     """Score every prunable channel of a model, or every weight: higher = keep."""
     voice = Voice(common)
-    require_place(out)
+    require_place(out, model.weights)
     inputs = load_inputs(model, data, common.seed, voice)
     options = scoring.arguments() | long_run.arguments() | {"granularity": granularity}
     scores = run_score(inputs, options, common.seed, voice)

@@ -83,9 +83,14 @@ def scores(content: dict[str, Any], theme: Theme) -> Any:
         axes.set_xscale("log")
         from matplotlib.ticker import LogFormatter
 
+        class Plain(LogFormatter):
+            """Numbers between powers of ten, where there is hardly one of these."""
+
+            def __call__(self, x: float, pos: Any = None) -> str:
+                return f"{x:g}" if super().__call__(x, pos) else ""
+
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")  # matplotlib's own is TeX
-        # Between powers of ten it has numbers where there is less than one of these.
-        axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.3)))
+        axes.xaxis.set_minor_formatter(Plain(minor_thresholds=(1, 0.3)))
     axes.set_xlabel(f"score ({content['score_name']})" if content.get("score_name") else "score")
     _name_rows(axes, groups)
     axes.grid(axis="x")
