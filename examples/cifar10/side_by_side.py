@@ -12,8 +12,8 @@ Batches are full: 195 steps of 256 images are an epoch. Widths are filled up to 
 that are 0 and stay it. On an H200 a step of 17 networks takes 34 ms with 64 images, 25 with the widths filled
 up, and 66 with 256 images: 40 epochs are 17, 13 and 9 minutes (``benchmarks/results/probes-h200.json``).
 
-On a CPU with bfloat16 one network takes an hour and a half of a core, by ``--compile`` and memory in pages
-of 2 MB (2.85 ms an image in place of 3.65). What is trained is kept in ``out/``; the same command goes on:
+On a CPU with bfloat16 a network takes a core for about two hours (``seconds`` in the results), with
+``--compile`` and memory in pages of 2 MB. What is trained is kept in ``out/``; the same command goes on:
 
     export OMP_NUM_THREADS=1 MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_MMAP_THRESHOLD_=8000000000
     export GLIBC_TUNABLES=glibc.malloc.hugetlb=1
@@ -55,7 +55,7 @@ class Member:
 
     Args:
         lr: a scalar tensor, read at every step.
-        compiled: with :func:`torch.compile`; a CPU is a fifth faster.
+        compiled: with :func:`torch.compile`, which saves a CPU passes over its memory.
     """
 
     def __init__(
@@ -284,7 +284,7 @@ def kept(jobs: list[Row], plans: list[singe.Plan]) -> Path:
 def main() -> None:
     parser = finetuned.options(__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--compile", action="store_true", help="a CPU is a fifth faster by it")
+    parser.add_argument("--compile", action="store_true", help="faster on a CPU")
     parser.add_argument("--plans", type=Path, help="default: with the scores, in out/")
     args = parser.parse_args()
     finetuned.choose_criteria(parser, args, SCORERS, SCORERS | VARIANTS)
