@@ -85,6 +85,10 @@ def test_inputs_that_do_not_fit_the_model_are_told_with_their_option(place, opti
             "whole numbers",
         ),
         (
+            ("compress", *MODEL, *DATA, "--macs", 0.5, "--distill", 1, "--label-smoothing", 0.1),
+            "label_smoothing has no say",
+        ),
+        (
             ("compress", *MODEL, *DATA, "--macs", 0.5, "--amp-dtype", "float16"),
             "give --amp as well",
         ),
@@ -109,7 +113,6 @@ def test_wrong_use(words, message, tmp_path):
             ("--macs", 0.5, "--accuracy-floor", 0.5, "--held-out", 0),
             "--accuracy-floor needs held-out data",
         ),
-        (("--macs", 0.5, "--distill", 1, "--label-smoothing", 0.1), "label_smoothing has no say"),
         (("--macs", 0.5, "--weight-decay", -1), "--weight-decay must be finite and not negative"),
     ],
 )
