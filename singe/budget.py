@@ -290,7 +290,7 @@ def gather(steps: Iterable[Step]) -> dict[str, list[int]]:
 
 
 def left_out(rejected: Mapping[str, str]) -> str:
-    """The layers that have no units and why, at the end of a message; three reasons at most."""
+    """The layers that have no units and why, in a sentence; three reasons at most, empty without any."""
     names: dict[str, list[str]] = {}
     for name, why in rejected.items():
         names.setdefault(why, []).append(name)
@@ -298,7 +298,7 @@ def left_out(rejected: Mapping[str, str]) -> str:
         f"{', '.join(layers[:3])}{', ...' if len(layers) > 3 else ''} ({why})"
         for why, layers in list(names.items())[:3]
     ] + (["..."] if len(names) > 3 else [])
-    return f". Left out: {'; '.join(told)}" if told else ""
+    return f"Left out: {'; '.join(told)}" if told else ""
 
 
 def require(
@@ -323,5 +323,6 @@ def require(
             )
         raise BudgetError(
             f"a target of {target:.4g}{unit} {kind} cannot be met: the smallest reachable is "
-            f"{reached / full:.4f} of the model's {full:.4g} ({reached:.4g}); {advice}{left_out(rejected)}"
+            f"{reached / full:.4f} of the model's {full:.4g} ({reached:.4g}); "
+            + ". ".join(filter(None, (advice, left_out(rejected))))
         )

@@ -24,8 +24,7 @@ from singe.errors import CheckpointError
 from singe.files import replacing
 from singe.graph import unwrapped
 
-FAMILY = "singe-checkpoint-"
-FORMAT = FAMILY + "8"
+FORMAT = "singe-checkpoint-8"
 KEPT = 2
 
 
@@ -62,16 +61,11 @@ class Folder:
         """
         tensors: dict[str, Tensor] = {}
         content = pack(state, tensors)
-        header = {
-            "format": FORMAT,
-            "settings": self.settings,
-            "digest": digest(tensors, [self.settings, content]),
-            "state": content,
-        }
+        header = stamped(FORMAT, tensors, {"settings": self.settings, "state": content})
         path = self.path / f"checkpoint-{self._number + 1:06d}.safetensors"
         try:
             with replacing(path) as partial:
-                partial.write_bytes(save(tensors, {"singe": json.dumps(header)}))
+                partial.write_bytes(save(tensors, {"singe": header}))
         except (OSError, SafetensorError) as error:
             older = self.files()
             raise CheckpointError(
@@ -118,8 +112,9 @@ class Folder:
         advice = "remove the folder to start again"
         for path in reversed(self.files()):
             try:
-                settings, state = _read(path)
-            except _OtherVersionError as error:
+                content, tensors = read_stamped(path, FORMAT)
+                settings, state = content["settings"], unpack(content["state"], tensors)
+            except OtherVersionError as error:
                 problems.append(f"{path.name} is of another version of singe ({error})")
                 advice = "continue with that version, or remove the folder to start again"
                 continue
@@ -151,29 +146,49 @@ class Folder:
             )
 
 
-class _OtherVersionError(ValueError):
-    """A checkpoint as an earlier or a later version writes them."""
-
-
 def _number(path: Path) -> int:
     digits = path.stem.split("-", 1)[1]
     return int(digits) if digits.isdigit() else -1
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings and the state in a file."""
+# ---------------------------------------------------------------------- files with format and digest
+
+
+class OtherFormatError(ValueError):
+    """A file of another kind."""
+
+
+class OtherVersionError(ValueError):
+    """A file of that kind, as an earlier or a later version writes them."""
+
+
+def stamped(form: str, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> str:
+    """The header of a file: JSON ``content`` with the format and a digest of it and of the tensors."""
+    stamp = {"format": form, "digest": digest(tensors, list(content.values()))}
+    return json.dumps(stamp | dict(content))
+
+
+def read_stamped(path: Path, form: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The content and the tensors of a file with a header of :func:`stamped`.
+
+    Args:
+        form: the format, its version behind the last hyphen.
+
+    Raises:
+        OtherFormatError, OtherVersionError: what they say.
+        ValueError, KeyError, TypeError, OSError, SafetensorError: the file is damaged.
+    """
     with safe_open(str(path), framework="pt") as file:
         header = json.loads((file.metadata() or {}).get("singe", "null"))
-        found = header.get("format") if isinstance(header, dict) else None
-        if found != FORMAT and str(found).startswith(FAMILY):
-            raise _OtherVersionError(f"{found}, this version continues {FORMAT}")
-        if found != FORMAT:
-            raise ValueError(f"it is no {FORMAT}")
+        found = header.pop("format", None) if isinstance(header, dict) else None
+        if found != form and str(found).startswith(form.rpartition("-")[0] + "-"):
+            raise OtherVersionError(f"{found}, this version continues {form}")
+        if found != form:
+            raise OtherFormatError(f"it is no {form}")
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    settings, content = header["settings"], header["state"]
-    if digest(tensors, [settings, content]) != header["digest"]:
+    if header.pop("digest") != digest(tensors, list(header.values())):
         raise ValueError("it does not match its digest")
-    return settings, unpack(content, tensors)
+    return header, tensors
 
 
 def digest(tensors: Mapping[str, Tensor], content: Any = None) -> str:

@@ -49,8 +49,7 @@ def counted_calls(modules: Collection[nn.Module]) -> Iterator[dict[nn.Module, fl
     def counter(module: nn.Module) -> Callable[..., None]:
         def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
             # A subclass may take and return what it likes: the first tensors are the layer's.
-            tensors = [next(_tensors(part), None) for part in ((args, kwargs), out)]
-            x, y = tensors
+            x, y = (next(_tensors(part), None) for part in ((args, kwargs), out))
             if x is not None and y is not None:
                 found[module] += _macs(module, x, y)
 

@@ -93,17 +93,19 @@ class Original:
 
     def in_order_of_calls(self, groups: Iterable[str]) -> list[str]:
         """Names of groups from front to back: by the first call of one of their layers."""
-        twin, called = private_copy(self.model), list[str]()
+        twin, first = private_copy(self.model), dict[str, int]()
+
+        def note(name: str) -> None:
+            first.setdefault(name, len(first))
+
         for name, module in twin.named_modules():
-            module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
+            module.register_forward_pre_hook(lambda *_, name=name: note(name))
         with torch.no_grad(), random_state_kept():
             self.batch.call(twin)
-        first = {name: i for i, name in reversed(list(enumerate(called)))}
-        never = len(called)
 
         def place(group: Group) -> int:
             layers = [*group.layers, *([group.heads.module] if group.heads else [])]
-            return min(first.get(name, never) for name in layers)
+            return min(first.get(name, len(first)) for name in layers)
 
         wanted = set(groups)
         return [g.name for g in sorted(self.graph.groups, key=place) if g.name in wanted]

@@ -310,7 +310,7 @@ def make_plan(
         reached = search.measured(len(order))[kind]
         if (
             watch and reached > lowest
-        ):  # one slow pass is no reason to refuse: time it again and longer
+        ):  # one slow pass is no reason to refuse: once more, and longer
             reached = confirm(search.removed(len(order)))[kind]
         require(reached, lowest, kind, whole, graph.rejected)
     first = search.measured(search.forced) if search.forced else full

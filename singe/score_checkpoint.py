@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -24,8 +24,7 @@ from singe.errors import CheckpointError
 from singe.files import replacing
 from singe.graph import unwrapped
 
-FAMILY = "singe-run-"
-FORMAT = FAMILY + "3"
+FORMAT = "singe-run-3"
 SHARE_OF_TIME = 0.05  # at most this goes into saving; the first batch is always saved
 
 
@@ -88,24 +87,18 @@ class ScoreCheckpoint:
 
     def _read(self) -> None:
         try:
-            with safe_open(str(self.path), framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get("singe", "null"))
-                found = header.get("format") if isinstance(header, dict) else None
-                if found != FORMAT and str(found).startswith(FAMILY):
-                    raise CheckpointError(
-                        f"{self.path} is of another version of singe ({found}, this version continues "
-                        f"{FORMAT}); continue with that version, or remove the file to start again"
-                    )
-                if found != FORMAT:
-                    raise CheckpointError(
-                        f"{self.path} is no checkpoint of a scoring run ({FORMAT}); choose another "
-                        "file for it"
-                    )
-                self._tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            state = [header["signature"], header["digests"], header["run"]]
-            if checkpoint.digest(self._tensors, state) != header["digest"]:
-                raise ValueError("it does not match its digest")
-            signature, self.digests, self._header = state
+            content, self._tensors = checkpoint.read_stamped(self.path, FORMAT)
+            signature, self._header = content["signature"], content["run"]
+            self.digests = content["digests"]
+        except checkpoint.OtherVersionError as error:
+            raise CheckpointError(
+                f"{self.path} is of another version of singe ({error}); continue with that version, or "
+                "remove the file to start again"
+            ) from error
+        except checkpoint.OtherFormatError as error:
+            raise CheckpointError(
+                f"{self.path} is no checkpoint of a scoring run ({FORMAT}); choose another file for it"
+            ) from error
         except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
             raise CheckpointError(
                 f"cannot read the checkpoint {self.path}: {error}; remove it to start again"
@@ -155,14 +148,8 @@ class ScoreCheckpoint:
             return
         tensors, header = run.state()
         named = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
-        text = json.dumps(
-            {
-                "format": FORMAT,
-                "digest": checkpoint.digest(named, [self.signature, self.digests, header]),
-                "signature": self.signature,
-                "digests": self.digests,
-                "run": header,
-            }
+        text = checkpoint.stamped(
+            FORMAT, named, {"signature": self.signature, "digests": self.digests, "run": header}
         )
         try:
             with replacing(self.path) as partial:

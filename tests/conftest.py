@@ -60,4 +60,4 @@ def inside(place, monkeypatch):
     """The command runs there; what it leaves behind of its files goes."""
     monkeypatch.chdir(place)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr("singe.cli.models.USERS_FILES", set())
+    monkeypatch.setattr("singe.cli.users_files.FOLDERS", set())

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from singe.cli.data import Data, Reading, Source
 from singe.cli.images import Transform, decode, scan
-from singe.cli.models import call_from_file
+from singe.cli.users_files import call_from_file
 from singe.errors import DataError
 
 

@@ -262,3 +262,12 @@ def test_a_wrong_file(tmp_path, text, message):
     (tmp_path / "c.toml").write_text(text)
     with pytest.raises(OptionError, match=message):
         run("score", *MODEL, "--config", tmp_path / "c.toml")
+
+
+@pytest.mark.parametrize("weights", ["w.safetensors", "run"])
+def test_scores_do_not_replace_the_weights_that_they_are_of(place, weights, monkeypatch):
+    monkeypatch.setattr("singe.cli.inputs.load_model", None)
+    (place / "run").mkdir(exist_ok=True)
+    out = weights if weights.endswith(".safetensors") else f"{weights}/model.safetensors"
+    with pytest.raises(OptionError, match=rf"--out {out} is where --weights come from"):
+        run("score", *MODEL, "--weights", weights, "--out", out)

@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,12 @@ class Data:
         """All images, or the next ``images`` of them for every seed; augmented, without end."""
         start = seed * images if images < len(self.x) else 0
         part = slice(start, start + images)
-        epochs = cifar10.Augmented(self.x[part], self.y[part], size, seed)
-        while True:
-            yield from epochs
+        return endless(cifar10.Augmented(self.x[part], self.y[part], size, seed))
+
+
+def endless(epochs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Epoch after epoch."""
+    return chain.from_iterable(repeat(epochs))
 
 
 def widths(model: nn.Module) -> list[int]:

@@ -43,6 +43,7 @@ from importances import SCORERS, VARIANTS
 from torch import Tensor, nn
 
 import singe
+from singe.files import replacing
 
 LOOKS = 4  # at the accuracy, on the way
 WARM_UP = 3  # steps, before a graph is captured
@@ -138,9 +139,8 @@ class Progress:
             "momenta": [m.momenta() for m in members],
             "histories": self.histories,
         }
-        part = self.path.with_suffix(".part")
-        torch.save(state, part)
-        part.replace(self.path)
+        with replacing(self.path) as partial:
+            torch.save(state, partial)
 
     def load(self, members: list[Member]) -> int:
         """The number of steps that ``members`` have behind them."""
@@ -229,8 +229,7 @@ def resize(model: nn.Module, to: list[int]) -> None:
 def full_batches(data: finetuned.Data, seed: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Augmented training images, without end, on the device."""
     epochs = cifar10.Augmented(data.x.to(DEVICE), data.y.to(DEVICE), size, seed)
-    while True:
-        yield from (batch for batch in epochs if len(batch[1]) == size)
+    return (batch for batch in finetuned.endless(epochs) if len(batch[1]) == size)
 
 
 def plan_of(experiment: Experiment, job: Row, folder: Path) -> singe.Plan:

@@ -11,15 +11,15 @@ import warnings
 from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
 
 from singe import __version__
 from singe.cli.compare import compare
 from singe.cli.compress import compress
-from singe.cli.models import in_users_file
+from singe.cli.output import print_error
 from singe.cli.prune import prune
 from singe.cli.score import score
 from singe.cli.show import demo, info
+from singe.cli.users_files import in_users_file
 from singe.errors import SingeError
 
 app = typer.Typer(
@@ -69,6 +69,5 @@ def main() -> None:
 
 
 def _end(said: str) -> NoReturn:
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    console.print("error: " + " ".join(said.split()), style="red", markup=False)
+    print_error(said)
     sys.exit(2)

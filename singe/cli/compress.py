@@ -137,20 +137,13 @@ def compress(
     remove_results(output.out)
     files = finish.write_model(inputs, done.plan, output.out)
     latency = finish.time_both(original, inputs.model, inputs.example, budget.timing())
+    usual = finish.made_by(vars(request)) | finish.limited_by(pruning)
+    usual |= {"order": pruning.order, "finetune_steps": FINETUNE_STEPS}
+    if pruning.order == "global":
+        usual |= {"schedule": pruning.schedule, "rounds": ROUNDS}
     content = _content(done, latency) | {
         "title": f"{model.model}, compressed",
-        "settings": {
-            **finish.made_by(vars(request)),
-            **finish.limited_by(pruning),
-            "order": pruning.order,
-            **(
-                {"schedule": pruning.schedule, "rounds": ROUNDS}
-                if pruning.order == "global"
-                else {}
-            ),
-            "finetune_steps": FINETUNE_STEPS,
-            **given(inputs, model, data, scoring, budget, tuning, common),
-        },
+        "settings": usual | given(inputs, model, data, scoring, budget, tuning, common),
         "versions": finish.environment(),
         "accuracy_floor": tuning.accuracy_floor,
     }
@@ -197,7 +190,7 @@ def _optimizer(tuning: TuningOptions) -> OptimizerFactory:
 
 
 def _content(done: CompressReport, latency: dict[str, Any]) -> dict[str, Any]:
-    plain = done.to_dict()
+    stopped = f"Stopped early: {done.stopped}." if done.stopped else ""
     return {
         "before": {
             "macs": done.macs_before, "params": done.params_before, "metric": done.metric_before,
@@ -205,13 +198,10 @@ def _content(done: CompressReport, latency: dict[str, Any]) -> dict[str, Any]:
         "after": {
             "macs": done.macs_after, "params": done.params_after, "metric": done.metric_after,
         },
-        "rounds": plain["rounds"],
+        "rounds": done.to_dict()["rounds"],
         "latency": latency,
         "stopped": done.stopped,
-        "notes": [
-            *([f"Stopped early: {done.stopped}."] if done.stopped else []),
-            *([told.removeprefix(". ")] if (told := left_out(done.plan.meta["rejected"])) else []),
-        ],
+        "notes": [*filter(None, (stopped, left_out(done.plan.meta["rejected"])))],
     }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from singe.cli.images import ImageFiles, Item, Transform, scan, unpacked
-from singe.cli.models import call_from_file
+from singe.cli.users_files import call_from_file
 from singe.data import as_batch, check_reiterable
 from singe.errors import DataError
 

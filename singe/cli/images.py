@@ -152,11 +152,12 @@ def _parts(folder: Path) -> tuple[Path, Path | None, Path | None]:
 
 
 def _classes(folders: Sequence[Path]) -> list[str]:
-    """Names of those with images; an empty one would shift the numbers of all that follow."""
+    """Names of those with images; an empty one would shift the numbers of all that follow.
+
+    One with other files alone (``labels``) is no class.
+    """
     full = [f.name for f in folders if _has_images(f)]
-    empty = [
-        f.name for f in folders if not any(f.rglob("*"))
-    ]  # `labels` with text files is no class
+    empty = [f.name for f in folders if not any(f.rglob("*"))]
     if full and empty:
         raise DataError(
             f"{folders[0].parent} has empty class folders: {', '.join(empty[:5])}; put images in, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -69,22 +70,19 @@ def load_inputs(model: ModelOptions, data: DataOptions, seed: int, voice: Voice)
     example = _zeros(data) if found is None else _inputs(found)
     inputs = Inputs(network, found, to_device(example, device))
     _require_runs(inputs)
-    applied = {flag(f"{no}{name}") for name in _applied(data, inputs) for no in ("", "no_")}
-    if idle := [option for option in changed(data) if option not in applied]:
-        source_of = data.data or "inputs without data"
-        voice.notice(f"{', '.join(idle)}: no say in {source_of}")
+    if idle := changed(data, but=_applied(data, inputs)):
+        voice.notice(f"{', '.join(idle)}: no say in {data.data or 'inputs without data'}")
     return inputs
 
 
-def flag(name: str) -> str:
-    """The option of a field."""
-    return f"--{name.replace('_', '-')}"
-
-
-def changed(group: Any) -> list[str]:
-    """The options of a group that are not at their defaults."""
-    names = [f.name for f in fields(group) if getattr(group, f.name) != f.default]
-    return [flag(f"no_{n}" if getattr(group, n) is False else n) for n in names]
+def changed(group: Any, but: Collection[str] = ()) -> list[str]:
+    """The options of a group that are not at their defaults, but for those of some fields."""
+    found = []
+    for field in fields(group):
+        value = getattr(group, field.name)
+        if field.name not in but and value != field.default:
+            found.append(f"--{'no-' if value is False else ''}{field.name.replace('_', '-')}")
+    return found
 
 
 def given(inputs: Inputs | None, *groups: Any) -> dict[str, Any]:

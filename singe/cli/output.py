@@ -62,7 +62,7 @@ class Voice:
 
     def error(self, line: str) -> None:
         """What went wrong, on standard error, whatever was asked for."""
-        self._errors.print(f"error: {line}", style="red", markup=False)
+        print_error(line)
 
     def step(self, line: str) -> None:
         """What is being done now; on a terminal only."""
@@ -77,6 +77,11 @@ class Voice:
         console = Console()
         for part in shown:
             console.print(part, highlight=False, markup=False, soft_wrap=isinstance(part, str))
+
+
+def print_error(line: str) -> None:
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(f"error: {' '.join(line.split())}", style="red", markup=False)
 
 
 def print_json(content: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ from singe.evaluation import accuracy
 from singe.graph import separate_copy
 from singe.plan import Plan
 from singe.report import si, write_report
-from singe.rounds import pruning_of
+from singe.rounds import Pruning, pruning_of
 from singe.scores import Scores
 
 
@@ -94,8 +94,7 @@ def prune(
             raise OptionError(
                 f"--out {output.out} holds a run of compress, which prune would overwrite; give another"
             )
-    if plan is None:
-        pruning_of(**budget.arguments())  # before anything is scored
+    pruning = None if plan is not None else pruning_of(**budget.arguments())  # before all scoring
     if data.data is None and data.input_shape is None and data.image_size == DataOptions.image_size:
         data = replace(data, input_shape=_scored_shape(scores))
         if data.input_shape is None:
@@ -132,7 +131,7 @@ def prune(
         "metric_after_removal": removed,
         "recalibrated": recalibrated,
         "latency": latency,
-        "settings": _decided(made, found, budget)
+        "settings": _decided(made, found, pruning)
         | given(inputs, model, data, scoring, budget, source, common),
         "versions": finish.environment(),
     }
@@ -188,12 +187,12 @@ def set_statistics(inputs: Inputs, seed: int) -> bool:
     return recalibration.set_statistics(inputs.model, inputs.data.calibrate, seed, round=1)
 
 
-def _decided(plan: Plan, scores: Scores | None, budget: BudgetOptions) -> dict[str, Any]:
+def _decided(plan: Plan, scores: Scores | None, pruning: Pruning | None) -> dict[str, Any]:
     """By what the units were chosen, defaults included; of a plan that was given, what it tells."""
-    if scores is None:
+    if scores is None or pruning is None:
         told = {k: plan.meta.get(k) for k in ("criterion", "ranking")}
     else:
-        told = finish.made_by(scores.meta) | finish.limited_by(pruning_of(**budget.arguments()))
+        told = finish.made_by(scores.meta) | finish.limited_by(pruning)
     return {k: v for k, v in told.items() if v is not None}
 
 

@@ -81,16 +81,7 @@ def scores(content: dict[str, Any], theme: Theme) -> Any:
         axes.vlines(x, y - 0.42, y + 0.42, color=theme.ink, linewidth=1.4, label="cut")
     if not negative:
         axes.set_xscale("log")
-        from matplotlib.ticker import LogFormatter
-
-        class Plain(LogFormatter):
-            """Numbers between powers of ten, where there is hardly one of these."""
-
-            def __call__(self, x: float, pos: Any = None) -> str:
-                return f"{x:g}" if super().__call__(x, pos) else ""
-
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")  # matplotlib's own is TeX
-        axes.xaxis.set_minor_formatter(Plain(minor_thresholds=(1, 0.3)))
+        _plain_numbers(axes.xaxis)
     axes.set_xlabel(f"score ({content['score_name']})" if content.get("score_name") else "score")
     _name_rows(axes, groups)
     axes.grid(axis="x")
@@ -203,6 +194,20 @@ def _figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tup
     figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns)
+
+
+def _plain_numbers(axis: Any) -> None:
+    """For a logarithmic axis; matplotlib's own are TeX."""
+    from matplotlib.ticker import LogFormatter
+
+    class Between(LogFormatter):
+        """Numbers between powers of ten, where there is hardly one of these."""
+
+        def __call__(self, x: float, pos: Any = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(Between(minor_thresholds=(1, 0.3)))
 
 
 def _rows_figure(groups: dict[str, Any]) -> tuple[Any, Any]:
