@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from singe.cli.data import Data, Reading, Source
-from singe.cli.images import Transform, decode, scan
+from singe.cli.images import Transform, decode, scan, unpacked
 from singe.cli.users_files import call_from_file
 from singe.errors import DataError
 
@@ -137,8 +137,8 @@ def test_a_tar_is_unpacked_once(tmp_path, monkeypatch):
         tar.add(tmp_path / "pictures", "pictures")
     for _ in range(2):
         assert Source(str(archive)).read(MODEL, SMALL).describe()["train"] == 12
-    (unpacked,) = (tmp_path / "cache" / "singe").iterdir()
-    marker = unpacked / "pictures" / "cat" / "0.png"
+    (folder,) = (tmp_path / "cache" / "singe").iterdir()
+    marker = folder / "pictures" / "cat" / "0.png"
     marker.unlink()
     assert Source(str(archive)).read(MODEL, SMALL).describe()["train"] == 11
 
@@ -241,16 +241,30 @@ def test_half_a_test_part(tmp_path):
         Source(str(path))
 
 
-def test_a_class_without_images_would_shift_the_others(tmp_path):
-    write_images(tmp_path)
-    (tmp_path / "doe").mkdir()
-    (tmp_path / "labels").mkdir()
-    (tmp_path / "labels" / "doe.txt").touch()
-    (tmp_path / "_about").mkdir()
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_class_without_images_would_shift_the_others(tmp_path, monkeypatch, packed):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    pictures, archive = tmp_path / "pictures", tmp_path / "pictures.tar.xz"
+
+    def scanned():
+        if not packed:
+            return scan(pictures)
+        with tarfile.open(archive, "w:xz") as tar:
+            tar.add(pictures, ".")
+        return scan(unpacked(archive))
+
+    write_images(pictures)
+    (pictures / "doe").mkdir()
+    (pictures / "labels").mkdir()
+    (pictures / "labels" / "doe.txt").touch()
+    (pictures / "_about").mkdir()
     with pytest.raises(DataError, match="empty class folders: doe; put images in"):
-        scan(tmp_path)
-    shutil.rmtree(tmp_path / "doe")
-    assert scan(tmp_path)[0] == ["cat", "dog", "eel"]
+        scanned()
+    shutil.rmtree(pictures / "doe")
+    assert scanned()[0] == ["cat", "dog", "eel"]
+
+
+def test_a_held_out_part_need_not_have_every_class(tmp_path):
     for part in ("train", "test"):
         write_images(tmp_path / "parts" / part)
     (tmp_path / "parts" / "test" / "doe").mkdir()  # of no class there is an image

@@ -197,8 +197,8 @@ def _is_image(path: Path) -> bool:
 def unpacked(archive: Path) -> Path:
     """The folder that an archive was unpacked to: once, in the user's cache.
 
-    Only images are taken out. The folder's name depends on the archive's path, size and time of
-    change.
+    Only images and empty folders are taken out. The folder's name depends on the archive's path, size and
+    time of change.
 
     Raises:
         DataError: no readable tar, or unsafe names in it.
@@ -214,6 +214,8 @@ def unpacked(archive: Path) -> Path:
     try:
         partial.mkdir(parents=True)
         ended, images = False, 0
+        folders: list[tarfile.TarInfo] = []
+        filled: set[Path] = set()
 
         class Member(tarfile.TarInfo):
             """Sees the block of zeros that ends a tar; tarfile is content with the end of the file."""
@@ -226,9 +228,17 @@ def unpacked(archive: Path) -> Path:
 
         with tarfile.open(archive, tarinfo=Member) as tar:
             for member in tar:  # in the archive's order: xz cannot go back
-                if member.isfile() and Path(member.name).suffix.lower() in ENDINGS:
+                path = Path(member.name)
+                if member.isdir():
+                    folders.append(member)
+                else:
+                    filled.update(path.parents)
+                if member.isfile() and path.suffix.lower() in ENDINGS:
                     tar.extract(member, partial, filter="data")
                     images += 1
+            for member in folders:  # an empty one would be a class without images
+                if Path(member.name) not in filled:
+                    tar.extract(member, partial, filter="data")
         if not ended:
             raise tarfile.ReadError("it ends in the middle; pack it again, or give a folder")
         if not images:
