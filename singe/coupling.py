@@ -14,7 +14,7 @@ from singe.conv1d import with_linears
 from singe.data import Batch
 from singe.dependencies import build_dependency_graph, coupled
 from singe.gates import BATCH_NORMS, dialect, registered
-from singe.graph import NORMS, ROWS, Group, Member, ModelGraph, private_copy
+from singe.graph import NORMS, ROWS, Group, Member, ModelGraph, private_copy, width_of
 from singe.heads import Heads, find_heads
 
 
@@ -145,16 +145,6 @@ def _blocks_of(module: nn.Module) -> int:
     return 1
 
 
-def _width(module: Any, is_out: bool) -> int:
-    """Output or input channels of a layer; those of a norm."""
-    for name in ("out_channels", "out_features") if is_out else ("in_channels", "in_features"):
-        if hasattr(module, name):
-            return int(getattr(module, name))
-    if isinstance(module, nn.LayerNorm):
-        return module.normalized_shape[-1]
-    return int(getattr(module, "num_features", None) or module.num_channels)
-
-
 def _describe(
     dg: tp.DependencyGraph,
     tp_group: Any,
@@ -199,7 +189,7 @@ def _describe(
         if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
             return f"{name} normalises over several dimensions"
         if isinstance(module, ROWS) and not is_plain(module):
-            return f"{name} is a {type(module).__name__}, which does more than its base class"
+            return f"{name} is {beyond_its_base(module)}"
         if isinstance(module, NORMS) and dialect(module) is None:
             return f"{name} is a {type(module).__name__}, which does more than its base class"
         if isinstance(module, ROWS) and "weight" not in module._parameters:
@@ -208,7 +198,7 @@ def _describe(
             return f"{name} shares a parameter with another layer"
         if isinstance(module, BATCH_NORMS) and module.running_mean is None:
             return f"{name} keeps no running statistics"
-        if min(item.idxs) < 0 or max(item.idxs) >= _width(module, is_out):
+        if min(item.idxs) < 0 or max(item.idxs) >= width_of(module, is_out):
             return f"something in front of {name} moves channels in a way that cannot be followed"
         channels = _channels_by_unit(item.idxs, item.root_idxs, n_units)
         if channels is None:
@@ -244,7 +234,7 @@ def _group_of(heads: Heads, model: nn.Module, tied: set[str]) -> Group | str:
             units[name] = units_by_channel(rows, len(module.in_proj_weight))
             continue
         if not is_plain(module):
-            return f"{name} is a {type(module).__name__}, which does more than its base class"
+            return f"{name} is {beyond_its_base(module)}"
         if "weight" not in module._parameters:
             return f"{name} computes its weight; remove its weight_norm or parametrization first"
         units[name] = units_by_channel(rows, len(module.weight))
@@ -269,11 +259,23 @@ def _is_foreign(module: nn.Module) -> bool:
 
 def is_plain(row: nn.Module, bases: tuple[type[nn.Module], ...] = ROWS) -> bool:
     """Whether a conv or linear computes what torch's does: its weight gradient is taken for granted."""
-    return any(
+    return not _is_patched(row) and any(
         type(row).forward is base.forward
         and getattr(base, "_conv_forward", None) is getattr(type(row), "_conv_forward", None)
         for base in bases
     )
+
+
+def _is_patched(row: nn.Module) -> bool:
+    return not {"forward", "_conv_forward"}.isdisjoint(vars(row))
+
+
+def beyond_its_base(row: nn.Module) -> str:
+    """What a layer is that :func:`is_plain` refuses."""
+    kind = f"a {type(row).__name__}"
+    if _is_patched(row):
+        return f"{kind} whose forward was replaced"
+    return f"{kind}, which does more than its base class"
 
 
 def _only_multiplies(node: Any) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from singe.conv1d import is_transposed
 from singe.errors import ModelError, expect
 from singe.gates import BATCH_NORMS
 from singe.heads import Heads
@@ -101,6 +102,18 @@ class ModelGraph:
     rejected: dict[str, str]
     rejected_layers: dict[str, str]
     overwritten: frozenset[str] = frozenset()
+
+
+def width_of(module: Any, is_out: bool = True) -> int:
+    """Output or input channels of a layer; those of a norm."""
+    if is_transposed(module):
+        return int(module.nf if is_out else module.nx)
+    for name in ("out_channels", "out_features") if is_out else ("in_channels", "in_features"):
+        if hasattr(module, name):
+            return int(getattr(module, name))
+    if isinstance(module, nn.LayerNorm):
+        return module.normalized_shape[-1]
+    return int(getattr(module, "num_features", None) or module.num_channels)
 
 
 def is_inside(name: str, root: str) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves, tree_map
 
 from singe.coupling import read_graph
@@ -17,6 +19,7 @@ from singe.errors import ModelError
 from singe.graph import ModelGraph, is_inside, private_copy, unwrapped
 from singe.memory import is_out_of_memory
 from singe.network import Network, set_gates
+from singe.seeding import random_state_kept
 from singe.tf32 import full_float32
 from singe.verification import distance, float_outputs, tolerance_of, verified
 
@@ -68,6 +71,7 @@ def checked_groups(
 ) -> ModelGraph:
     """:func:`find_groups` by names of an unwrapped model; there may be no groups at all."""
     names = dict(model.named_modules())
+    _require_own_layers(model, small(batch))
     model, batch = full_precision(model, _telling(small(batch)))
     graph = read_graph(model, batch, ignored)
     if graph.folds and not _folds_well(model, batch, graph):
@@ -79,6 +83,37 @@ def checked_groups(
     if wanted is not None:
         _select(graph, names, wanted)  # name the reason if a wanted group failed its check
     return graph
+
+
+def _require_own_layers(model: nn.Module, batch: Batch) -> None:
+    """Refuse a model whose copies run the model's own layers: they would read and write its buffers.
+
+    Raises:
+        ModelError: which; copy.deepcopy hands functions on as they are, with what they hold.
+    """
+    twin = private_copy(model)
+    own, thread = {module: name for name, module in model.named_modules()}, threading.get_ident()
+
+    def refuse(module: nn.Module, _: Any) -> None:
+        if module not in own or threading.get_ident() != thread:
+            return
+        held = f"the layer {own[module]!r}" if own[module] else "the model itself"
+        raise ModelError(
+            f"a copy of this {type(model).__name__} runs {held}: a function that was made with it (a lambda "
+            "in __init__, a wrapped forward) holds it, and copies share functions; make that a method"
+        )
+
+    hook = register_module_forward_pre_hook(refuse)  # one in the layers would be copied with them
+    try:
+        with random_state_kept(), torch.no_grad():
+            batch.call(twin)
+    except ModelError:
+        raise
+    except Exception as error:  # the trace says it better
+        if is_out_of_memory(error):
+            raise
+    finally:
+        hook.remove()
 
 
 def names_of(
@@ -173,7 +208,7 @@ def _folds_well(model: nn.Module, batch: Batch, graph: ModelGraph) -> bool:
             raise
         return False
     original = float_outputs(batch.call(private_copy(model)))
-    return distance(folded, original) <= tolerance_of(original)
+    return distance(folded, original) <= tolerance_of(original, model)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singe.coupling import is_plain, tied_layers
+from singe.coupling import beyond_its_base, is_plain, tied_layers
 from singe.data import Batch
 from singe.errors import ModelError
 from singe.graph import ROWS, Group, Member, ModelGraph, unwrapped
@@ -94,8 +94,10 @@ def _why_not(name: str, module: nn.Module, tied: set[str], ignored: frozenset[st
         return None
     if name in ignored:
         return "it is in `ignore`"
-    if not isinstance(module, SCORED) or not is_plain(module, SCORED):
+    if not isinstance(module, SCORED):
         return f"it is {_foreign(module)}"
+    if not is_plain(module, SCORED):
+        return f"it is {beyond_its_base(module)}"
     if "weight" not in module._parameters:
         return "its weight is computed; remove its weight_norm, mask or parametrization first"
     if name in tied:
@@ -142,7 +144,8 @@ def _not_gated(
                 bias[channels] *= 0.5
                 module.bias = nn.Parameter(bias, requires_grad=False)
         expected = float_outputs(halved(batch))
-        if distance(float_outputs(gated(batch)), expected) > tolerance_of(expected):
+        off = distance(float_outputs(gated(batch)), expected)
+        if not off <= tolerance_of(expected, model):
             return "something reads its weight without calling it: no gate can stand for its rows"
         return None
 

@@ -392,3 +392,25 @@ def test_a_plan_that_does_not_fit_changes_nothing(plan):
     with pytest.raises(singe.SingeError):
         singe.prune(model, singe.Plan(plan), batches[0][0])
     assert_unchanged(model, before)
+
+
+class Held(nn.Module):
+    """A function made with the model holds its layers, and copies of the model hold that function."""
+
+    def __init__(self, whole):
+        super().__init__()
+        self.a, self.norm, self.head = nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Linear(5, 4)
+        norm = self.norm
+        self.normed = (lambda x: self.norm(x)) if whole else (lambda x: norm(x))
+
+    def forward(self, x):
+        return self.head(self.normed(self.a(x)).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_model_whose_copies_run_its_own_layers_is_refused(whole):
+    model = Held(whole).train()
+    before = snapshot(model)
+    with pytest.raises(singe.ModelError, match="a copy of this Held runs the layer 'norm'"):
+        singe.score(model, [(torch.randn(4, 3, 8, 8), torch.zeros(4).long())], progress=False)
+    assert_unchanged(model, before)
