@@ -225,7 +225,10 @@ def read_batches(
         empty = False
         yield as_batch(raw, index, device)
     if empty:
-        raise DataError(f"the {use} data is empty: it gave no batch; pass at least one")
+        raise DataError(
+            f"the {use} data is empty: it gave no batch; pass at least one (or was it read before, and does "
+            "not start again?)"
+        )
 
 
 def first_batch(batches: Iterable[Any], device: torch.device) -> Batch:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from singe.data import Batch
+from singe.data import LABEL_KEYS, Batch
 from singe.errors import DataError, NonFiniteError, OptionError, first_line
 
 PROBABILITY_TOLERANCE = 0.01  # of their sum; bfloat16 probabilities are off by a few thousandths
@@ -136,7 +136,8 @@ class Objective:
         if not bool(torch.isfinite(total).all()):
             raise NonFiniteError(
                 f"the loss of batch {batch.index} is NaN or infinite; check this batch's inputs "
-                "and labels, and that the model's outputs are finite in evaluation mode"
+                "and labels, and that the model's outputs are finite in evaluation mode, with all gates "
+                "closed too (what divides by a sum of channels has nothing to divide by there)"
             )
 
 
@@ -248,18 +249,29 @@ class UserObjective(Objective):
     def per_sample(self, outputs: Any, batch: Batch, reference: Any) -> Tensor:
         try:
             loss = self.function(outputs, batch.raw)
-        except (TypeError, AttributeError) as error:  # a torch loss as it is gets (outputs, (x, y))
+        except (TypeError, AttributeError, LookupError) as error:
+            # A torch loss as it is gets (outputs, (x, y)).
             raise DataError(
-                f"objective {self.name!r} failed on batch {batch.index} ({first_line(error)}). It is "
-                "called with the model's outputs and the whole batch as the data gives it; for (x, y): "
-                "lambda outputs, batch: F.cross_entropy(outputs, batch[1])"
+                f"objective {self.name!r} failed on batch {batch.index} ({type(error).__name__}: "
+                f"{first_line(error)}). It is called with the model's outputs and the whole batch as the "
+                f"data gives it; {self._example(batch)}"
             ) from error
         if not isinstance(loss, Tensor):
             raise DataError(
                 f"objective {self.name!r} returned {type(loss).__name__}; expected a tensor: one "
-                "loss per sample or their mean"
+                f"loss per sample or their mean; {self._example(batch)}"
             )
         return loss
+
+    @staticmethod
+    def _example(batch: Batch) -> str:
+        if not isinstance(batch.raw, Mapping):
+            return "for (x, y): lambda outputs, batch: F.cross_entropy(outputs, batch[1])"
+        key = next((k for k in LABEL_KEYS if k in batch.raw), LABEL_KEYS[0])
+        return (
+            f"the model is not given batch[{key!r}], so it has no loss of its own: lambda outputs, batch: "
+            f"F.cross_entropy(outputs.logits, batch[{key!r}])"
+        )
 
 
 def as_objective(value: str | Loss | Objective) -> Objective:

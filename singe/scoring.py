@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from os import PathLike
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from singe.data import check_reiterable, device_of, first_batch, input_shapes, read_batches
+from singe.data import Batch, check_reiterable, device_of, input_shapes, read_batches
 from singe.data_free import of_units, of_weights
 from singe.decision import EarlyDecision
 from singe.engine import FusedEngine
@@ -190,10 +191,11 @@ def carry_out(
     device = device_of(model)
     find = find_groups if request.granularity == "unit" else find_weight_groups
     with random_state_kept(batches), gradients_on():
-        first = first_batch(batches, device)
+        data = read_batches(batches, device)
+        first = next(data)
         graph = graph or find(model, first, request.layers, request.ignore)
         found = time.perf_counter()
-        result = _compute(request, model, graph, batches)
+        result = _compute(request, model, graph, chain([first], data), _length(batches))
     end = time.perf_counter()
     definition = request.definition
     meta = {
@@ -238,17 +240,15 @@ def carry_out(
 
 
 def _compute(
-    request: Request, model: nn.Module, graph: ModelGraph, batches: Iterable[Any]
+    request: Request, model: nn.Module, graph: ModelGraph, data: Iterator[Batch], count: int | None
 ) -> Result:
     definition = request.definition
     if not definition.criterion.needs_data:
         if request.granularity == "weight":
             return of_weights(model, graph, definition.criterion, request.seed)
         return of_units(model, graph, definition.criterion, definition.p, request.seed)
-    data = read_batches(batches, device_of(model))
     if request.engine == "naive":
         return naive_scores(model, graph, data, definition)
-    count = _length(batches)
     fused = FusedEngine(
         model, graph, definition, request.max_memory, request.autocast, count,
         _decision(request, model, graph), _saved(request, model, graph, count), request.compile,

@@ -456,3 +456,30 @@ def test_a_folder_that_is_not_there(tmp_path):
     scores = score(CASE.model(), CASE.batches(), criterion="random")
     with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere.* to write s.safetensors to"):
         scores.save(tmp_path / "nowhere" / "s.safetensors")
+
+
+class GoesOn(IterableDataset):
+    """A stream that goes on where it stopped, however often it is asked to start."""
+
+    def __init__(self):
+        self.left = [(x[i], y[i]) for x, y in CASE.batches() for i in range(len(x))]
+
+    def __iter__(self):
+        while self.left:
+            yield self.left.pop(0)
+
+
+@pytest.mark.parametrize("engine", ["fused", "naive"])
+def test_a_stream_that_goes_on_loses_no_batch(engine):
+    data = GoesOn()
+    whole = list(data.left)
+    scores = singe.score(
+        CASE.model(), DataLoader(data, batch_size=2), engine=engine, progress=False
+    )
+    expected = singe.score(
+        CASE.model(), DataLoader(whole, batch_size=2), engine=engine, progress=False
+    )
+    assert scores.meta["samples"] == len(whole)
+    assert scores == expected
+    with pytest.raises(singe.DataError, match="was it read before, and does not start again"):
+        singe.score(CASE.model(), DataLoader(data, batch_size=2), progress=False)

@@ -237,3 +237,23 @@ def test_unknown_objectives():
         as_objective("mse")
     with pytest.raises(singe.OptionError, match="None"):
         as_objective(None)
+
+
+def test_a_model_has_no_loss_of_its_own():
+    """Labels in a dict are the objective's; the convention elsewhere is that the model takes them."""
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.head = nn.Linear(6, 5), nn.Linear(5, 4)
+
+        def forward(self, x, labels=None):
+            return {"logits": self.head(self.a(x).relu()), "loss": None}
+
+    batches = [{"x": torch.randn(3, 6), "labels": torch.tensor([0, 1, 2])}]
+    for objective in (
+        lambda outputs, batch: outputs["losses"],
+        lambda outputs, batch: outputs["loss"],
+    ):
+        with pytest.raises(singe.DataError, match=r"is not given batch\['labels'\].*cross_entropy"):
+            singe.score(Named().eval(), batches, objective=objective, progress=False)
