@@ -62,9 +62,8 @@ def gauss_legendre(n: int = 4) -> Quadrature:
 def geometric(rate: float = 0.9, n: int = 30) -> Quadrature:
     """The nodes ``rate**s``, s = 0..n-1, each weighted with its cell down to the next node.
 
-    The last cell reaches 0, so the weights sum to 1. This is the multiplicative shrinking
-    schedule of integrated-gradient pruning, kept as a baseline: with 30 nodes it comes between
-    ``gauss_legendre(3)`` and ``(4)`` (``docs/performance.md``).
+    The last cell reaches 0, so the weights sum to 1. A schedule that shrinks by a factor, kept as a
+    baseline: with 30 nodes it comes between ``gauss_legendre(3)`` and ``(4)`` (``docs/performance.md``).
     """
     n = _positive(n)
     if not 0.0 < rate < 1.0:
