@@ -33,7 +33,7 @@ from singe.limits import (
     warn_of_target,
 )
 from singe.plain import plain
-from singe.scores import Scores, scores_for
+from singe.scores import Scores, require_one_per_unit, scores_for
 from singe.units import find_groups, small
 
 FORMAT = "singe-plan-1"
@@ -232,10 +232,7 @@ def plan(
                 f"the units of {', '.join(found.keys() & set(group.layers))} go with those of "
                 f"{group.name!r}: give their scores under that name"
             )
-        if len(found[group.name]) != group.n_units:
-            raise ScoresError(
-                f"there are {len(found[group.name])} scores for the {group.n_units} units of {group.name}"
-            )
+        require_one_per_unit(found, group)
     limits = limits_of(model, graph, max_pruning_ratio, min_keep, max_keep, ignore, round_to)
     full = full_cost(model, graph, batch, watch)[kind]
     target = absolute(value, full)

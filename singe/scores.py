@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from singe.errors import NonFiniteError, ScoresError, expect
 from singe.files import replacing
-from singe.graph import unwrapped
+from singe.graph import Group, unwrapped
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -213,14 +213,22 @@ class Scores(ScoreTable):
         """int64 [channels]: the unit of ``group`` that each output channel of ``layer`` belongs to.
 
         -1 for channels of other groups. Where nothing is known of the layer (scores made by hand), unit u
-        is channels u, u + U, ...
+        is channels u, u + U, ...; where they cannot be shared out so, none is known of a coupled layer.
+
+        Raises:
+            ScoresError: they cannot, and the layer is the one that the scores are named after.
         """
         known = self.units.get(group, {}).get(layer)
         if known is not None:
             return known
         count = len(self[group])
-        if channels % count:
-            return torch.full((channels,), -1, device="cpu")
+        if not count or channels % count:
+            if layer != group:
+                return torch.full((channels,), -1, device="cpu")
+            raise ScoresError(
+                f"there are {count} scores of {group!r}, which has {channels} channels; give one number per "
+                "channel"
+            )
         return torch.arange(channels, device="cpu") % count
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -277,6 +285,18 @@ def scores_for(scores: Mapping[str, Any], model: nn.Module) -> Scores:
             "those of model.named_modules()"
         )
     return found
+
+
+def require_one_per_unit(scores: Mapping[str, Tensor], group: Group) -> None:
+    """Raise where there are more or fewer scores of a group than it has units.
+
+    Raises:
+        ScoresError: so.
+    """
+    if len(scores[group.name]) != group.n_units:
+        raise ScoresError(
+            f"there are {len(scores[group.name])} scores for the {group.n_units} units of {group.name}"
+        )
 
 
 def expect_scores(scores: object, argument: str = "scores") -> None:

@@ -335,3 +335,22 @@ def test_a_missing_library_is_named(package, monkeypatch):
         required(package, f"{package}-x")
     with pytest.raises(AttributeError, match="torch_pruning"):
         singe.adapters.no_such_library  # noqa: B018
+
+
+def test_captum_of_containers_and_of_nothing():
+    model, inputs, _ = case("vgg")
+    with pytest.raises(singe.OptionError, match="layer is an empty list"):
+        captum.ChannelIntegratedGradients(model, [])
+    relevance = captum.ChannelIntegratedGradients(nn.Sequential(model, nn.Flatten()), "0")
+    found = relevance.attribute(inputs, target=0, n_steps=2)
+    assert len(found) > 1
+    assert all(values.dim() == 1 for values in found.values())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_masks_in_a_mode_without_gradients(mode):
+    model, inputs, batches = case("vgg")
+    scores = singe.score(model, batches, progress=False)
+    with mode():
+        chosen = torch_prune.local_structured(clone(model), scores, inputs, amount=0.4)
+    assert chosen == torch_prune.local_structured(model, scores, inputs, amount=0.4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from types import SimpleNamespace
 
 import pytest
@@ -157,3 +158,36 @@ def test_round_to():
     importance = adapter.importance(scores, round_to=8)
     adapter.step(pruner_for(model, torch.randn(2, 6), importance, round_to=8))
     assert {model[0].out_features, model[2].out_features} <= {8, 16}
+
+
+def test_a_step_that_was_refused_can_be_tried_again():
+    model, inputs, batches = case("vgg")
+    importance = adapter.importance(singe.score(model, batches, progress=False))
+    pruner = pruner_for(model, inputs, importance, iterative_steps=3)
+    adapter.step(pruner)
+    with pytest.raises(singe.ScoresError, match="rescore=lambda"):
+        adapter.step(pruner)
+    assert pruner.current_step == 1
+    pruner.importance = adapter.importance(singe.score(model, batches, progress=False))
+    adapter.step(pruner)
+    assert pruner.current_step == 2
+
+
+@pytest.mark.parametrize("name", ["upsample", "output_up"])
+def test_a_group_that_is_left_alone_is_told_of_whatever_its_name(name):
+    model = nn.Sequential(
+        OrderedDict(
+            [
+                ("enc", nn.Conv2d(3, 6, 3)),
+                ("relu", nn.ReLU()),
+                ("mid", nn.Conv2d(6, 5, 3)),
+                (name, nn.ConvTranspose2d(5, 4, 2)),
+                ("head", nn.Conv2d(4, 2, 1)),
+            ]
+        )
+    )
+    x = torch.randn(2, 3, 8, 8)
+    scores = singe.score(model, [x], objective="kl", progress=False)
+    pruner = pruner_for(model, x, adapter.importance(scores), ignored_layers=[model.head])
+    with pytest.warns(UserWarning, match=f"leaves the group of '{name}' alone"):
+        adapter.step(pruner)

@@ -57,6 +57,8 @@ class ChannelIntegratedGradients:
         self.forward_func, self.path = forward_func, path
         self.single = isinstance(layer, str | nn.Module)
         self.layers = [layer] if isinstance(layer, str | nn.Module) else list(layer)
+        if not self.layers:
+            raise OptionError("layer is an empty list; name one layer at least")
         self.scores: Scores | None = None
 
     def attribute(
@@ -84,8 +86,9 @@ class ChannelIntegratedGradients:
             return_convergence_delta: also return integral minus true loss change.
 
         Returns:
-            float32 [C] for one layer, else a dict by group; with the delta in a pair: [C] on the
-            neuron path, [1] on the layer path.
+            float32 [C] for one layer, one number per unit where channels can only go together (grouped
+            convolutions); for several layers, or a container of several, a dict by group. With the delta in
+            a pair: [C] on the neuron path, [1] on the layer path.
 
         Raises:
             OptionError: a method or baseline that is not offered.
@@ -121,7 +124,7 @@ class ChannelIntegratedGradients:
         completeness = self.scores.completeness
         assert completeness is not None  # criterion "signed" always has one
         values, delta = dict(self.scores), dict(completeness)
-        if self.single:
+        if self.single and len(values) == 1:
             ((values, delta),) = zip(values.values(), delta.values(), strict=True)  # type: ignore[assignment]
         return (values, delta) if return_convergence_delta else values
 

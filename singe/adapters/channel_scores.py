@@ -13,13 +13,12 @@ from __future__ import annotations
 
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from singe.errors import ModelError, OptionError, ScoresError
-from singe.graph import unwrapped
+from singe.graph import unwrapped, width_of
 from singe.scores import Scores, expect_scores, require_units
 
 
@@ -45,23 +44,18 @@ def channel_scores(scores: Scores, model: nn.Module, check: bool = True) -> dict
     modules = dict(unwrapped(model).named_modules())
     found: dict[str, Tensor] = {}
     for group, values in scores.items():
-        for name in dict.fromkeys((group, *scores.groups[group])):
+        for name in dict.fromkeys((group, *scores.groups.get(group, ()))):
             if name not in modules:
                 raise ScoresError(
                     f"this {type(model).__name__} has no layer {name!r}: another model?"
                 )
             if not hasattr(modules[name], "weight"):
                 continue  # nn.MultiheadAttention keeps several matrices
-            units = scores.units_of(group, name, _outputs(modules[name]))
+            units = scores.units_of(group, name, width_of(modules[name]))
             mine = units >= 0
             of_layer = found.setdefault(name, values.new_full(units.shape, torch.nan))
             of_layer[mine] = values[units[mine]]
     return {name: values for name, values in found.items() if not bool(values.isnan().any())}
-
-
-def _outputs(layer: nn.Module) -> int:
-    module: Any = layer
-    return int(getattr(module, "out_channels", None) or module.out_features)
 
 
 def of_layer(by_layer: dict[str, Tensor], model: nn.Module, layer: str | nn.Module) -> Tensor:

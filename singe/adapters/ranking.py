@@ -19,6 +19,7 @@ from singe.scores import require_units
 Normalizer = str | Callable[[Tensor], Tensor] | None
 NORMALIZERS = ("sum", "standarization", "mean", "max", "gaussian", "sentinel_<share>", "lamp")
 EPSILON = 1e-8  # Torch-Pruning's
+ROUNDING = 1e-9  # of the range of a group's scores
 
 
 def normalized(scores: Tensor, how: Normalizer) -> Tensor:
@@ -85,18 +86,15 @@ def ranking(
             which can be seen, and not whole groups, which libraries leave alone in silence.
 
     Raises:
-        ScoresError: all scores are equal, so that they rank nothing; or a normalizer gave NaN or
-            infinity.
+        OptionError: a normalizer that does not give one number per unit.
+        ScoresError: all scores are equal, so that they rank nothing; or a normalizer gave NaN or infinity,
+            or turned the order of units round, as dividing by a negative sum does.
     """
     require_units(scores)
     names = list(scores)
     parts = [normalized(scores[name].double(), normalizer) for name in names]
     for name, part in zip(names, parts, strict=True):
-        if not bool(torch.isfinite(part).all()):
-            raise ScoresError(
-                f"normalizer {normalizer!r} makes NaN or infinity of the scores of {name!r} (do they "
-                "add up to zero?); use normalizer=None"
-            )
+        _check(part, scores[name], name, normalizer)
     flat = torch.cat(parts) if parts else torch.empty(0, device="cpu")
     if len(flat) > 1 and bool((flat == flat[0]).all()):
         raise ScoresError(
@@ -111,6 +109,27 @@ def ranking(
         part[order[: (keep or {}).get(name, 1)]] += lift
         part[order[:1]] += lift
     return result
+
+
+def _check(part: object, scores: Tensor, name: str, normalizer: Normalizer) -> None:
+    """Raise where what a normalizer made of the scores of one group does not rank its units as they do."""
+    if not isinstance(part, Tensor) or part.shape != scores.shape:
+        given = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
+        raise OptionError(
+            f"normalizer {normalizer!r} must give one number per unit, {tuple(scores.shape)} for {name!r}; "
+            f"got {given}"
+        )
+    if not bool(torch.isfinite(part).all()):
+        raise ScoresError(
+            f"normalizer {normalizer!r} makes NaN or infinity of the scores of {name!r} (do they "
+            "add up to zero?); use normalizer=None"
+        )
+    ordered = part[scores.argsort(stable=True)]
+    if len(ordered) and bool((ordered.diff() < -ROUNDING * (ordered.max() - ordered.min())).any()):
+        raise ScoresError(
+            f"normalizer {normalizer!r} turns the order of the units of {name!r} round (its scores, some "
+            "below zero, are divided by a negative number?); use normalizer=None or 'gaussian'"
+        )
 
 
 def _without_ties(flat: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ from singe.adapters.weight_tables import (
     from_inputs,
     weight_tables,
 )
+from singe.conv1d import is_transposed
 from singe.errors import ModelError
 from singe.graph import unwrapped
 from singe.scores import Scores
@@ -48,8 +49,15 @@ PRUNER = "torch.ao.pruning._experimental.pruner"
 
 
 def config(scores: Scores, model: nn.Module) -> list[dict[str, str]]:
-    """The layers with scores, as ``prepare`` wants them: ``[{"tensor_fqn": "0.weight"}, ...]``."""
-    return [{"tensor_fqn": f"{name}.weight"} for name in channel_scores(scores, model)]
+    """The layers with scores, as ``prepare`` wants them: ``[{"tensor_fqn": "0.weight"}, ...]``.
+
+    But for ``Conv1D`` of transformers, whose outputs lie along the other dimension.
+    """
+    modules = unwrapped(model)
+    return [
+        {"tensor_fqn": f"{name}.weight"} for name in channel_scores(scores, model)
+        if not is_transposed(modules.get_submodule(name))
+    ]  # fmt: skip
 
 
 def sparsifier(scores: Scores, model: nn.Module, amount: float = 0.5) -> Any:

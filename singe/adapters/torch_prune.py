@@ -36,10 +36,11 @@ from singe.adapters.weight_tables import (
 from singe.conv1d import is_transposed
 from singe.data import device_of, example_batch
 from singe.errors import BudgetError, ModelError, ScoresError
+from singe.gradients import gradients_on
 from singe.graph import BATCH_NORMS, Group, ModelGraph, unwrapped
 from singe.limits import floor_of, plain_ratio
 from singe.plain import plain_number
-from singe.scores import Scores, expect_scores, require_units
+from singe.scores import Scores, expect_scores, require_one_per_unit, scores_for
 from singe.units import find_groups, small
 from singe.weight_scores import WeightScores
 
@@ -47,9 +48,10 @@ from singe.weight_scores import WeightScores
 def importance_scores(scores: Scores, model: nn.Module, layer: str | nn.Module) -> Tensor:
     """Scores in the shape of a layer's weight, for ``ln_structured(..., n=float("inf"), dim=0)``.
 
-    The library takes a norm per channel, of absolute values. The numbers are therefore ranks (1 for the
-    lowest), the same all over a channel, so that signed scores keep their order and ``n=inf`` gives
-    them back as they are. Other layers may be masked already.
+    (``dim=1`` for ``Conv1D`` of transformers.) The library takes a norm per channel, of absolute values.
+    The numbers are therefore ranks (1 for the lowest), float32 and the same all over a channel, so that
+    signed scores keep their order and ``n=inf`` gives them back as they are. Other layers may be masked
+    already.
 
     Raises:
         ScoresError: scores of another model.
@@ -59,10 +61,16 @@ def importance_scores(scores: Scores, model: nn.Module, layer: str | nn.Module) 
     module = unwrapped(model).get_submodule(layer) if isinstance(layer, str) else layer
     weight = module.weight
     assert isinstance(weight, Tensor)
-    if len(weight) != len(values):
-        raise ScoresError(f"{layer!r} has {len(weight)} channels, the scores are for {len(values)}")
-    ranks = values.argsort(stable=True).argsort().to(weight) + 1
-    return ranks.view(-1, *[1] * (weight.dim() - 1)).expand_as(weight)
+    dim = int(is_transposed(module))
+    if weight.shape[dim] != len(values):
+        raise ScoresError(
+            f"{layer!r} has {weight.shape[dim]} channels, the scores are for {len(values)}"
+        )
+    # In half precision neighbouring ranks would be one number.
+    ranks = values.argsort(stable=True).argsort().to(weight.device, torch.float32) + 1
+    shape = [1] * weight.dim()
+    shape[dim] = -1
+    return ranks.view(shape).expand_as(weight)
 
 
 def local_structured(
@@ -174,17 +182,18 @@ def plain_amount(amount: float) -> float:
     return plain_number("amount", amount, "(0, 1)", "a share of the units")
 
 
+@gradients_on()
 def _mask(
     model: nn.Module, scores: Scores, example_inputs: Any, chosen: dict[str, list[int]]
 ) -> dict[str, list[int]]:
-    require_units(scores)
-    scores.check(model)
+    scores = scores_for(scores, model)
     chosen = {name: units for name, units in chosen.items() if units}
     model = unwrapped(model)
     batch = small(example_batch(example_inputs, device_of(model)))
     graph = find_groups(model, batch, layers=list(chosen))
     masks: dict[tuple[str, str], Tensor] = {}
     for group in graph.groups:
+        require_one_per_unit(scores, group)
         _mask_group(model, graph, group, chosen[group.name], masks)
     for (name, parameter), mask in masks.items():
         prune.custom_from_mask(model.get_submodule(name), parameter, mask)

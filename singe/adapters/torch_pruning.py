@@ -1,4 +1,4 @@
-"""Torch-Pruning: scores as the ``importance`` of any of its pruners.
+"""Torch-Pruning: scores as the ``importance`` of its pruners.
 
 pruner = tp.pruner.BasePruner(
     model, example_inputs, global_pruning=True, pruning_ratio=0.5,
@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from singe.adapters.ranking import Normalizer, ranking
+from singe.conv1d import is_transposed
 from singe.criteria import choose
 from singe.errors import BudgetError, OptionError, ScoresError, expect_callable
-from singe.graph import unwrapped
+from singe.graph import unwrapped, width_of
 from singe.limits import floor_of, plain_ratio
 from singe.plain import plain_count
-from singe.scores import Scores, ScoreTable, expect_scores, fingerprint
+from singe.scores import Scores, ScoreTable, expect_scores, fingerprint, scores_for
 
 REDUCTIONS = ("sum", "mean", "max", "prod", "first", "gate")
 MISSING = ("skip", "error")
@@ -45,7 +46,7 @@ def importance(
     GroupNorm; their channels get the unit's score each, so the average is the unit's score again. Ties
     are broken (:func:`singe.adapters.ranking.ranking`), and the best unit of every group ranks above
     everything: Torch-Pruning leaves a group whole, silently, if all its units fall below the global
-    threshold.
+    threshold. So these are ranks; a pruner that regularizes by them while it trains wants others.
 
     Args:
         scores: what :func:`singe.score` returned for the very model that is pruned.
@@ -81,7 +82,8 @@ def step(pruner: Any) -> dict[str, list[int]]:
     """``pruner.step()``, which says what it removed, and removes nothing rather than too much.
 
     Returns:
-        root layer -> its removed channels, in the numbering they had before.
+        root layer -> its removed output channels, in the numbering they had before; of heads, whose root
+        is the layer that reads them, ``"attn.proj:input"`` -> its removed input channels.
 
     Raises:
         BudgetError: a group would lose more than the importance's ``max_pruning_ratio`` or ``round_to``
@@ -101,7 +103,9 @@ def step(pruner: Any) -> dict[str, list[int]]:
     else:
         pruner.step()
     history = pruner.pruning_history()[before:]
-    removed = {name: sorted(idxs) for name, _, idxs in history if idxs}
+    removed = {
+        name if is_out else f"{name}:input": sorted(idxs) for name, is_out, idxs in history if idxs
+    }
     if not removed:
         raise BudgetError(f"Torch-Pruning removed nothing: {_why_nothing(pruner)}")
     return removed
@@ -120,22 +124,23 @@ def _why_nothing(pruner: Any) -> str:
             "that would lose all of them. Lower pruning_ratio; 0.5 removes half of the channels"
         )
     return (
-        f"pruning_ratio={pruner.pruning_ratio} takes none or all of the channels of every group that has "
-        "scores and is not in ignored_layers, and a group that would lose all is left whole. Change "
-        "pruning_ratio, lower round_to, or score more layers"
+        f"pruning_ratio={pruner.pruning_ratio} (or pruning_ratio_dict) takes none or all of the channels of "
+        "every group that has scores and is not in ignored_layers, and a group that would lose all is left "
+        "whole. Change it, lower round_to, or score more layers"
     )
 
 
-def _groups_ahead(pruner: Any) -> list[Any]:
-    """The groups that the next step would remove; the pruner stays as it is."""
+def _counts_of(pruner: Any) -> Callable[[], None]:
+    """Puts back what a pruner counts, steps and heads, before it removes anything."""
     taken, heads = pruner.current_step, dict(pruner.num_heads)
     blocks = dict(pruner.out_channel_groups)
-    try:
-        return list(pruner.step(interactive=True))
-    finally:  # the pruner counts steps and heads before anything is removed
+
+    def put_back() -> None:
         pruner.current_step = taken
         pruner.num_heads.update(heads)
         pruner.out_channel_groups.update(blocks)
+
+    return put_back
 
 
 class Importance:
@@ -170,6 +175,7 @@ class Importance:
         self.round_to = plain_count("round_to", 1 if round_to is None else round_to, 1)
         self.skipped: dict[str, str] = {}
         self._in_step = False
+        self._seen: str | None = None  # fingerprint of the model that the scores were found to fit
         self._use(scores)
 
     def _use(self, scores: Scores) -> None:
@@ -199,6 +205,13 @@ class Importance:
         model = self._model_of(group)
         self._refuse_stale(model)
         names = {module: name for name, module in unwrapped(model).named_modules()}
+        if through := _transposed_in(group, names):
+            self._note_missing(
+                names.get(group[0][0].target.module, "?"),
+                0,
+                f"Torch-Pruning cuts {through}, a Conv1D, along the wrong dimension; use singe.prune",
+            )
+            return None
         roots = list(group[0][1])
         position = {index: i for i, index in enumerate(roots)}
         parts = []
@@ -218,15 +231,24 @@ class Importance:
     def _step(self, pruner: Any) -> None:
         """``pruner.step()``, if every group keeps what it must."""
         self._in_step = True
+        put_back, removed = _counts_of(pruner), len(pruner.pruning_history())
         try:
             if self.max_pruning_ratio < 1.0 or self.round_to > 1:
-                self._check_floors(pruner)
+                try:
+                    ahead = list(pruner.step(interactive=True))
+                finally:
+                    put_back()
+                self._check_floors(pruner, ahead)
             pruner.step()
+        except Exception:
+            if len(pruner.pruning_history()) == removed:
+                put_back()  # the step can be tried again
+            raise
         finally:
             self._in_step = False
 
-    def _check_floors(self, pruner: Any) -> None:
-        """Raise BudgetError if the next step would remove too much of a group.
+    def _check_floors(self, pruner: Any, ahead: Sequence[Any]) -> None:
+        """Raise BudgetError if the groups that the next step would remove are too much of one.
 
         The ranking alone cannot prevent it: once all units that may go are used up, Torch-Pruning goes
         on with those that may not, and within a layer it takes its share in any case.
@@ -234,11 +256,11 @@ class Importance:
         names = {module: name for name, module in unwrapped(pruner.model).named_modules()}
         modules = {name: module for module, name in names.items()}
         removed: dict[str, set[int]] = {}
-        for group in _groups_ahead(pruner):
+        for group in ahead:
             for name, item in self._scored(group, names):
                 removed.setdefault(name, set()).update(item[1])
         for name, channels in removed.items():
-            of_group = self._units_of(name, pruner.DG.get_out_channels(modules[name])) >= 0
+            of_group = self._units_of(name, modules[name]) >= 0
             units = len(self.table[name])
             share = int(of_group[list(channels)].sum()) / int(of_group.sum())
             allowed = max(units - self._keep[name], 0)
@@ -268,9 +290,9 @@ class Importance:
                 continue  # here it stands for the channels it is fed
             yield name, item
 
-    def _units_of(self, name: str, channels: int) -> Tensor:
+    def _units_of(self, name: str, layer: nn.Module) -> Tensor:
         """The unit of each channel of a layer, -1 where it has no score."""
-        return self.scores.units_of(name, name, channels + -channels % len(self.table[name]))
+        return self.scores.units_of(name, name, width_of(layer))
 
     def _why_no_heads(self, name: str, group: Any) -> str | None:
         """Why Torch-Pruning cannot be trusted with the heads of a layer, or None."""
@@ -297,22 +319,30 @@ class Importance:
         return model
 
     def _refuse_stale(self, model: nn.Module) -> None:
-        if fingerprint(model) == self.scores.meta.get("fingerprint"):
+        """Score again where the shapes are others by now; raise where that cannot be done.
+
+        Of scores made by hand the first model they meet is theirs.
+        """
+        now = fingerprint(model)
+        if now == self._seen:
             return
-        if self.rescore is None:
-            try:
-                self.scores.check(model)
-            except ScoresError as error:
-                raise ScoresError(
-                    f"{error}. With iterative_steps > 1 pass importance(scores, rescore=lambda "
-                    "model: singe.score(model, batches))"
-                ) from None
-        else:
+        theirs = self.scores.meta.get("fingerprint") or self._seen
+        changed = theirs not in (None, now)
+        if changed and self.rescore is not None:
             with torch.enable_grad():  # pruners call under no_grad
                 scores = self.rescore(model)
             expect_scores(scores, "what rescore returns")
-            scores.check(model)
             self._use(scores)
+        try:
+            scores_for(self.scores, model)
+        except ScoresError as error:
+            if not changed or self.rescore is not None:
+                raise
+            raise ScoresError(
+                f"{error}. With iterative_steps > 1 pass importance(scores, rescore=lambda "
+                "model: singe.score(model, batches))"
+            ) from None
+        self._seen = now
 
     def _part(self, name: str, item: Any, position: Mapping[int, int]) -> tuple[Tensor, Tensor]:
         """[n] scores that one layer gives the root channels, and [n] which of them it gives any."""
@@ -320,7 +350,7 @@ class Importance:
         idxs = torch.as_tensor(list(item[1]), device="cpu")
         root_idxs: Sequence[int] = getattr(item, "root_idxs", None) or list(position)
         places = torch.tensor([position.get(r, -1) for r in root_idxs], device="cpu")
-        units = self._units_of(name, int(idxs.max()) + 1)[idxs]
+        units = self._units_of(name, item[0].target.module)[idxs]
         known = (places >= 0) & (units >= 0)
         values = torch.zeros(len(position), dtype=table.dtype, device="cpu")
         count = torch.zeros(len(position), dtype=table.dtype, device="cpu")
@@ -353,12 +383,23 @@ class Importance:
             why = "only some of its channels have scores"
         if self.missing == "error":
             raise ScoresError(f"the group of {root!r} has no scores: {why}")
-        if root not in self.skipped and "output" not in why:
+        if root not in self.skipped and "reach the model's output" not in why:
             warnings.warn(
                 f"Torch-Pruning leaves the group of {root!r} alone, it has no scores: {why}",
                 stacklevel=3,
             )
         self.skipped[root] = why
+
+
+def _transposed_in(group: Any, names: Mapping[nn.Module, str]) -> str | None:
+    """A layer with a weight [C_in, C_out] whose parameters a group cuts as if they were torch's."""
+    owners = {
+        parameter: name
+        for module, name in names.items()
+        if is_transposed(module)
+        for parameter in module.parameters()
+    }
+    return next((owners[m] for m in (item[0].target.module for item in group) if m in owners), None)
 
 
 def _is_out(handler: Any) -> bool:
