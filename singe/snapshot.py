@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from types import TracebackType
 from typing import Any
 
@@ -13,15 +14,15 @@ class Snapshot:
     """Context manager: on an exception (Ctrl-C included) the model is restored.
 
     The very parameter objects with their values, shapes, dtypes and layouts, their ``.grad`` and
-    ``requires_grad``, buffers, plain attributes such as ``out_channels``, and modes are put back. Costs one
-    copy of the parameters.
+    ``requires_grad``, buffers, plain attributes such as ``out_channels``, and modes are put back. So are the
+    very dicts, lists and sets that modules hold, hooks among them, with what was in them. Costs one copy of
+    the parameters.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = [
-            (module, type(module), {k: _shallow(v) for k, v in module.__dict__.items()})
-            for module in model.modules()
-        ]
+        self._modules = [(m, type(m), dict(m.__dict__)) for m in model.modules()]
+        held = [value for _, _, state in self._modules for value in state.values()]
+        self._containers = [(c, _contents(c)) for c in held if isinstance(c, dict | list | set)]
         tensors = [*model.parameters(), *model.buffers()]
         self._tensors = [(_Saved(t), t.requires_grad, t.grad) for t in tensors]
         self._grads = [_Saved(t.grad) for t in tensors if t.grad is not None]
@@ -36,8 +37,9 @@ class Snapshot:
         for module, kind, state in self._modules:
             module.__class__ = kind  # removed heads may have changed it
             module.__dict__.clear()
-            # Copies again: what is changed after this must not reach the next restore.
-            module.__dict__.update({k: _shallow(v) for k, v in state.items()})
+            module.__dict__.update(state)
+        for container, contents in self._containers:
+            _refill(container, contents)
         for saved in self._grads:
             saved.restore()
         for saved, requires_grad, grad in self._tensors:
@@ -77,5 +79,24 @@ def _form(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
 
 
-def _shallow(value: Any) -> Any:
-    return value.copy() if isinstance(value, dict | list) else value
+def _contents(container: Any) -> list[Any]:
+    kind = _kind(container)
+    return list(kind.items(container) if issubclass(kind, dict) else kind.__iter__(container))
+
+
+def _refill(container: Any, contents: list[Any]) -> None:
+    """In place: handles of hooks, and whoever shares the container, know it and no copy."""
+    kind = _kind(container)
+    kind.clear(container)
+    if issubclass(kind, dict):
+        for key, value in contents:
+            kind.__setitem__(container, key, value)
+    elif issubclass(kind, list):
+        kind.extend(container, contents)
+    else:
+        kind.update(container, contents)
+
+
+def _kind(container: Any) -> Any:
+    """The built-in type, whose methods do as they say: a subclass may refuse to be written to."""
+    return next(k for k in (OrderedDict, dict, list, set) if isinstance(container, k))
