@@ -142,7 +142,8 @@ def compress(
         distill: weight in [0, 1] of the divergence from the original network's logits; the objective
             has the rest. At 1 no labels are needed.
         temperature: of the distillation.
-        ema: decay of a moving average of the weights; it is what is evaluated, and what comes back.
+        ema: decay of a moving average of the weights, in float32 at least; it is what is evaluated, and what
+            comes back.
         recalibrate: set the BatchNorms' statistics on the calibration data after each removal, those of
             frozen norms included.
         objective: what is scored; see :func:`singe.score`.

@@ -104,6 +104,19 @@ def test_other_runs_resume_as_well(tmp_path, options):
     assert same_weights(cut, whole)
 
 
+def test_the_average_of_a_half_type_is_continued_in_float32(tmp_path):
+    batches = [(x.bfloat16(), y) for x, y in BATCHES]
+    options = {"train": batches, "calibrate": batches, "ema": 0.999}
+    whole, cut = network().bfloat16(), network().bfloat16()
+    compress(whole, evaluate=Evaluate(99), **options)
+    with pytest.raises(Power):
+        compress(cut, tmp_path, evaluate=Evaluate(4), **options)
+    compress(cut, tmp_path, evaluate=Evaluate(99), **options)
+    assert same_weights(cut, whole)
+    newest = Folder(tmp_path, {}).files()[-1]
+    assert any(t.dtype == torch.float32 for t in load_file(newest).values())
+
+
 def test_layouts_and_frozen_layers_survive(tmp_path):
     """Channels-last weights come back channels-last: another layout sums in another order."""
 

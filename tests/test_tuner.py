@@ -97,6 +97,36 @@ def test_the_average_is_what_is_evaluated_and_what_comes_back():
     assert not torch.equal(plain[16].weight, model[16].weight)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_average_of_half_types_follows_as_that_of_float32(dtype):
+    """A thousandth of the way from 1 to 2 is less than half of what bfloat16 can tell apart."""
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).to(dtype)
+    tuner = tuner_of(model, ema=0.999)
+    tuner.total = 10**6
+    for step in range(201):
+        for tensor in tuner._floating().values():
+            nn.init.constant_(tensor, 1.0 + (step > 0))
+        tuner._follow_average(0.999)
+        if step == 100:
+            tuner.restart_statistics()
+    expected = 2.0 - 0.999**200
+    with tuner.averaged():
+        told = [float(t.detach().flatten()[0]) for t in tuner._floating().values()]
+    eps = torch.finfo(dtype).eps
+    assert told == pytest.approx([expected] * 4 + [2.0] * 2, rel=max(eps, 1e-5))
+    assert {t.dtype for t in tuner._floating().values()} == {dtype}
+    assert float(model[0].bias.detach()[0]) == 2.0
+
+
+def test_buffers_that_are_infinite_stay_so_in_the_average():
+    """As causal masks are: no number lies between -inf and -inf."""
+    model, mask = network(), torch.full((3, 3), -torch.inf).triu(1)
+    model.register_buffer("mask", mask.clone())
+    report = singe.compress(model, macs=0.7, ema=0.9, evaluate=BATCHES, **OPTIONS)
+    assert torch.equal(model.mask, mask)
+    assert report.metric_after is not None
+
+
 # ---------------------------------------------------------------------- training options
 
 
