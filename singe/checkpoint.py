@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from singe.errors import CheckpointError
-from singe.files import replacing
+from singe.files import InUseError, alone_in, replacing
 from singe.graph import unwrapped
 
 FORMAT = "singe-checkpoint-8"
 KEPT = 2
+WRITTEN = ("checkpoint-*", "round-*", "report.json", "plan.json")
 
 
 class Folder:
@@ -46,7 +48,24 @@ class Folder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"cannot make the folder {self.path}: {error}") from error
-        self._number = max(map(_number, self.files()), default=0)
+        self._alone = False
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Only this run works in the folder meanwhile, where the file system has locks.
+
+        Raises:
+            CheckpointError: another one does.
+        """
+        try:
+            with alone_in(self.path) as self._alone:
+                yield
+        except InUseError as error:
+            raise CheckpointError(
+                f"{error}, or another thread of this one; wait for its end, or use another folder"
+            ) from error
+        finally:
+            self._alone = False
 
     def files(self) -> list[Path]:
         """All checkpoints, the oldest first."""
@@ -62,7 +81,8 @@ class Folder:
         tensors: dict[str, Tensor] = {}
         content = pack(state, tensors)
         header = stamped(FORMAT, tensors, {"settings": self.settings, "state": content})
-        path = self.path / f"checkpoint-{self._number + 1:06d}.safetensors"
+        last = max(map(_number, self.files()), default=0)
+        path = self.path / f"checkpoint-{last + 1:06d}.safetensors"
         try:
             with replacing(path) as partial:
                 partial.write_bytes(save(tensors, {"singe": header}))
@@ -73,7 +93,6 @@ class Folder:
                 + (f"{older[-1].name} is intact" if older else "there is no older one")
                 + ", make room and continue with resume=True"
             ) from error
-        self._number += 1
         for old in self.files()[:-KEPT]:
             old.unlink(missing_ok=True)
         return path
@@ -106,8 +125,7 @@ class Folder:
         Raises:
             CheckpointError: a checkpoint of another run, or none that can be read.
         """
-        for stale in self.path.glob(".*.partial"):  # of a process that was killed while writing
-            stale.unlink(missing_ok=True)
+        self._clear()
         problems: list[str] = []
         advice = "remove the folder to start again"
         for path in reversed(self.files()):
@@ -132,6 +150,12 @@ class Folder:
                 f"no checkpoint in {self.path} can be read: {'; '.join(problems)}; {advice}"
             )
         return None
+
+    def _clear(self) -> None:
+        """Remove what a process that was killed was writing, where no other can be at it."""
+        for name in WRITTEN if self._alone else ():
+            for partial in self.path.glob(f".{name}.*.partial"):
+                partial.unlink(missing_ok=True)
 
     def _require_same(self, path: Path, found: Mapping[str, Any]) -> None:
         different = [

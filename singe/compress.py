@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from os import PathLike
 from typing import Any
@@ -165,7 +166,8 @@ def compress(
         A :class:`CompressReport`.
 
     Raises:
-        CheckpointError: a checkpoint cannot be written, or none can be continued from.
+        CheckpointError: a checkpoint cannot be written, none can be continued from, or another process works
+            in the folder.
         SingeError: as :func:`singe.score` and :func:`singe.plan`; the model is unchanged then. A latency that
             comes out of reach after the first round is no error: the run stops, see ``stopped``.
     """
@@ -233,8 +235,11 @@ def compress(
         model,
     )  # fmt: skip
     device = device_of(model)
-    with random_state_kept(train, calibrate, evaluate), Snapshot(model) as snapshot:
-        folder = _open(checkpoint, settings, model, resume)
+    with (
+        random_state_kept(train, calibrate, evaluate),
+        Snapshot(model) as snapshot,
+        _open(checkpoint, settings, model, resume) as folder,
+    ):
         if calibrate is None:
             calibrate = _first_samples(train, CALIBRATION_SAMPLES, seed)
         if request.max_memory is None:
@@ -255,17 +260,20 @@ def compress(
     return report
 
 
+@contextmanager
 def _open(
     path: str | PathLike[str] | None, settings: Mapping[str, Any], model: nn.Module, resume: bool
-) -> Folder | None:
+) -> Iterator[Folder | None]:
     if path is None:
-        return None
+        yield None
+        return
     folder = Folder(path, {**settings, "model": digest_of(model)})
-    if folder.files() and not resume:
-        raise CheckpointError(
-            f"{folder.path} holds a run already; continue it with resume=True, or use another folder"
-        )
-    return folder
+    with folder.held():
+        if folder.files() and not resume:
+            raise CheckpointError(
+                f"{folder.path} holds a run already; continue it with resume=True, or use another folder"
+            )
+        yield folder
 
 
 def _first_samples(batches: Iterable[Any], samples: int, seed: int) -> list[Any]:

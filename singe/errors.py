@@ -32,7 +32,7 @@ class BudgetError(SingeError, ValueError):
 
 
 class CheckpointError(SingeError, RuntimeError):
-    """A checkpoint cannot be written, is damaged, or belongs to another run."""
+    """A checkpoint cannot be written, is damaged, or belongs to another run, which may be at work there."""
 
 
 class KernelError(SingeError, RuntimeError):

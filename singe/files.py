@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and folders that one process at a time works in."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+try:
+    import fcntl
+except ImportError:  # not on every system
+    fcntl = None  # type: ignore[assignment]
+
+_locks: set[int] = set()  # descriptors of the folders that this process works in
 
 
 @contextmanager
@@ -57,3 +64,52 @@ def _to_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+class InUseError(OSError):
+    """Another process, or another thread of this one, works in the folder."""
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[bool]:
+    """Nobody else who asks for it can work in ``folder`` meanwhile; the system knows when a process dies.
+
+    Gives whether that is so: not every file system has locks (NFS has none on folders).
+
+    Raises:
+        InUseError: somebody else does.
+    """
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # one that may be written to and not be read
+        yield False
+        return
+    _locks.add(handle)
+    try:
+        yield _locked(handle, folder)
+    finally:
+        if handle in _locks:  # not in a fork
+            _locks.remove(handle)
+            os.close(handle)
+
+
+def _locked(handle: int, folder: Path) -> bool:
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InUseError(f"another process is working in {folder}") from error
+    except OSError:
+        return False
+    return True
+
+
+def _let_go() -> None:
+    """A fork shares its parent's locks: a worker that outlives a process that was killed would keep them."""
+    while _locks:
+        os.close(_locks.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)

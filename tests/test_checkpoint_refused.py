@@ -217,6 +217,44 @@ def test_scores_that_find_no_room_are_said_to_as_a_checkpoint_is(tmp_path, monke
         compress(network(), tmp_path)
 
 
+def test_a_folder_that_another_run_is_working_in(tmp_path):
+    """It is told so, and disturbs neither that run nor what it is writing."""
+    alone, model = network(), network()
+    half = tmp_path / ".checkpoint-000009.safetensors.1.partial"
+    compress(alone)
+    refused = []
+
+    def start_another(*_):
+        half.touch()
+        with pytest.raises(
+            singe.CheckpointError,
+            match=rf"another process is working in {tmp_path}.*another folder",
+        ) as caught:
+            compress(network(), tmp_path)
+        refused.append(caught)
+        assert half.exists()
+
+    compress(model, tmp_path, on_round=start_another)
+    assert len(refused) == 2
+    assert same_weights(model, alone)
+    compress(network(), tmp_path)  # it is free again
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_what_a_killed_process_was_writing_is_removed_where_nobody_can_be_at_it(
+    tmp_path, monkeypatch, locks
+):
+    interrupted(tmp_path)
+    names = ("checkpoint-000009.safetensors", "round-01.plan.json", "report.json", "theirs.json")
+    halves = [tmp_path / f".{name}.1.partial" for name in names]
+    for half in halves:
+        half.touch()
+    if not locks:
+        monkeypatch.setattr("singe.files.fcntl", None)
+    compress(network(), tmp_path, evaluate=Evaluate(99))
+    assert [p for p in halves if p.exists()] == halves[3 if locks else 0 :]
+
+
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(singe.CheckpointError, match="cannot make the folder"):
