@@ -168,8 +168,9 @@ def compress(
     Raises:
         CheckpointError: a checkpoint cannot be written, none can be continued from, or another process works
             in the folder.
-        SingeError: as :func:`singe.score` and :func:`singe.plan`; the model is unchanged then. A latency that
-            comes out of reach after the first round is no error: the run stops, see ``stopped``.
+        SingeError: as :func:`singe.score` and :func:`singe.plan`; the model is unchanged then. A target that
+            comes out of reach after the first round (a latency; any, once a group fails its check) is no
+            error: the run stops, see ``stopped``.
     """
     finetune_steps = plain_count("finetune_steps", finetune_steps, 0)
     final_steps = plain_count("final_steps", final_steps, 0)

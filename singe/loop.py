@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,11 +40,11 @@ from singe.rounds import (
 from singe.score_checkpoint import digest_of
 from singe.scores import Scores
 from singe.scoring import carry_out
-from singe.seeding import derive, seed_all
+from singe.seeding import derive, random_state_kept, seed_all
 from singe.snapshot import Snapshot
 from singe.telling import progress_bar, say
 from singe.tuner import Tuner
-from singe.units import find_groups, small
+from singe.units import find_groups, groups_again, small
 
 ROUNDS = 5
 
@@ -57,6 +57,7 @@ class Loop:
         kept: per group, the units of the original model that are left, in order.
         visits: the groups of each round, under ``order="layerwise"``.
         quota: units that each group still has to lose, under ``order="layerwise"``.
+        failed: groups that did not pass their check any more after some round, and why.
         current: what is known of a round whose network is pruned but not yet fine-tuned.
         good: the network of the last good round, if there is a floor.
     """
@@ -82,6 +83,7 @@ class Loop:
     kept: dict[str, list[int]] = field(default_factory=dict)
     visits: list[list[str]] | None = None
     quota: dict[str, int] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
     current: dict[str, Any] | None = None
     good: dict[str, Any] | None = None
     finished: bool = False
@@ -138,7 +140,7 @@ class Loop:
 
     def _plan_visits(self) -> None:
         """Settle how many units each group loses, from one scoring of the whole network."""
-        scores, graph = self._score(self.request, 0)
+        scores, graph = self._score(self.kept, 0)
         plan = self._make(graph, scores, self.last)
         self.quota = {name: len(units) for name, units in plan.items()}
         self._scores, self._round_plan = scores, plan
@@ -165,27 +167,26 @@ class Loop:
         if index > self.rounds:  # nothing had to go
             self._finish()
             return
-        request = self.request
-        left = [name for name, units in self.kept.items() if len(units) > 1]
+        wanted = [name for name, units in self.kept.items() if len(units) > 1]
         if self.visits is not None:
-            request = replace(request, layers=self.visits[index - 1])
-        elif request.layers is not None:  # a group of one unit cannot be asked for
-            request = replace(request, layers=left)
-        if left:
-            scores, graph = self._score_again(request, index)
+            wanted = self.visits[index - 1]
+        if wanted:
+            scores, graph = self._score_again(wanted, index)
+            self._note_failed(wanted, graph, index)
             try:
                 plan = self._plan(graph, scores, index)
             except BudgetError as error:
-                if not self.report.rounds or self.original.watch is None:
+                if not self.report.rounds or (self.original.watch is None and not self.failed):
                     raise
-                # Times are never exact: what is done stays, and another process may try this round again.
+                # Times are never exact, and groups may fail their check by now: what is done stays, and
+                # another process may try this round again.
                 self.report.stopped = f"{error}; this is {network_after(index - 1)}"
                 warnings.warn(f"stopped: {self.report.stopped}", stacklevel=5)
                 self._end()
                 return
             self._remove([(g, plan[g.name]) for g in graph.groups if g.name in plan])
         else:  # every group is down to its last unit
-            scores, plan = Scores({}, {}, {"criterion": request.criterion}), Plan({})
+            scores, plan = self._nothing(), Plan({})
         for name, units in plan.items():
             gone = set(units)
             self.kept[name] = [k for u, k in enumerate(self.kept[name]) if u not in gone]
@@ -205,15 +206,36 @@ class Loop:
         self.tuner.start(0 if self.finetune else steps)
         self._save()
 
-    def _score(self, request: Request, index: int) -> tuple[Scores, ModelGraph]:
+    def _score(self, wanted: Collection[str], index: int) -> tuple[Scores, ModelGraph]:
+        """Of these groups; what else could be removed by now is not the run's."""
         seed_all(self.seed, "score", index, loader=self.calibrate)
-        scores, graph = carry_out(request, self.model, self.calibrate)
+        with random_state_kept():
+            graph = groups_again(self.model, self.original.batch, wanted, self.request.ignore)
+        if not graph.groups:
+            return self._nothing(), graph
+        scores, _ = carry_out(self.request, self.model, self.calibrate, graph)
         assert isinstance(scores, Scores)
         return scores, graph
 
-    def _score_again(self, request: Request, index: int) -> tuple[Scores, ModelGraph]:
+    def _nothing(self) -> Scores:
+        return Scores({}, {}, {"criterion": self.request.criterion})
+
+    def _note_failed(self, wanted: Iterable[str], graph: ModelGraph, index: int) -> None:
+        """Training may undo what the check of a group relies on: a branch that was closed may open."""
+        found = {g.name for g in graph.groups} | self.failed.keys()
+        for name in [name for name in wanted if name not in found]:
+            root = graph.rejected_layers.get(name, name)
+            why = graph.rejected.get(root, "its units go with those of another by now")
+            self.failed[name] = f"not in round {index}: {why}"
+            warnings.warn(
+                f"group {name!r} fails its check in round {index} and keeps its units, by which the target "
+                f"may be missed: {why}",
+                stacklevel=6,
+            )
+
+    def _score_again(self, wanted: Collection[str], index: int) -> tuple[Scores, ModelGraph]:
         try:
-            return self._score(request, index)
+            return self._score(wanted, index)
         except NonFiniteError as error:
             if not self.report.rounds:
                 raise
@@ -333,7 +355,7 @@ class Loop:
     def _end(self) -> None:
         self.tuner.keep_average()
         self.finished = True
-        if self.original.watch is not None:  # timed once, not after every round
+        if self.original.watch is not None or self.failed:  # timed once, not after every round
             self._note_plan()
 
     # ------------------------------------------------------------------ checkpoints
@@ -373,6 +395,7 @@ class Loop:
                 "report": self.report.to_dict(),
                 "visits": self.visits,
                 "quota": self.quota,
+                "failed": self.failed,
                 "current": self.current,
                 "good": self.good,
                 "finished": self.finished,
@@ -401,6 +424,7 @@ class Loop:
             self.tuner.load(state["tuner"])
         self.visits, self.quota, self.good = state["visits"], state["quota"], state["good"]
         self.current, self.finished = state["current"], state["finished"]
+        self.failed = state.get("failed", {})
         # What fits in memory decides how sums are cut into passes.
         self.request = replace(self.request, max_memory=state["max_memory"])
 
@@ -431,7 +455,7 @@ class Loop:
             "criterion": self.request.criterion,
             "before": self.original.full,
             "after": after,
-            "rejected": self.original.graph.rejected,
+            "rejected": {**self.original.graph.rejected, **self.failed},
         }
         rounds = [r.kept for r in report.rounds]
         report.plan = self.original.plan(self.kept, meta, rounds, self.limits)

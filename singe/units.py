@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -56,7 +56,12 @@ def find_groups(
     names = dict(model.named_modules())
     ignored = frozenset(inside(names, names_of(names, ignore, "ignore")))
     wanted = None if layers is None else names_of(names, layers, "layers")
-    graph = checked_groups(model, batch, ignored, wanted)
+
+    def chosen(graph: ModelGraph) -> ModelGraph:
+        return graph if wanted is None else _select(graph, names, wanted)
+
+    graph = checked_groups(model, batch, ignored, chosen)
+    chosen(graph)  # names the reason if a wanted group failed its check
     if not graph.groups:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(graph.rejected.items())[:5])
         raise ModelError(
@@ -65,24 +70,37 @@ def find_groups(
     return graph
 
 
+def groups_again(
+    model: nn.Module, batch: Batch, wanted: Collection[str], ignore: Iterable[str | nn.Module] = ()
+) -> ModelGraph:
+    """Of the groups of these names, found by :func:`find_groups` once, those that still pass their check."""
+    model = unwrapped(model)
+    names = dict(model.named_modules())
+    ignored = frozenset(inside(names, names_of(names, ignore, "ignore")))
+    return checked_groups(
+        model, batch, ignored,
+        lambda graph: replace(graph, groups=tuple(g for g in graph.groups if g.name in wanted)),
+    )  # fmt: skip
+
+
 @full_float32()
 def checked_groups(
-    model: nn.Module, batch: Batch, ignored: frozenset[str], wanted: Sequence[str] | None = None
+    model: nn.Module,
+    batch: Batch,
+    ignored: frozenset[str],
+    chosen: Callable[[ModelGraph], ModelGraph] = lambda graph: graph,
 ) -> ModelGraph:
-    """:func:`find_groups` by names of an unwrapped model; there may be no groups at all."""
-    names = dict(model.named_modules())
+    """:func:`find_groups` by names of an unwrapped model; there may be no groups at all.
+
+    Args:
+        chosen: leaves out of a graph what need not be checked.
+    """
     _require_own_layers(model, small(batch))
     model, batch = full_precision(model, _telling(small(batch)))
     graph = read_graph(model, batch, ignored)
     if graph.folds and not _folds_well(model, batch, graph):
         graph = read_graph(model, batch, ignored, fold=False)
-    graph = _with_input_gates(model, batch, graph)
-    if wanted is not None:
-        graph = _select(graph, names, wanted)
-    graph = verified(model, batch, graph)
-    if wanted is not None:
-        _select(graph, names, wanted)  # name the reason if a wanted group failed its check
-    return graph
+    return verified(model, batch, chosen(_with_input_gates(model, batch, graph)))
 
 
 def _require_own_layers(model: nn.Module, batch: Batch) -> None:
