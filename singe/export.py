@@ -223,9 +223,14 @@ def _layers(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def _is_size(value: Any) -> bool:
-    if isinstance(value, tuple):
+    """Plain ones only: a NamedTuple or an IntEnum is the user's, and JSON would make another thing of it."""
+    if type(value) in (tuple, torch.Size):
         return all(map(_is_size, value))
-    return isinstance(value, int) and not isinstance(value, bool)
+    return type(value) is int
+
+
+def _from_json(size: Any) -> Any:
+    return tuple(map(_from_json, size)) if isinstance(size, list) else size
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -299,8 +304,10 @@ def _resize(model: nn.Module, layers: dict[str, dict[str, Any]], stored: set[str
             take_slim(module)
         if type(module).__name__ != layer["type"]:
             raise KeyError(f"{name} is a {type(module).__name__}, not a {layer['type']}")
-        for key, value in layer["sizes"].items():
-            setattr(module, key, tuple(value) if isinstance(value, list) else value)
+        for key, size in layer["sizes"].items():
+            value, own = _from_json(size), vars(module).get(key)
+            if not (isinstance(own, int | tuple) and own == value):
+                setattr(module, key, value)
         for key, tensor in list(_tensors(module)):
             shape = layer["shapes"].get(key)
             if shape is None or list(tensor.shape) == shape:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import enum
 import sys
 import zipfile
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -136,6 +138,48 @@ def test_buffers_outside_the_state_dict_that_were_cut_are_kept(tmp_path):
     save_file(whole, files["weights"], header)
     with pytest.raises(ModelError, match=r"1\.factor has another size"):
         load_pruned(build(), tmp_path)
+
+
+class Window(NamedTuple):
+    height: int
+    width: int
+
+
+class Mode(enum.IntEnum):
+    MEAN = 1
+
+
+class Configured(nn.Sequential):
+    """With attributes that hold integers, and are read by other names than theirs."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 2, 3))
+        self.window, self.mode, self.shape = Window(2, 3), Mode.MEAN, torch.Size([3, 8])
+        self.nested, self.several, self.flag = ((1, 2), (3, 4)), [1, 2], True
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.mode.name == "MEAN"
+        return super().forward(x) * self.window.height
+
+
+def test_attributes_that_pruning_leaves_alone_are_left_alone_by_loading(tmp_path):
+    x = X[:, :, :8, :8]
+    model, fresh = Configured().eval(), Configured().eval()
+    before = dict(vars(fresh))
+    singe.prune(model, {"0": [1, 4]}, x)
+    model.shape, model.nested = torch.Size([3, 6]), ((1, 2), (3, 5))  # as a layer of the user's may
+    save_pruned(model, tmp_path)
+    assert load_pruned(fresh, tmp_path) is fresh
+    assert torch.equal(fresh(x), model(x))
+    assert (fresh.shape, fresh.nested) == ((3, 6), ((1, 2), (3, 5)))
+    for name in ("window", "mode", "several", "flag"):
+        assert vars(fresh)[name] is before[name]
+    # Files of earlier versions name them as sizes.
+    layers = {"": {"type": "Configured", "sizes": {"window": [2, 3], "mode": 1}, "shapes": {}}}
+    export._resize(fresh, layers, set())
+    assert fresh.window is before["window"]
+    assert fresh.mode is Mode.MEAN
 
 
 def test_another_architecture_is_refused_and_left_alone(tmp_path):
