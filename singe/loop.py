@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from singe.checkpoint import Folder
 from singe.cost import count
@@ -23,6 +23,7 @@ from singe.graph import ModelGraph, unwrapped
 from singe.limits import Limits, absolute, limits_of, warn_of_target
 from singe.modes import in_mode
 from singe.original import Original
+from singe.plain import finite
 from singe.plan import Plan, make_plan
 from singe.recalibration import set_statistics
 from singe.removal import Removals, kept_elements, remove_units
@@ -386,7 +387,8 @@ class Loop:
     def _save(self) -> None:
         if self.folder is None:
             return
-        self.folder.write("report.json", json.dumps(self.report.to_dict(), indent=1))
+        report = tree_map(finite, self.report.to_dict())
+        self.folder.write("report.json", json.dumps(report, indent=1, allow_nan=False))
         self.folder.write("plan.json", self.report.plan.to_json())
         self.folder.save(
             {

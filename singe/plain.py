@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from contextlib import suppress
 from numbers import Real
@@ -31,6 +32,11 @@ def plain(value: Any) -> Any:
             narrow = _NARROW.get(str(value.dtype).removeprefix("torch."))
             return value.item() if narrow is None else float(str(narrow(value.item())))
     return value
+
+
+def finite(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: None in their place."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def plain_count(name: str, value: Any, least: int | None = None) -> int:

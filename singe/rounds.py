@@ -136,7 +136,7 @@ class CompressReport:
         return self.rounds[-1].metric_finetuned if self.rounds else self.metric_before
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
+        """Plain data. JSON has no NaN: where a metric or a loss is none, ``report.json`` has null."""
         return {
             "macs_before": self.macs_before,
             "params_before": self.params_before,
@@ -152,7 +152,7 @@ class CompressReport:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> CompressReport:
-        """The report that :meth:`to_dict` wrote."""
+        """The report that :meth:`to_dict` or ``report.json`` holds."""
         abandoned = content["abandoned"]
         return cls(
             content["macs_before"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -33,6 +34,7 @@ from safetensors.torch import load_file
 
 import singe
 from singe.checkpoint import Folder, pack, unpack
+from singe.rounds import CompressReport
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -234,6 +236,26 @@ def test_what_is_in_the_folder(tmp_path):
     scores = singe.Scores.load(tmp_path / "round-01.scores.safetensors")
     assert set(first) <= set(scores)
     assert first.n_units == report.rounds[0].units_removed
+
+
+def test_a_metric_or_a_loss_that_is_no_number_is_null_in_the_report(tmp_path):
+    """The checkpoint keeps it as it is."""
+
+    def refuse(constant):
+        pytest.fail(f"{constant} is no JSON")
+
+    numbers = {"evaluate": lambda m: math.nan, "finetune": lambda m, s: math.inf, "ema": None}
+    report = compress(network(), tmp_path, **numbers)
+    text = (tmp_path / "report.json").read_text()
+    back = CompressReport.from_dict(json.loads(text, parse_constant=refuse))
+    assert (back.metric_before, back.metric_after, back.rounds[0].finetune_loss) == (None,) * 3
+    assert back.macs_after == report.macs_after
+    assert dict(back.plan) == dict(report.plan)
+    again = compress(network(), tmp_path, **numbers)
+    for found in (report, again):
+        assert math.isnan(found.metric_before)
+        assert math.isnan(found.metric_after)
+        assert found.rounds[0].finetune_loss == math.inf
 
 
 def test_a_resumed_run_goes_on_counting(tmp_path):

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Any
 from torch.utils._pytree import tree_map
 
 from singe.files import replacing
+from singe.plain import finite
 from singe.report import page, plots
 from singe.report.theme import THEMES, Theme
 
@@ -69,7 +69,7 @@ def write_report(folder: str | PathLike[str], content: Mapping[str, Any]) -> Pat
         if content.get(key):
             body.append(page.section(key.capitalize(), page.facts(content[key])))
     text = page.page(content["title"], content.get("lead", ""), body)
-    data = json.dumps(tree_map(_finite, dict(given)), indent=1, allow_nan=False) + "\n"
+    data = json.dumps(tree_map(finite, dict(given)), indent=1, allow_nan=False) + "\n"
     for file, written in ((HTML, text), (JSON, data)):
         with replacing(folder / file) as partial:
             partial.write_text(written, encoding="utf-8")
@@ -99,11 +99,6 @@ SECTIONS = (
 
 def _size(group: Mapping[str, Any]) -> dict[str, int]:
     return {"units": len(group["scores"]), "kept": len(group["scores"]) - len(group["removed"])}
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no NaN and no infinity."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _draw(name: str, content: dict[str, Any], theme: Theme) -> bytes:
