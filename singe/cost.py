@@ -1,24 +1,22 @@
 """What a network costs, and what it will cost once units are gone.
 
-MACs are counted as Torch-Pruning counts them (convolutions, linear layers, norms, activations and
-pooling), so that targets mean the same as in its results. The exceptions: attention modules that it
+MACs are counted by Torch-Pruning's formulas (of convolutions, linear layers, norms, activations and
+pooling), so that targets mean the same as in its results; they are called from here, since its own count
+prints, and knows a layer's inputs by their position only. The exceptions: attention modules that it
 counts as a whole, once heads are gone (:mod:`singe.attention_cost`); torchvision's Swin, whose projections
 it does not see; transposed convolutions, recurrent layers and subclasses of the layers it knows
-(:mod:`singe.miscounted`). A closed formula predicts them for any number of removed units; the count on the
+(:mod:`singe.layer_cost`). A closed formula predicts them for any number of removed units; the count on the
 pruned network is the last word.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 
 from singe.attention_cost import Tokens, counted_whole, products, sizes_of, watched
@@ -28,8 +26,8 @@ from singe.data import Batch
 from singe.errors import ModelError, SingeError, first_line
 from singe.graph import NORMS, ROWS, Group, ModelGraph, private_copy
 from singe.heads import Heads, tables_of
+from singe.layer_cost import counted_calls, is_counted, layers_of
 from singe.memory import is_out_of_memory
-from singe.miscounted import counted_calls, is_counted, miscounted
 from singe.removal import Removals, remove_units
 from singe.slim import open_attention
 
@@ -38,35 +36,17 @@ from singe.slim import open_attention
 def count(model: nn.Module, batch: Batch) -> tuple[float, int]:
     """``(MACs per sample, parameters)`` of a model."""
     twin = _countable(model)
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints where there are no inputs
-        counted = tp.utils.count_ops_and_params(_Call(twin, batch), {}, layer_wise=True)
-    macs, params, by_layer, _ = counted
-    wrong = set(miscounted(twin))
-    narrow = {
-        name: module for name, module in twin.named_modules()
-        if counted_whole(module) and sizes_of(module).width != sizes_of(module).inputs
-    }  # fmt: skip
-    if wrong or narrow:
-        with counted_calls(wrong) as found, watched(narrow) as seen:
-            batch.call(twin)
-        macs += sum(found.values()) - sum(by_layer[m] or 0 for m in wrong if is_counted(m))
-        for name, module in narrow.items():
-            macs += attention_macs(module, seen[name]) - (by_layer[module] or 0)
-    return float(macs) / batch.size, int(params)
-
-
-class _Call(nn.Module):
-    """A model with its inputs: where it is given none, Torch-Pruning counts for the whole batch.
-
-    Else it divides by the length of the first input, which may be a list or a table.
-    """
-
-    def __init__(self, model: nn.Module, batch: Batch) -> None:
-        super().__init__()
-        self.model, self.batch = model, batch
-
-    def forward(self) -> Any:
-        return self.batch.call(self.model)
+    modules, places = dict(twin.named_modules()), Counter(layers_of(twin))
+    whole = {name: module for name, module in modules.items() if counted_whole(module)}
+    layers = {n: m for n, m in modules.items() if m in places and n not in whole}
+    with counted_calls(layers) as found, watched(whole) as seen:
+        batch.call(twin)
+    found |= {name: attention_macs(module, seen[name]) for name, module in whole.items()}
+    # Torch-Pruning counts what stands in two places (one ReLU, handed to all blocks) in both, with all calls.
+    macs = sum(
+        n * (places[modules[name]] if is_counted(modules[name]) else 1) for name, n in found.items()
+    )
+    return macs / batch.size, sum(p.numel() for p in twin.parameters())
 
 
 def count_without(model: nn.Module, batch: Batch, removals: Removals) -> tuple[float, int]:

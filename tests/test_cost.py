@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from helpers import (
@@ -241,3 +243,17 @@ def test_what_is_in_a_subclass_counts_too():
             return super().forward(x) + self.b(self.a(x))
 
     assert macs(nn.Sequential(Adapted()), torch.randn(3, 8)) == 8 * 6 + 8 * 2 + 2 * 6
+
+
+def test_standard_output_is_left_to_the_process():
+    """All threads share it: of two that plan at once, one would put back what the other had put there."""
+    seen = []
+
+    class Model(nn.Linear):
+        def forward(self, x):
+            seen.append(sys.stdout)
+            return super().forward(x)
+
+    before = sys.stdout
+    macs(nn.Sequential(Model(3, 2)), torch.randn(2, 3))
+    assert seen == [before]
