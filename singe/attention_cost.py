@@ -2,20 +2,22 @@
 
 Torch-Pruning has a formula for ``nn.MultiheadAttention`` and for timm's attention: projections and the
 products of every head. It takes the width of the input for that of all heads, so that it sees nothing
-of heads that are gone. Here the same formula has a width of its own for them; with all heads the two
-are equal. Of other attention modules both count the linear layers only.
+of heads that are gone, and the widths of keys and values for those of their projections. Here the same
+formula has widths of its own for them; with all heads, and keys as wide as queries, the two are equal.
+Of other attention modules both count the linear layers only.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch_pruning.utils.op_counter import MODULES_MAPPING
 
+from singe.layer_cost import Inputs, by_position, layer_named
 from singe.slim import SlimMultiheadAttention
 
 
@@ -30,9 +32,11 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Widths of an attention module: its input, all heads together, one head, its output."""
+    """Widths of an attention module: its queries, keys and values, all heads together, its output."""
 
     inputs: int
+    keys: int
+    values: int
     width: int
     heads: int
     outputs: int
@@ -47,12 +51,15 @@ def counted_whole(module: nn.Module) -> bool:
 
 
 def sizes_of(module: Any) -> Sizes:
-    if isinstance(module, nn.MultiheadAttention):
-        weight, bias, proj = module.in_proj_weight, module.in_proj_bias, module.out_proj
+    if not isinstance(module, nn.MultiheadAttention):
+        weights, bias, proj = [module.qkv.weight] * 3, module.qkv.bias, module.proj
     else:
-        weight, bias, proj = module.qkv.weight, module.qkv.bias, module.proj
+        weights, bias, proj = [module.in_proj_weight] * 3, module.in_proj_bias, module.out_proj
+        if module.in_proj_weight is None:  # keys or values of another width (kdim, vdim)
+            weights = [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
     outputs, width = proj.weight.shape
-    return Sizes(weight.shape[1], width, module.num_heads, outputs, bias is not None)
+    inputs, keys, values = (weight.shape[1] for weight in weights)
+    return Sizes(inputs, keys, values, width, module.num_heads, outputs, bias is not None)
 
 
 def products(module: nn.Module, tokens: Tokens) -> float:
@@ -65,18 +72,27 @@ def products(module: nn.Module, tokens: Tokens) -> float:
 def macs(module: nn.Module, tokens: Tokens) -> float:
     """Everything the module does for these tokens."""
     sizes = sizes_of(module)
-    read = tokens.queries + 2 * tokens.keys
-    projections = read * (sizes.inputs + sizes.bias) * sizes.width
-    return projections + products(module, tokens) + tokens.queries * sizes.outputs * (
-        sizes.width + 1
-    )  # fmt: skip
+    read = tokens.queries * (sizes.inputs + sizes.bias)
+    read += tokens.keys * (sizes.keys + sizes.values + 2 * sizes.bias)
+    written = tokens.queries * sizes.outputs * (sizes.width + 1)
+    return read * sizes.width + products(module, tokens) + written
 
 
 @contextlib.contextmanager
-def watched(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tokens]]:
-    """Tokens that the attention modules are called with in here, by name."""
+def watched(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tokens]]:
+    """Tokens that these attention modules of the model are called with in here, by name."""
     seen = {name: Tokens() for name in modules}
-    handles = [m.register_forward_pre_hook(_watch(m, seen[name])) for name, m in modules.items()]
+
+    def watch(name: str) -> Callable[..., None]:
+        def look(module: nn.Module, args: Inputs, kwargs: dict[str, Any]) -> None:
+            with layer_named(model, name):
+                _add(seen[name], module, by_position(module, args, kwargs))
+
+        return look
+
+    handles = [
+        m.register_forward_pre_hook(watch(name), with_kwargs=True) for name, m in modules.items()
+    ]
     try:
         yield seen
     finally:
@@ -84,14 +100,11 @@ def watched(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tokens]]:
             handle.remove()
 
 
-def _watch(module: Any, tokens: Tokens) -> Callable[..., None]:
-    def look(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        query = inputs[0]
-        key = inputs[1] if isinstance(module, nn.MultiheadAttention) else query
-        dim = 1 if getattr(module, "batch_first", True) else 0
-        queries = query.numel() // query.shape[-1]
-        tokens.queries += queries
-        tokens.keys += key.numel() // key.shape[-1]
-        tokens.pairs += queries * (key.shape[dim] if key.dim() == 3 else key.shape[0])
-
-    return look
+def _add(tokens: Tokens, module: Any, inputs: Inputs) -> None:
+    query = inputs[0]
+    key = inputs[1] if isinstance(module, nn.MultiheadAttention) else query
+    dim = 1 if getattr(module, "batch_first", True) else 0
+    queries = query.numel() // query.shape[-1]
+    tokens.queries += queries
+    tokens.keys += key.numel() // key.shape[-1]
+    tokens.pairs += queries * (key.shape[dim] if key.dim() == 3 else key.shape[0])

@@ -8,6 +8,7 @@ weight-normed convolution) it counts nothing: such a layer counts as its base do
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,11 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.utils._pytree import tree_leaves
 from torch_pruning.utils.op_counter import MODULES_MAPPING as COUNTED
 
+from singe.errors import ModelError, first_line
 from singe.graph import NORMS, ROWS
+from singe.memory import is_out_of_memory
+
+Inputs = tuple[Any, ...]
 
 
 def is_counted(module: nn.Module) -> bool:
@@ -46,15 +51,18 @@ def _counter_of_base(module: nn.Module) -> Any:
 
 
 @contextmanager
-def counted_calls(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, float]]:
-    """MACs of all calls of these modules in here, for the whole batch, by name."""
+def counted_calls(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[dict[str, float]]:
+    """MACs of all calls of these modules of the model in here, for the whole batch, by name.
+
+    Raises:
+        ModelError: one is called with what its formula cannot read.
+    """
     found = dict.fromkeys(modules, 0.0)
 
     def counter(name: str) -> Callable[..., None]:
-        def look(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
-        ) -> None:
-            found[name] += _macs(module, args, kwargs, out)
+        def look(layer: nn.Module, args: Inputs, kwargs: dict[str, Any], out: Any) -> None:
+            with layer_named(model, name):
+                found[name] += _macs(layer, args, kwargs, out)
 
         return look
 
@@ -66,25 +74,49 @@ def counted_calls(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, float]
             hook.remove()
 
 
+@contextmanager
+def layer_named(model: nn.Module, name: str) -> Iterator[None]:
+    """Errors in here, of whatever type, are about the MACs of a layer, and name it."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        kind = type(model.get_submodule(name)).__name__
+        raise ModelError(
+            f"the MACs of {type(model).__name__} cannot be counted: its {name!r}, a {kind}, is called with "
+            f"what the formula for it cannot read ({type(error).__name__}: {first_line(error)})"
+        ) from error
+
+
+def by_position(module: nn.Module, args: Inputs, kwargs: Mapping[str, Any]) -> Inputs:
+    """The first inputs as Torch-Pruning's formulas take them: of attention three, of other layers one."""
+    is_attention = isinstance(module, nn.MultiheadAttention)
+    count = 3 if is_attention else 1
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    inputs = args + tuple(kwargs[name] for name in names[len(args) : count])
+    return inputs[:count] if is_attention else inputs
+
+
 def _tensors(value: Any) -> Iterator[Tensor]:
     """All in it that have values; a packed sequence is a tuple that begins with its data."""
     return (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.dim())
 
 
-def _macs(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> float:
-    counter = COUNTED.get(type(module))
-    if counter is None or _is_miscounted(module):
-        # A subclass may take and return what it likes: the first tensors are the layer's.
-        x, y = (next(_tensors(part), None) for part in ((args, kwargs), out))
-        if x is None or y is None:
+def _macs(module: Any, args: Inputs, kwargs: dict[str, Any], out: Any) -> float:
+    counter = COUNTED.get(type(module)) or _counter_of_base(module)
+    if is_counted(module):
+        args = by_position(module, args, kwargs)
+    else:  # a subclass may take and return what it likes: the first tensors are the layer's
+        args, out = tuple(_tensors((args, kwargs))), next(_tensors(out), None)
+        if not args or out is None:
             return 0.0
-        if isinstance(module, nn.RNNBase):  # a parameter once per step, also of packed sequences
-            steps = x.numel() // module.input_size
-            return float(steps * sum(p.numel() for p in module.parameters()))
-        if isinstance(module, _ConvTransposeNd):
-            bias = 0 if module.bias is None else y.numel()
-            return float(x.numel() * module.weight[0].numel() + bias)
-        counter, args, out = _counter_of_base(module), (x,), y
+    if isinstance(module, nn.RNNBase):  # a parameter once per step, also of packed sequences
+        steps = next(_tensors(args)).numel() // module.input_size
+        return float(steps * sum(p.numel() for p in module.parameters()))
+    if isinstance(module, _ConvTransposeNd):
+        bias = 0 if module.bias is None else out.numel()
+        return float(args[0].numel() * module.weight[0].numel() + bias)
     module.__flops__ = 0  # the counter adds to it
     counter(module, args, out)
     return float(module.__flops__)

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import singe
+from singe import ModelError
 from singe.cost import CostModel, count, count_without
 from singe.data import as_batch
 from singe.graph import private_copy
@@ -257,3 +258,104 @@ def test_standard_output_is_left_to_the_process():
     before = sys.stdout
     macs(nn.Sequential(Model(3, 2)), torch.randn(2, 3))
     assert seen == [before]
+
+
+class Calls(nn.Module):
+    """One layer, and how it is called."""
+
+    def __init__(self, layer: nn.Module, call) -> None:
+        super().__init__()
+        self.layer, self.call = layer, call
+
+    def forward(self, x):
+        return self.call(self.layer, x)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Conv1d(7, 3, 3), nn.Linear(8, 3), nn.BatchNorm1d(7), nn.LayerNorm(8), nn.GELU(), nn.MaxPool1d(2),
+     nn.ConvTranspose1d(7, 3, 3), nn.GRU(8, 4, batch_first=True)],
+    ids=lambda layer: type(layer).__name__,
+)  # fmt: skip
+def test_inputs_may_be_given_by_name(layer):
+    x = torch.randn(2, 7, 8)
+    named = macs(Calls(layer, lambda layer, x: layer(input=x)), x)
+    assert named == macs(nn.Sequential(layer), x) > 0
+
+
+def test_a_state_that_is_named_before_the_input_is_not_the_input():
+    x, layer = torch.randn(2, 7, 5), nn.GRU(5, 4, batch_first=True)
+    named = macs(Calls(layer, lambda gru, x: gru(hx=torch.zeros(1, 2, 4), input=x)), x)
+    assert named == macs(nn.Sequential(layer), x)
+
+
+PADDING = torch.zeros(2, 7, dtype=torch.bool)
+ATTENTION_CALLS = {
+    "by name": lambda m, x: m(value=x, key=x, query=x),
+    "some by name": lambda m, x: m(x, key=x, value=x, need_weights=False),
+    "a mask by position": lambda m, x: m(x, x, x, PADDING),
+    "all by position": lambda m, x: m(x, x, x, PADDING, False, None),
+}
+
+
+@pytest.mark.parametrize("call", ATTENTION_CALLS.values(), ids=ATTENTION_CALLS)
+def test_attention_may_be_called_in_any_way(call):
+    x, layer = torch.randn(2, 7, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+    plain = macs(Calls(layer, lambda m, x: m(x, x, x)), x)
+    assert macs(Calls(layer, call), x) == plain > 0
+
+
+def test_attention_without_a_batch_counts_as_a_batch_of_one():
+    x, layer = torch.randn(7, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+    call = Calls(layer, lambda m, x: m(x, x, x)).eval()
+    alone = count(call, as_batch(x, 0, CPU))[0] * 7  # the first dimension is taken for samples
+    assert alone == pytest.approx(macs(call, x[None]))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_attention_with_keys_and_values_of_their_own_width(bias):
+    """7 queries of 8, 3 keys of 5, 3 values of 6, two heads of 4."""
+
+    class Cross(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.m = nn.MultiheadAttention(8, 2, bias=bias, kdim=5, vdim=6, batch_first=True)
+
+        def forward(self, x, k, v):
+            return self.m(x, k, v)[0]
+
+    projected = 7 * 8 * (8 + bias) + 3 * 8 * (5 + bias) + 3 * 8 * (6 + bias)
+    heads = 2 * (7 * 4 + 7 * 3 * (2 * 4 + 1))
+    inputs = torch.randn(2, 7, 8), torch.randn(2, 3, 5), torch.randn(2, 3, 6)
+    assert macs(Cross(), *inputs) == projected + heads + 7 * 8 * (8 + 1)
+
+
+def test_models_that_name_their_inputs_are_planned_and_pruned():
+    class Model(nn.Module):
+        """As DETR calls its attention."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 16), nn.Linear(16, 8)
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 5)
+
+        def forward(self, x):
+            x = self.embed(input=x)
+            x = self.norm(input=x + self.attention(query=x, key=x, value=x)[0])
+            return self.head(input=(x + self.down(input=self.up(input=x).relu())).mean(1))
+
+    torch.manual_seed(0)
+    model, x = Model(), torch.randn(4, 6, 4)
+    scores = singe.score(model, [(x, torch.arange(4))], progress=False)
+    assert {"attention", "up"} <= set(scores)
+    plan = singe.plan(model, scores, x, macs=0.8)
+    report = singe.prune(model, plan, x)
+    assert report.macs_after == plan.meta["after"]["macs"] <= 0.8 * report.macs_before
+
+
+def test_what_no_formula_reads_names_the_layer():
+    """Torch-Pruning wants a batch of a cell, and torch does not."""
+    model = Calls(nn.GRUCell(8, 4), lambda cell, x: cell(x[0]))
+    with pytest.raises(ModelError, match="MACs of Calls cannot be counted: its 'layer', a GRUCell"):
+        macs(model, torch.randn(2, 8))
