@@ -26,7 +26,7 @@ from singe.data import Batch
 from singe.errors import ModelError, SingeError, first_line
 from singe.graph import NORMS, ROWS, Group, ModelGraph, private_copy
 from singe.heads import Heads, tables_of
-from singe.layer_cost import counted_calls, is_counted, layers_of
+from singe.layer_cost import counted_calls, is_counted, layers_of, tensors
 from singe.memory import is_out_of_memory
 from singe.removal import Removals, remove_units
 from singe.slim import open_attention
@@ -213,7 +213,10 @@ def _measure(model: nn.Module, batch: Batch, heads: Sequence[Heads]) -> dict[str
     twin = _countable(model)
 
     def hook(name: str) -> Callable[..., None]:
-        def note(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        def note(module: nn.Module, args: Any, out: Any) -> None:
+            out = next(tensors(out), None)  # a subclass may return what it likes
+            if out is None:
+                return
             layer = _describe(module, out, batch.size)
             if name in layers:
                 layer.positions += layers[name].positions  # called again: same parameters

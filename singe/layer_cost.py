@@ -98,7 +98,7 @@ def by_position(module: nn.Module, args: Inputs, kwargs: Mapping[str, Any]) -> I
     return inputs[:count] if is_attention else inputs
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors(value: Any) -> Iterator[Tensor]:
     """All in it that have values; a packed sequence is a tuple that begins with its data."""
     return (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.dim())
 
@@ -108,11 +108,11 @@ def _macs(module: Any, args: Inputs, kwargs: dict[str, Any], out: Any) -> float:
     if is_counted(module):
         args = by_position(module, args, kwargs)
     else:  # a subclass may take and return what it likes: the first tensors are the layer's
-        args, out = tuple(_tensors((args, kwargs))), next(_tensors(out), None)
+        args, out = tuple(tensors((args, kwargs))), next(tensors(out), None)
         if not args or out is None:
             return 0.0
     if isinstance(module, nn.RNNBase):  # a parameter once per step, also of packed sequences
-        steps = next(_tensors(args)).numel() // module.input_size
+        steps = next(tensors(args)).numel() // module.input_size
         return float(steps * sum(p.numel() for p in module.parameters()))
     if isinstance(module, _ConvTransposeNd):
         bias = 0 if module.bias is None else out.numel()

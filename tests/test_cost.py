@@ -19,7 +19,7 @@ import singe
 from singe import ModelError
 from singe.cost import CostModel, count, count_without
 from singe.data import as_batch
-from singe.graph import private_copy
+from singe.graph import ModelGraph, private_copy
 
 
 def macs(model: nn.Module, *inputs) -> float:
@@ -229,7 +229,9 @@ def test_a_subclass_may_take_and_return_what_it_likes(how):
                 return self.odd(images=x, scale=2.0)[0]
             return self.odd(2.0, [x] if how == "list" else x)[0]
 
-    assert macs(Model(), torch.randn(2, 3, 4, 4)) == 16 * (6 * 3 + 6 + 6 * 6 + 6)
+    model, x = Model(), torch.randn(2, 3, 4, 4)
+    assert macs(model, x) == 16 * (6 * 3 + 6 + 6 * 6 + 6)
+    assert CostModel(model, ModelGraph((), {}, {}, {}), as_batch(x, 0, CPU)).macs == macs(model, x)
 
 
 def test_what_is_in_a_subclass_counts_too():
