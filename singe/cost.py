@@ -39,7 +39,7 @@ def count(model: nn.Module, batch: Batch) -> tuple[float, int]:
     modules, places = dict(twin.named_modules()), Counter(layers_of(twin))
     whole = {name: module for name, module in modules.items() if counted_whole(module)}
     layers = {n: m for n, m in modules.items() if m in places and n not in whole}
-    with counted_calls(twin, layers) as found, watched(twin, whole) as seen:
+    with counted_calls(twin, layers, batch.size) as found, watched(twin, whole) as seen:
         batch.call(twin)
     found |= {name: attention_macs(module, seen[name]) for name, module in whole.items()}
     # Torch-Pruning counts what stands in two places (one ReLU, handed to all blocks) in both, with all calls.
@@ -253,11 +253,9 @@ def _measure(model: nn.Module, batch: Batch, heads: Sequence[Heads]) -> dict[str
 def _describe(layer: nn.Module, out: Tensor, samples: int) -> _Layer:
     module: Any = layer
     if isinstance(layer, nn.Linear):
-        positions = out.numel() // out.shape[-1] // samples
+        positions = out.numel() / out.shape[-1] / samples
         bias = float(module.bias is not None)
-        once = bias / max(
-            1, positions * samples
-        )  # Torch-Pruning counts it once for the whole batch
+        once = bias / (positions or 1)  # per sample, not per position: so Torch-Pruning counts it
         return _Layer(module.out_features, module.in_features, 1.0, once, bias, positions)
     if isinstance(layer, ROWS):
         positions = out.numel() / module.out_channels / samples  # frames of a clip, in the batch

@@ -2,8 +2,9 @@
 
 Of a transposed convolution Torch-Pruning multiplies the outputs, not the inputs, with the kernel (stride 4:
 16 times too many); a recurrent layer's MACs it multiplies with the batch twice, and counts second directions
-and layers by the first. Of a class that only derives from one that it knows (timm's ``Conv2dSame``, a
-weight-normed convolution) it counts nothing: such a layer counts as its base does.
+and layers by the first. The bias of a linear layer it counts once per call, for however many samples: here
+once per sample, as for a batch of one. Of a class that only derives from one that it knows (timm's
+``Conv2dSame``, a weight-normed convolution) it counts nothing: such a layer counts as its base does.
 """
 
 from __future__ import annotations
@@ -51,8 +52,10 @@ def _counter_of_base(module: nn.Module) -> Any:
 
 
 @contextmanager
-def counted_calls(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[dict[str, float]]:
-    """MACs of all calls of these modules of the model in here, for the whole batch, by name.
+def counted_calls(
+    model: nn.Module, modules: Mapping[str, nn.Module], samples: int
+) -> Iterator[dict[str, float]]:
+    """MACs of all calls of these modules of the model in here, for a batch of so many samples, by name.
 
     Raises:
         ModelError: one is called with what its formula cannot read.
@@ -62,7 +65,7 @@ def counted_calls(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterato
     def counter(name: str) -> Callable[..., None]:
         def look(layer: nn.Module, args: Inputs, kwargs: dict[str, Any], out: Any) -> None:
             with layer_named(model, name):
-                found[name] += _macs(layer, args, kwargs, out)
+                found[name] += _macs(layer, args, kwargs, out, samples)
 
         return look
 
@@ -103,7 +106,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
     return (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.dim())
 
 
-def _macs(module: Any, args: Inputs, kwargs: dict[str, Any], out: Any) -> float:
+def _macs(module: Any, args: Inputs, kwargs: dict[str, Any], out: Any, samples: int) -> float:
     counter = COUNTED.get(type(module)) or _counter_of_base(module)
     if is_counted(module):
         args = by_position(module, args, kwargs)
@@ -117,6 +120,7 @@ def _macs(module: Any, args: Inputs, kwargs: dict[str, Any], out: Any) -> float:
     if isinstance(module, _ConvTransposeNd):
         bias = 0 if module.bias is None else out.numel()
         return float(args[0].numel() * module.weight[0].numel() + bias)
-    module.__flops__ = 0  # the counter adds to it
+    more_biases = isinstance(module, nn.Linear) and module.bias is not None
+    module.__flops__ = (samples - 1) * out.shape[-1] if more_biases else 0  # the counter adds to it
     counter(module, args, out)
     return float(module.__flops__)

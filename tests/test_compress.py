@@ -31,7 +31,7 @@ MACS = 1e-3
 
 
 def macs_of(model: nn.Module) -> float:
-    return tp.utils.count_ops_and_params(model, BATCHES[0][0][:2])[0]
+    return tp.utils.count_ops_and_params(model, BATCHES[0][0][:1])[0]
 
 
 def params_of(model: nn.Module) -> int:

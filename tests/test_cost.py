@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import torch_pruning as tp
 from helpers import (
     CPU,
     one_thread,  # noqa: F401 - autouse
@@ -100,7 +101,7 @@ def test_frames_in_the_batch_are_predicted_as_they_are_counted():
         pruned = Clips().eval()
         report = singe.prune(pruned, {name: [0]}, clip)
         counted = report.macs_before - report.macs_after
-        # ReLUs are counted and not predicted; Torch-Pruning counts a bias once for the batch.
+        # ReLUs are counted and not predicted.
         assert predicted == pytest.approx(counted, rel=0.02)
 
 
@@ -361,3 +362,16 @@ def test_what_no_formula_reads_names_the_layer():
     model = Calls(nn.GRUCell(8, 4), lambda cell, x: cell(x[0]))
     with pytest.raises(ModelError, match="MACs of Calls cannot be counted: its 'layer', a GRUCell"):
         macs(model, torch.randn(2, 8))
+
+
+@pytest.mark.parametrize("name", ["mlp", "vgg", "residual", "depthwise"])
+@pytest.mark.parametrize("samples", [1, 2, 5])
+def test_a_sample_costs_what_torch_pruning_counts_of_one_alone(name, samples):
+    """Several share a linear layer's bias in its count: 232.5 MACs per sample of two where one has 246."""
+    case = CASES[name]
+    model = case.model(dtype=torch.float32).eval()
+    inputs, _ = case.batches((samples,), dtype=torch.float32)[0]
+    alone, _ = tp.utils.count_ops_and_params(model, inputs[:1])
+    assert macs(model, inputs) == alone
+    layers = CostModel(model, *graph_of(model, inputs))._layers
+    assert CostModel(model, *graph_of(model, inputs[:1]))._layers == layers

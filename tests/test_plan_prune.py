@@ -22,6 +22,7 @@ from helpers import (
 )
 from helpers_networks import CASES, Case, residual, vgg
 from torch import nn
+from torch.utils._pytree import tree_map
 
 import singe
 from singe.cost import CostModel
@@ -56,10 +57,10 @@ class Positional(nn.Module):
 
 
 def count(model: nn.Module, example) -> dict[str, float]:
-    """MACs per sample and parameters, as Torch-Pruning counts them."""
+    """MACs per sample and parameters, as Torch-Pruning counts them for one alone."""
     if isinstance(example, dict):
         model, example = Positional(model, example), tuple(example.values())
-    macs, params = tp.utils.count_ops_and_params(model, example)
+    macs, params = tp.utils.count_ops_and_params(model, tree_map(lambda t: t[:1], example))
     return {"macs": macs, "params": params}
 
 
