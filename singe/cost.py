@@ -28,6 +28,7 @@ from singe.graph import NORMS, ROWS, Group, ModelGraph, private_copy
 from singe.heads import Heads, tables_of
 from singe.layer_cost import counted_calls, is_counted, layers_of, tensors
 from singe.memory import is_out_of_memory
+from singe.modes import eager
 from singe.removal import Removals, remove_units
 from singe.slim import open_attention
 
@@ -39,7 +40,7 @@ def count(model: nn.Module, batch: Batch) -> tuple[float, int]:
     modules, places = dict(twin.named_modules()), Counter(layers_of(twin))
     whole = {name: module for name, module in modules.items() if counted_whole(module)}
     layers = {n: m for n, m in modules.items() if m in places and n not in whole}
-    with counted_calls(twin, layers, batch.size) as found, watched(twin, whole) as seen:
+    with eager(), counted_calls(twin, layers, batch.size) as found, watched(twin, whole) as seen:
         batch.call(twin)
     found |= {name: attention_macs(module, seen[name]) for name, module in whole.items()}
     # Torch-Pruning counts what stands in two places (one ReLU, handed to all blocks) in both, with all calls.
@@ -229,7 +230,7 @@ def _measure(model: nn.Module, batch: Batch, heads: Sequence[Heads]) -> dict[str
             module.register_forward_hook(hook(name))
     whole = {one.module: twin.get_submodule(one.module) for one in heads}
     whole = {name: module for name, module in whole.items() if counted_whole(module)}
-    with torch.no_grad(), watched(twin, whole) as seen:
+    with torch.no_grad(), eager(), watched(twin, whole) as seen:
         batch.call(twin)
     for one in heads:
         module = twin.get_submodule(one.module)

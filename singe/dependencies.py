@@ -22,6 +22,7 @@ from singe.data import Batch
 from singe.errors import ModelError, SingeError
 from singe.gates import pruners
 from singe.memory import is_out_of_memory
+from singe.modes import eager
 
 ROOTS = (nn.modules.conv._ConvNd, nn.Linear)
 
@@ -174,7 +175,7 @@ def build_dependency_graph(
             return batch.call(traced.train(training))
 
     try:
-        with warnings.catch_warnings(), torch.enable_grad():
+        with warnings.catch_warnings(), torch.enable_grad(), eager():
             warnings.simplefilter("ignore")
             graph.build_dependency(
                 model,

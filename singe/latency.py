@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from singe.data import Batch, device_of, has_samples
 from singe.errors import OptionError, expect
 from singe.graph import ROWS, private_copy
+from singe.modes import eager
 from singe.plain import plain_count
 
 
@@ -109,7 +110,7 @@ class Stopwatch:
 
     @torch.no_grad()
     def layer_seconds(self, model: nn.Module) -> dict[str, float]:
-        """Median time of every convolution and linear layer of ``model``."""
+        """Median time of every convolution and linear layer of ``model``, compiled parts as they are."""
         twin = private_copy(model)
         times: dict[str, list[float]] = {}
         began: dict[str, float] = {}
@@ -132,7 +133,7 @@ class Stopwatch:
             if isinstance(module, ROWS):
                 module.register_forward_pre_hook(start(name))
                 module.register_forward_hook(stop(name))
-        with _threads(self.timing.threads):
+        with _threads(self.timing.threads), eager():
             for run in range(self.timing.warmup + self.timing.runs):
                 if run == self.timing.warmup:
                     times.clear()

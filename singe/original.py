@@ -14,6 +14,7 @@ from singe.explain import explain_rounds
 from singe.graph import Group, ModelGraph, named_tensors, private_copy
 from singe.latency import Stopwatch, Timing
 from singe.limits import Limits
+from singe.modes import eager
 from singe.plan import Plan, full_cost
 from singe.removal import remove_units
 from singe.scores import fingerprint
@@ -100,7 +101,7 @@ class Original:
 
         for name, module in twin.named_modules():
             module.register_forward_pre_hook(lambda *_, name=name: note(name))
-        with torch.no_grad(), random_state_kept():
+        with torch.no_grad(), random_state_kept(), eager():
             self.batch.call(twin)
 
         def place(group: Group) -> int:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from torch import nn
 
 from singe.data import Batch, device_of, read_batches
 from singe.graph import BATCH_NORMS, unwrapped
-from singe.modes import in_mode
+from singe.modes import eager, in_mode
 from singe.seeding import seed_all
 
 
@@ -55,7 +53,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Batch]) -> bool:
             norm.train()
         done = False
         try:
-            with _eager():
+            with eager():
                 done = _run(unwrapped(model), batches)
         except ValueError as error:
             if not lacks_variance(error):
@@ -80,15 +78,6 @@ def recalibrate(model: nn.Module, batches: Iterable[Batch]) -> bool:
 def lacks_variance(error: ValueError) -> bool:
     """Whether a BatchNorm in training mode saw a single value per channel."""
     return "more than 1 value per channel" in str(error)
-
-
-def _eager() -> AbstractContextManager[Any]:
-    """Compiled parts run as they are: hooks, and a momentum that changes, would have them compiled anew."""
-    if (
-        "torch._dynamo" not in sys.modules
-    ):  # nothing is compiled without, and it takes a second to import
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
 
 
 def _run(model: nn.Module, batches: Iterable[Batch]) -> bool:

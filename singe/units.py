@@ -18,6 +18,7 @@ from singe.data import Batch, first_samples
 from singe.errors import ModelError
 from singe.graph import ModelGraph, is_inside, private_copy, unwrapped
 from singe.memory import is_out_of_memory
+from singe.modes import eager
 from singe.network import Network, set_gates
 from singe.seeding import random_state_kept
 from singe.tf32 import full_float32
@@ -84,6 +85,7 @@ def groups_again(
 
 
 @full_float32()
+@eager()
 def checked_groups(
     model: nn.Module,
     batch: Batch,
