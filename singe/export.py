@@ -17,13 +17,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map
 
-from singe.data import Batch, device_of, example_batch, first_samples
+from singe.data import Batch, device_of, example_batch
 from singe.errors import ExportError, ModelError
 from singe.files import replacing
 from singe.gates import registered
 from singe.graph import NORMS, ROWS, expect_model, private_copy, unwrapped
+from singe.latency import resized
 from singe.memory import is_out_of_memory
 from singe.plan import Plan
 from singe.scores import fingerprint
@@ -328,17 +329,7 @@ def _resize(model: nn.Module, layers: dict[str, dict[str, Any]], stored: set[str
 
 def _two_samples(model: nn.Module, example_inputs: Any) -> Batch:
     """Two samples: from one alone the capture would take the batch size for a constant."""
-    batch = first_samples(example_batch(example_inputs, device_of(model)), 2)
-    if batch.size == 2:
-        return batch
-
-    def twice(t: Tensor) -> Tensor:
-        return torch.cat([t, t]) if t.dim() else t
-
-    return Batch(
-        tree_map_only(Tensor, twice, batch.args), tree_map_only(Tensor, twice, batch.kwargs),
-        batch.labels, batch.raw, 2, batch.index,
-    )  # fmt: skip
+    return resized(example_batch(example_inputs, device_of(model)), 2)
 
 
 def _capture(model: nn.Module, batch: Batch) -> torch.export.ExportedProgram:

@@ -287,6 +287,24 @@ def test_a_different_onnx_is_not_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("samples", [1, 2])
+def test_inputs_that_are_not_per_sample_keep_their_size(samples, tmp_path):
+    class Mixed(nn.Module):
+        """Mixes five tokens as a table says, which is one for all samples."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 4)
+
+        def forward(self, x, table):
+            return self.layer(x).transpose(1, 2) @ table
+
+    model, table = Mixed().eval(), torch.eye(5)
+    path = export_pt2(model, (torch.randn(samples, 5, 6), table), tmp_path / "model.pt2")
+    x = torch.randn(3, 5, 6)
+    torch.testing.assert_close(torch.export.load(path).module()(x, table), model(x, table))
+
+
 def test_keyword_inputs(tmp_path):
     class Keywords(nn.Module):
         def __init__(self) -> None:
