@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
 from os import PathLike
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -383,13 +384,19 @@ def _relative(mine: Tensor, theirs: Tensor) -> float:
     return float((mine - theirs).abs().max() / mine.abs().max().clamp(min=1.0))
 
 
+_silence = Lock()  # what it changes is the process's: two threads would each put back the other's
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch's exporters warn about their own internals, and print graphs that they cannot handle."""
-    level = logging.root.manager.disable
-    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+    """torch's exporters warn about their own internals, and print and log what they cannot handle.
+
+    What they fail at is raised as well.
+    """
+    with _silence, warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        logging.disable(max(level, logging.WARNING))
+        level = logging.root.manager.disable
+        logging.disable(max(level, logging.ERROR))
         try:
             yield
         finally:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import enum
+import logging
 import sys
 import zipfile
+from threading import Event, Thread
 from typing import NamedTuple
 
 import pytest
@@ -385,18 +387,53 @@ def test_something_that_is_no_model(call, tmp_path):
         call(tmp_path)
 
 
-def test_a_model_that_cannot_be_captured(tmp_path, capfd):
-    class Branches(nn.Module):
+def branches(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(x) if x.sum() > 0 else x
+
+
+def does_not_fit(layer: nn.Module, x: Tensor) -> Tensor:
+    return torch.bmm(x[None], layer(x)[None])
+
+
+@pytest.mark.parametrize("forward", [branches, does_not_fit])
+def test_a_model_that_cannot_be_captured(forward, tmp_path, capfd, monkeypatch):
+    class Own(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Linear(4, 4)
 
         def forward(self, x):
-            return self.layer(x) if x.sum() > 0 else x
+            return forward(self.layer, x)
 
-    with pytest.raises(ExportError, match=r"cannot capture this Branches"):
-        export_pt2(Branches(), torch.ones(2, 4), tmp_path / "model.pt2")
-    assert capfd.readouterr() == ("", ""), "torch prints the graph as far as it came"
+    logged, handler = [], logging.Handler()
+    monkeypatch.setattr(handler, "emit", logged.append)
+    for name in ("torch", "torch._subclasses.fake_tensor"):  # the second keeps to itself
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [handler])
+    with pytest.raises(ExportError, match=r"cannot capture this Own"):
+        export_pt2(Own(), torch.ones(2, 4), tmp_path / "model.pt2")
+    assert not logged
+    assert capfd.readouterr() == ("", ""), (
+        "torch prints the graph as far as it came, and logs errors"
+    )
+
+
+def test_two_threads_that_export_leave_standard_error_as_it_was():
+    before, level = sys.stderr, logging.root.manager.disable
+    inside, done = Event(), Event()
+
+    def other() -> None:
+        with export._quiet():
+            inside.set()
+            done.wait(10)
+
+    thread = Thread(target=other)
+    with export._quiet():
+        thread.start()
+        inside.wait(0.2)
+    done.set()
+    thread.join()
+    assert sys.stderr is before
+    assert logging.root.manager.disable == level
 
 
 def test_onnx_says_what_to_install(monkeypatch, tmp_path):
