@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from singe.budget import Step
 from singe.cost import CostModel
@@ -14,6 +14,8 @@ from singe.scores import Scores
 
 if TYPE_CHECKING:
     from singe.plan import Plan
+
+TOLD = ("units", "removed", "kept", "macs_saved")  # numbers of every group
 
 
 def explain_groups(
@@ -122,6 +124,29 @@ def _limit(group: Group, kept: int, limits: Limits) -> str:
     return f"{limits.why[group.name]}{rounded}"
 
 
+def is_told(meta: Mapping[str, Any]) -> bool:
+    """Whether a plan's tables hold all that :func:`table` and reports read; a file may have been edited."""
+    before, after = meta.get("before"), meta.get("after")
+    return (
+        _has(meta.get("target"))
+        and _has(after)
+        and _has(before, "macs", "channels", *after)
+        and all(before.values())
+        and {"criterion", "ranking"} <= meta.keys()
+        and isinstance(meta.get("rejected", {}), Mapping)
+        and all(_has(r, *TOLD) and isinstance(r.get("why"), str) for r in meta["groups"].values())
+    )
+
+
+def _has(numbers: Any, *keys: str) -> TypeGuard[Mapping[str, float]]:
+    """Whether this is a table with a number for each of the keys; without keys, of numbers alone."""
+    return (
+        isinstance(numbers, Mapping)
+        and bool(numbers)
+        and all(isinstance(numbers.get(key), int | float) for key in keys or numbers)
+    )
+
+
 def table(plan: Plan) -> str:
     """The plan as text: the target, the cost before and after, and a line per group."""
     meta, rows = plan.meta, plan.rows()
@@ -163,4 +188,4 @@ def table(plan: Plan) -> str:
 
 def _told(row: Mapping[str, Any], key: str, form: str) -> str:
     value = row.get(key)
-    return "" if value is None else format(value, form)
+    return format(value, form) if isinstance(value, int | float) else ""

@@ -18,7 +18,7 @@ from singe.cost import CostModel, count, count_without
 from singe.criteria import choose
 from singe.data import Batch, device_of, example_batch
 from singe.errors import ScoresError, expect
-from singe.explain import explain_groups, table
+from singe.explain import explain_groups, is_told, table
 from singe.files import replacing
 from singe.gradients import gradients_on
 from singe.graph import ModelGraph, expect_model, private_copy, unwrapped
@@ -80,12 +80,12 @@ class Plan(Mapping[str, list[int]]):
     def rows(self) -> list[dict[str, Any]]:
         """One dict per group: units, kept, removed, the cut, what it saves, and why no more goes.
 
-        Empty for a plan made by hand, or edited so that another number goes: of that nothing is known
-        but the units.
+        Empty for a plan made by hand, or edited so that another number goes or a table has gaps: of that
+        nothing is known but the units.
         """
         found = self.meta.get("groups", {})
         told = {name: row["removed"] for name, row in found.items() if row.get("removed")}
-        if told != {name: len(units) for name, units in self.items()} or "target" not in self.meta:
+        if told != {name: len(units) for name, units in self.items()} or not is_told(self.meta):
             return []
         return [{"group": name, **row} for name, row in found.items()]
 

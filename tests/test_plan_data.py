@@ -62,6 +62,33 @@ def test_the_explanation():
     assert "2 units go" in singe.Plan({"a": [0, 1]}).explain()
 
 
+@pytest.mark.parametrize(
+    "gap", ["units", "macs_saved", "why", "before", "after", "channels", "ranking"]
+)
+def test_a_table_with_gaps_counts_as_absent(gap, tmp_path):
+    """A plan may have been edited, or made by something else; its units are still to be carried out."""
+    model, x = network()
+    plan = singe.plan(model, random_scores(model, x), x, macs=0.5)
+    content = json.loads(plan.to_json())
+    for table in (*content["groups"].values(), content["meta"], content["meta"]["before"]):
+        table.pop(gap, None)
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(content))
+    loaded = Plan.load(path)
+    assert loaded.rows() == []
+    assert f"{next(iter(plan))}: " in loaded.explain()
+    assert singe.prune(model, loaded, x).macs_after == plan.meta["after"]["macs"]
+
+
+@pytest.mark.parametrize(
+    "wrong", [5, [], {}, {"macs": "many"}, {"macs": 0, "channels": 0, "params": 0}]
+)
+def test_a_table_of_something_else_counts_as_absent(wrong):
+    model, x = network()
+    plan = singe.plan(model, random_scores(model, x), x, macs=0.5)
+    assert "units go" in Plan(plan, {**plan.meta, "before": wrong}).explain()
+
+
 def test_a_share_of_scores_below_zero_is_not_given():
     model, x = network()
     scores = random_scores(model, x)
