@@ -245,3 +245,5 @@ def test_numbers_are_short():
     assert [si(v) for v in (0.5, 12, 1234, 148_670_000, 4.1e9, 2e12)] == [
         "0.5", "12", "1.23 k", "149 M", "4.1 G", "2 T",
     ]  # fmt: skip
+    # What rounds up to a thousand has the next prefix.
+    assert [si(v) for v in (999.4, 999.7, 999_700, -999.6e6, 0)] == ["999", "1 k", "1 M", "-1 G", "0"]

@@ -182,8 +182,9 @@ def _percent(value: float | None) -> str:
 
 
 def si(value: float) -> str:
-    """Three digits and a unit prefix: ``148670000 -> "149 M"``."""
+    """Three digits and a unit prefix: ``148670000 -> "149 M"``, ``999700 -> "1 M"``."""
+    rounded = float(f"{value:.3g}")
     for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g} {prefix}"
-    return f"{value:.3g}"
+        if abs(rounded) >= size:
+            return f"{rounded / size:.3g} {prefix}"
+    return f"{rounded:.3g}"
