@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import math
+import os
 import re
 from html.parser import HTMLParser
 
@@ -235,6 +236,14 @@ def test_what_is_no_number_is_null_in_the_data(tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())["after"]["metric"] is None
 
 
+def test_a_name_that_is_no_text_is_written_all_the_same(tmp_path):
+    name = os.fsdecode(b"d\xff.npz")
+    content = {k: CONTENT[k] for k in ("title", "before", "after")} | {"settings": {"data": name}}
+    path = write_report(tmp_path, content)
+    assert r"d\udcff.npz" in Page(path.read_text(encoding="utf-8")).text
+    assert json.loads((tmp_path / "report.json").read_text())["settings"]["data"] == name
+
+
 def test_a_slower_network_is_called_slower(tmp_path):
     latency = {"before": 2.0, "after": 2.5, "batch_size": 1, "device": "cpu", "runs": 3}
     content = {k: CONTENT[k] for k in ("title", "before", "after")} | {"latency": latency}
@@ -246,4 +255,4 @@ def test_numbers_are_short():
         "0.5", "12", "1.23 k", "149 M", "4.1 G", "2 T",
     ]  # fmt: skip
     # What rounds up to a thousand has the next prefix.
-    assert [si(v) for v in (999.4, 999.7, 999_700, -999.6e6, 0)] == ["999", "1 k", "1 M", "-1 G", "0"]
+    assert [si(v) for v in (999.4, 999.7, 999_700, -999.6e6)] == ["999", "1 k", "1 M", "-1 G"]

@@ -72,7 +72,8 @@ def write_report(folder: str | PathLike[str], content: Mapping[str, Any]) -> Pat
     data = json.dumps(tree_map(finite, dict(given)), indent=1, allow_nan=False) + "\n"
     for file, written in ((HTML, text), (JSON, data)):
         with replacing(folder / file) as partial:
-            partial.write_text(written, encoding="utf-8")
+            # The name of a file need not be text: Python keeps its odd bytes as what UTF-8 refuses.
+            partial.write_text(written, encoding="utf-8", errors="backslashreplace")
     return folder / HTML
 
 
