@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from helpers import (
@@ -36,6 +37,18 @@ def test_a_file_holds_options_and_the_command_line_wins(tmp_path):
         run("prune", "--config", config, "--params", 0.8, "--out", tmp_path / "b", "--json")
     )  # in place of the file's MACs
     assert 0.7 < told["after"]["params"] / told["before"]["params"] <= 0.8
+
+
+def test_a_file_is_utf_8_whatever_the_locale_is(tmp_path, monkeypatch):
+    config = tmp_path / "c.toml"
+    config.write_bytes('data = "daten-für-alle.npz"\n'.encode())
+
+    def read_text(path, encoding="ascii"):
+        return path.read_bytes().decode(encoding)
+
+    monkeypatch.setattr(Path, "read_text", read_text)  # as with LC_ALL=C and no UTF-8 mode
+    with pytest.raises(singe.SingeError, match="daten-für-alle"):
+        run("score", *MODEL, "--config", config, "--out", tmp_path / "s.st")
 
 
 def test_a_file_may_use_the_forms_of_toml(tmp_path):
