@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,18 @@ def test_a_message_that_names_another_error_is_whole(monkeypatch, capsys):
     monkeypatch.setattr("singe.cli.app", fails)
     assert run_main(monkeypatch, "score") == 2
     assert capsys.readouterr().err == "error: nothing to prune (a: ModelError: no bias)\n"
+
+
+@pytest.mark.parametrize("words", [("info",), ("info", "--json"), ("--help",), ("score", "--help")])
+def test_a_reader_that_has_gone_is_no_bug(words, monkeypatch):
+    """``singe info | head -c 0``."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as out:
+        monkeypatch.setattr("sys.stdout", out)
+        assert run_main(monkeypatch, *words) == 141
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)  # for what is left to be flushed
 
 
 def test_a_seed_that_is_none(monkeypatch):

@@ -1,7 +1,8 @@
 """The command line: ``singe score | prune | compress | compare | info | demo``.
 
 Exit status: 0 done; 1 a bug (with a traceback); 2 wrong use or input, with a message that says what;
-3 ``compress`` stopped before its last round and kept the last good one; 130 interrupted.
+3 ``compress`` stopped before its last round and kept the last good one; 130 interrupted; 141 nobody reads
+standard output any more.
 """
 
 from __future__ import annotations
@@ -55,6 +56,11 @@ def main() -> None:
         app(prog_name="singe")
     except KeyboardInterrupt:
         sys.exit(130)
+    except SystemExit as end:
+        # typer and rich, which met it, leave with 1; the shell's number for SIGPIPE says what it was.
+        if isinstance(end.__context__, BrokenPipeError):
+            sys.exit(141)
+        raise
     except Exception as error:
         kind, said = type(error).__name__, str(error)
         if said.startswith("Caught "):  # by a loader's worker, which hands on its whole traceback
