@@ -67,7 +67,9 @@ def test_a_group_that_fails_its_check_later_keeps_its_units(options):
     assert "not in round 2: gating some of its units" in report.plan.meta["rejected"]["k"]
     assert "left out: k: not in round 2" in report.plan.explain()
     missed = report.plan.meta["after"]["channels"] > 0.7 * 14
-    assert missed == (options.get("order") == "layerwise"), "where each group has a share of its own"
+    assert missed == (options.get("order") == "layerwise"), (
+        "where each group has a share of its own"
+    )
 
 
 @pytest.mark.parametrize("layers", [None, ["k"]])
@@ -94,7 +96,13 @@ def test_what_failed_is_known_when_the_run_is_continued(tmp_path):
             raise Power
         turn(1.0)(model, stage)
 
-    options = {"channels": 0.7, "finetune": finetune, **OPTIONS, "rounds": 3, "checkpoint": tmp_path}
+    options = {
+        "channels": 0.7,
+        "finetune": finetune,
+        **OPTIONS,
+        "rounds": 3,
+        "checkpoint": tmp_path,
+    }
     with pytest.raises(Power), pytest.warns(UserWarning, match="fails its check in round 2"):
         singe.compress(gated(0.0), **options)
     cuts.clear()
