@@ -53,10 +53,11 @@ def counted_whole(module: nn.Module) -> bool:
 def sizes_of(module: Any) -> Sizes:
     if not isinstance(module, nn.MultiheadAttention):
         weights, bias, proj = [module.qkv.weight] * 3, module.qkv.bias, module.proj
-    else:
+    elif module.in_proj_weight is not None:
         weights, bias, proj = [module.in_proj_weight] * 3, module.in_proj_bias, module.out_proj
-        if module.in_proj_weight is None:  # keys or values of another width (kdim, vdim)
-            weights = [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
+    else:  # keys or values of another width (kdim, vdim)
+        weights = [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
+        bias, proj = module.in_proj_bias, module.out_proj
     outputs, width = proj.weight.shape
     inputs, keys, values = (weight.shape[1] for weight in weights)
     return Sizes(inputs, keys, values, width, module.num_heads, outputs, bias is not None)

@@ -323,6 +323,6 @@ def require(
             )
         raise BudgetError(
             f"a target of {target:.4g}{unit} {kind} cannot be met: the smallest reachable is "
-            f"{reached / full:.4f} of the model's {full:.4g} ({reached:.4g}); "
+            f"{reached / (full or 1.0):.4f} of the model's {full:.4g} ({reached:.4g}); "
             + ". ".join(filter(None, (advice, left_out(rejected))))
         )

@@ -126,7 +126,7 @@ def _limit(group: Group, kept: int, limits: Limits) -> str:
 
 def is_told(meta: Mapping[str, Any]) -> bool:
     """Whether a plan's tables hold all that :func:`table` and reports read; a file may have been edited."""
-    before, after = meta.get("before"), meta.get("after")
+    before, after, groups = meta.get("before"), meta.get("after"), meta.get("groups")
     return (
         _has(meta.get("target"))
         and _has(after)
@@ -134,7 +134,8 @@ def is_told(meta: Mapping[str, Any]) -> bool:
         and all(before.values())
         and {"criterion", "ranking"} <= meta.keys()
         and isinstance(meta.get("rejected", {}), Mapping)
-        and all(_has(r, *TOLD) and isinstance(r.get("why"), str) for r in meta["groups"].values())
+        and isinstance(groups, Mapping)
+        and all(_has(row, *TOLD) and isinstance(row.get("why"), str) for row in groups.values())
     )
 
 

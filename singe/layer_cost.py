@@ -93,7 +93,7 @@ def layer_named(model: nn.Module, name: str) -> Iterator[None]:
 
 
 def by_position(module: nn.Module, args: Inputs, kwargs: Mapping[str, Any]) -> Inputs:
-    """The first inputs as Torch-Pruning's formulas take them: of attention three, of other layers one."""
+    """Inputs as Torch-Pruning's formulas take them: of attention three, of others the first counts."""
     is_attention = isinstance(module, nn.MultiheadAttention)
     count = 3 if is_attention else 1
     names = list(inspect.signature(type(module).forward).parameters)[1:]

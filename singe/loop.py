@@ -181,7 +181,12 @@ class Loop:
                     raise
                 # Times are never exact, and groups may fail their check by now: what is done stays, and
                 # another process may try this round again.
-                self.report.stopped = f"{error}; this is {network_after(index - 1)}"
+                why = (
+                    f"the target is out of reach with {self._left_out()}"
+                    if self.failed
+                    else str(error)
+                )
+                self.report.stopped = f"{why}; this is {network_after(index - 1)}"
                 warnings.warn(f"stopped: {self.report.stopped}", stacklevel=5)
                 self._end()
                 return
@@ -210,13 +215,21 @@ class Loop:
     def _score(self, wanted: Collection[str], index: int) -> tuple[Scores, ModelGraph]:
         """Of these groups; what else could be removed by now is not the run's."""
         seed_all(self.seed, "score", index, loader=self.calibrate)
+        own = {
+            g.name: (g.layers, len(self.kept[g.name]))
+            for g in self.original.graph.groups
+            if g.name in wanted
+        }
         with random_state_kept():
-            graph = groups_again(self.model, self.original.batch, wanted, self.request.ignore)
+            graph = groups_again(self.model, self.original.batch, own, self.request.ignore)
         if not graph.groups:
             return self._nothing(), graph
         scores, _ = carry_out(self.request, self.model, self.calibrate, graph)
         assert isinstance(scores, Scores)
         return scores, graph
+
+    def _left_out(self) -> str:
+        return "; ".join(f"all units of {name!r} ({why})" for name, why in self.failed.items())
 
     def _nothing(self) -> Scores:
         return Scores({}, {}, {"criterion": self.request.criterion})
@@ -261,7 +274,8 @@ class Loop:
 
     def _make(self, graph: ModelGraph, scores: Scores, target: float) -> Plan:
         last = self.last
-        if self.pruning.kind == "channels":  # groups that are down to one unit have left the graph
+        if self.pruning.kind == "channels":
+            # Not in the graph are groups that are down to one unit, or failed their check.
             present = {g.name for g in graph.groups}
             left_out = sum(len(u) for name, u in self.kept.items() if name not in present)
             target, last = target - left_out, last - left_out

@@ -265,9 +265,11 @@ class UserObjective(Objective):
 
     @staticmethod
     def _example(batch: Batch) -> str:
-        if not isinstance(batch.raw, Mapping):
+        key = isinstance(batch.raw, Mapping) and next(
+            (k for k in LABEL_KEYS if k in batch.raw), None
+        )
+        if not key:
             return "for (x, y): lambda outputs, batch: F.cross_entropy(outputs, batch[1])"
-        key = next((k for k in LABEL_KEYS if k in batch.raw), LABEL_KEYS[0])
         return (
             f"the model is not given batch[{key!r}], so it has no loss of its own: lambda outputs, batch: "
             f"F.cross_entropy(outputs.logits, batch[{key!r}])"

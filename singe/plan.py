@@ -83,9 +83,11 @@ class Plan(Mapping[str, list[int]]):
         Empty for a plan made by hand, or edited so that another number goes or a table has gaps: of that
         nothing is known but the units.
         """
-        found = self.meta.get("groups", {})
+        if not is_told(self.meta):
+            return []
+        found = self.meta["groups"]
         told = {name: row["removed"] for name, row in found.items() if row.get("removed")}
-        if told != {name: len(units) for name, units in self.items()} or not is_told(self.meta):
+        if told != {name: len(units) for name, units in self.items()}:
             return []
         return [{"group": name, **row} for name, row in found.items()]
 
@@ -227,11 +229,6 @@ def plan(
     batch = small(batch)
     graph = find_groups(model, batch, layers=list(found))
     for group in graph.groups:
-        if group.name not in found:
-            raise ScoresError(
-                f"the units of {', '.join(found.keys() & set(group.layers))} go with those of "
-                f"{group.name!r}: give their scores under that name"
-            )
         require_one_per_unit(found, group)
     limits = limits_of(model, graph, max_pruning_ratio, min_keep, max_keep, ignore, round_to)
     full = full_cost(model, graph, batch, watch)[kind]

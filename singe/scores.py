@@ -288,11 +288,16 @@ def scores_for(scores: Mapping[str, Any], model: nn.Module) -> Scores:
 
 
 def require_one_per_unit(scores: Mapping[str, Tensor], group: Group) -> None:
-    """Raise where there are more or fewer scores of a group than it has units.
+    """Raise where there are more or fewer scores of a group than it has units, or none under its name.
 
     Raises:
         ScoresError: so.
     """
+    if group.name not in scores:
+        raise ScoresError(
+            f"the units of {', '.join(scores.keys() & set(group.layers))} go with those of "
+            f"{group.name!r}: give their scores under that name"
+        )
     if len(scores[group.name]) != group.n_units:
         raise ScoresError(
             f"there are {len(scores[group.name])} scores for the {group.n_units} units of {group.name}"

@@ -15,8 +15,8 @@ class Snapshot:
 
     The very parameter objects with their values, shapes, dtypes and layouts, their ``.grad`` and
     ``requires_grad``, buffers, plain attributes such as ``out_channels``, and modes are put back. So are the
-    very dicts, lists and sets that modules hold, hooks among them, with what was in them. Costs one copy of
-    the parameters.
+    very dicts, lists and sets that modules hold, hooks among them, with what was in them; one that somebody
+    else fills meanwhile (a log, a cache) is emptied back as well. Costs one copy of the parameters.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -233,9 +233,10 @@ class Tuner:
         # A short run would mostly remember its start (as in TensorFlow's moving average).
         decay = min(decay, (1 + self.total) / (10 + self.total))
         for name, tensor in state.items():
-            mean = _wide(self.average[name]).lerp(tensor, 1.0 - decay)
+            mean = self.average[name] = _wide(self.average[name])
+            mean.lerp_(tensor, 1.0 - decay)
             # No number lies between two infinities: a causal mask of -inf stays what it is.
-            self.average[name] = torch.where(mean.isnan(), tensor, mean)
+            torch.where(mean.isnan(), tensor, mean, out=mean)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

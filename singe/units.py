@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import difflib
 import threading
-from collections.abc import Callable, Collection, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -72,15 +75,26 @@ def find_groups(
 
 
 def groups_again(
-    model: nn.Module, batch: Batch, wanted: Collection[str], ignore: Iterable[str | nn.Module] = ()
+    model: nn.Module,
+    batch: Batch,
+    wanted: Mapping[str, tuple[tuple[str, ...], int]],
+    ignore: Iterable[str | nn.Module] = (),
 ) -> ModelGraph:
-    """Of the groups of these names, found by :func:`find_groups` once, those that still pass their check."""
+    """Of the groups that :func:`find_groups` found once, those that still pass their check.
+
+    Args:
+        wanted: name -> its layers and the number of units it has by now; what runs through other layers
+            since is another group.
+    """
     model = unwrapped(model)
     names = dict(model.named_modules())
     ignored = frozenset(inside(names, names_of(names, ignore, "ignore")))
     return checked_groups(
         model, batch, ignored,
-        lambda graph: replace(graph, groups=tuple(g for g in graph.groups if g.name in wanted)),
+        lambda graph: replace(
+            graph,
+            groups=tuple(g for g in graph.groups if wanted.get(g.name) == (g.layers, g.n_units)),
+        ),
     )  # fmt: skip
 
 
@@ -108,11 +122,19 @@ def checked_groups(
 def _require_own_layers(model: nn.Module, batch: Batch) -> None:
     """Refuse a model whose copies run the model's own layers: they would read and write its buffers.
 
+    A layer without any, a ReLU, does no harm; a dropout does, in the model's own mode.
+
     Raises:
         ModelError: which; copy.deepcopy hands functions on as they are, with what they hold.
     """
-    twin = private_copy(model)
-    own, thread = {module: name for name, module in model.named_modules()}, threading.get_ident()
+    twin, thread = private_copy(model), threading.get_ident()
+    own = {
+        module: name
+        for name, module in model.named_modules()
+        if module is model
+        or isinstance(module, _DropoutNd)
+        or any(True for _ in chain(module.parameters(), module.buffers()))
+    }
 
     def refuse(module: nn.Module, _: Any) -> None:
         if module not in own or threading.get_ident() != thread:
@@ -125,7 +147,8 @@ def _require_own_layers(model: nn.Module, batch: Batch) -> None:
 
     hook = register_module_forward_pre_hook(refuse)  # one in the layers would be copied with them
     try:
-        with random_state_kept(), torch.no_grad():
+        with random_state_kept(), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # compiled parts advise against such hooks
             batch.call(twin)
     except ModelError:
         raise

@@ -228,20 +228,22 @@ def distance(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     """Largest difference relative to the largest value of its tensor in ``right``.
 
     One of next to nothing beside the others counts as a hundredth of theirs: what is a small difference of
-    large values (a penalty, a divergence) is rounded as those are. Masked logits count by themselves.
+    large values (a penalty, a divergence) is rounded as those are. Masked logits, far below the others, count
+    by themselves; a large positive constant among small values still hides what becomes of these.
     """
-    masks = [r <= MASKED for r in right]
+    masks = [(r <= MASKED) & (r > MASKED).any() for r in right]
     scales = [
-        float(r[~m].abs().max()) if not m.all() else 0.0 for r, m in zip(right, masks, strict=True)
+        float(r[~m].abs().max()) if r.numel() else 0.0 for r, m in zip(right, masks, strict=True)
     ]
     least = NOTHING * max(scales, default=0.0) or 1.0
-    off = [
-        (a.double() - b.double()).abs() / b.abs().double().where(mask, max(scale, least))
-        for a, b, mask, scale in zip(left, right, masks, scales, strict=True)
-    ]
-    return (
-        float(torch.cat([t.flatten() for t in off]).max()) if any(t.numel() for t in off) else 0.0
-    )
+    off = []
+    for a, b, mask, scale in zip(left, right, masks, scales, strict=True):
+        if b.numel():
+            size: Any = max(scale, least)
+            if mask.any():
+                size = b.abs().double().where(mask, size)
+            off.append(((a.double() - b.double()).abs() / size).max().cpu())
+    return float(torch.stack(off).max()) if off else 0.0  # unlike Python's, this max keeps NaN
 
 
 def tolerance_of(outputs: Sequence[Tensor], model: nn.Module) -> float:

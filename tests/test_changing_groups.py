@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import one_thread  # noqa: F401 - autouse
+from helpers import make_batches, one_thread  # noqa: F401 - autouse
 from helpers_checkpoint import Power
 from helpers_loop import BATCHES, OPTIONS
 from torch import nn
@@ -72,15 +72,19 @@ def test_a_group_that_fails_its_check_later_keeps_its_units(options):
     )
 
 
-@pytest.mark.parametrize("layers", [None, ["k"]])
-def test_a_target_out_of_reach_by_that_leaves_what_is_done(layers, tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [{"params": 0.23}, {"params": 0.8, "layers": ["k"]}, {"channels": 0.7, "layers": ["k"]}],
+)
+def test_a_target_out_of_reach_by_that_leaves_what_is_done(options, tmp_path):
     """And so it does again when the run is continued."""
     for resume in (False, True):
         model = gated(0.0)
-        with pytest.warns(UserWarning, match=r"stopped: a target .*k \(gating some of its units"):
+        with pytest.warns(
+            UserWarning, match=r"target is out of reach .*'k' \(not in round 2: gating"
+        ):
             report = singe.compress(
-                model, params=0.23 if layers is None else 0.8, layers=layers, finetune=turn(1.0),
-                checkpoint=tmp_path, resume=resume, **OPTIONS,
+                model, finetune=turn(1.0), checkpoint=tmp_path, resume=resume, **options, **OPTIONS,
             )  # fmt: skip
         assert "this is the network after round 1" in report.stopped
         assert len(report.rounds) == 1
@@ -108,3 +112,35 @@ def test_what_failed_is_known_when_the_run_is_continued(tmp_path):
     cuts.clear()
     report = singe.compress(gated(0.0), resume=True, **options)
     assert "not in round 2" in report.plan.meta["rejected"]["k"]
+
+
+class Joined(nn.Module):
+    """Two layers whose channels are added once ``joined``: from then on they can only go together."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.Linear(16, 4)
+        self.joined = False
+
+    def forward(self, x):
+        a, b = self.a(x).relu(), self.b(x).relu()
+        a = a + b if self.joined else a
+        return self.head(torch.cat([a.mean((2, 3)), b.mean((2, 3))], 1))
+
+
+def test_groups_that_were_joined_since_keep_their_units():
+    def join(model, stage):
+        model.joined = True
+
+    data = make_batches((3, 8, 8), (6, 6), dtype=torch.float32)
+    model = Joined()
+    with pytest.warns(UserWarning, match="its units go with those of another by now"):
+        report = singe.compress(
+            model, channels=0.5, ranking="local", finetune=join, **{**OPTIONS, "train": data}
+        )
+    assert report.rounds[-1].kept == {"a": model.a.out_channels, "b": model.b.out_channels}
+    assert "out of reach with all units of 'a' (not in round 2" in report.stopped
+    fresh = Joined()
+    singe.prune(fresh, report.plan, data[0][0])
+    assert fresh.a.weight.shape == model.a.weight.shape
+    assert fresh.b.weight.shape == model.b.weight.shape

@@ -86,7 +86,13 @@ def test_a_table_with_gaps_counts_as_absent(gap, tmp_path):
 def test_a_table_of_something_else_counts_as_absent(wrong):
     model, x = network()
     plan = singe.plan(model, random_scores(model, x), x, macs=0.5)
-    assert "units go" in Plan(plan, {**plan.meta, "before": wrong}).explain()
+    for table in ("before", "groups"):
+        for units in (plan, {}):
+            edited = Plan(units, {**plan.meta, table: wrong})
+            assert edited.rows() == [] or (table, wrong, units) == ("groups", {}, {})
+            assert edited.explain()
+    without = {name: table for name, table in plan.meta.items() if name != "groups"}
+    assert Plan({}, without).rows() == []
 
 
 def test_a_share_of_scores_below_zero_is_not_given():

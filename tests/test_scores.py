@@ -68,7 +68,9 @@ def test_units_of_channels_survive_the_file(tmp_path):
         assert torch.equal(kept.units_of("3", "3", 8), kept.units["3"]["3"])
     by_hand = singe.Scores({"a": torch.rand(3)}, {"a": ("a",)}, {})
     assert by_hand.units_of("a", "a", 6).tolist() == [0, 1, 2, 0, 1, 2]
-    assert by_hand.units_of("a", "a", 4).tolist() == [-1] * 4
+    assert by_hand.units_of("a", "b", 4).tolist() == [-1] * 4
+    with pytest.raises(singe.ScoresError, match="3 scores of 'a', which has 4 channels"):
+        by_hand.units_of("a", "a", 4)
     blocks = {"a": {"a": torch.tensor([1, 1, 0, -1])}}
     scores = singe.Scores({"a": torch.rand(2)}, {"a": ("a",)}, {}, units=blocks)
     scores.save(tmp_path / "t")

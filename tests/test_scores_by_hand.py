@@ -81,7 +81,7 @@ def test_no_normalizer_is_refused_for_rounding(how: str, scale: float) -> None:
     scores[::3] = scores[0]
     table = ranking({"a": scores}, normalizer=how)["a"]
     ordered = table[scores.argsort(stable=True)]
-    # LAMP's quotients of equal scores differ by rounding.
+    # LAMP's quotients of equal scores differ by their place, and by rounding.
     assert float(ordered.diff().min()) >= -1e-12 * float(ordered.max() - ordered.min())
 
 
@@ -162,3 +162,26 @@ def test_ranks_of_half_precision_layers_are_apart(dtype: torch.dtype) -> None:
     )
     masked = (model[0].weight_mask.sum(1) == 0).nonzero().flatten()
     assert masked.tolist() == scores["0"].argsort(stable=True)[:1500].sort().values.tolist()
+
+
+def test_hand_made_scores_of_former_shapes_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 4))
+    scores = singe.Scores(
+        {"0": torch.rand(16)}, {}, {}
+    )  # two channels each: half of them still fits
+    pruner = pruner_for(model, torch.randn(2, 6), adapter.importance(scores), iterative_steps=2)
+    adapter.step(pruner)
+    with pytest.raises(singe.ScoresError, match=r"before it was pruned\..*rescore="):
+        adapter.step(pruner)
+
+
+def test_scores_under_a_coupled_layers_name() -> None:
+    """The group has the name of its first layer."""
+    case = CASES["residual"]
+    model, x = case.model().eval(), case.batches()[0][0]
+    found = singe.score(model, case.batches(), progress=False)
+    group, layer = next((g, ls[-1]) for g, ls in found.groups.items() if ls[-1] != g)
+    scores = singe.Scores({layer: found[group]}, {}, {})
+    for use in ("plan", "masks"):
+        with pytest.raises(singe.ScoresError, match="give their scores under that name"):
+            USES[use](copy.deepcopy(model), scores, x)

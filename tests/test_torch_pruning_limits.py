@@ -191,3 +191,13 @@ def test_a_group_that_is_left_alone_is_told_of_whatever_its_name(name):
     pruner = pruner_for(model, x, adapter.importance(scores), ignored_layers=[model.head])
     with pytest.warns(UserWarning, match=f"leaves the group of '{name}' alone"):
         adapter.step(pruner)
+
+
+def test_a_forks_pruner_counts_no_heads():
+    model, inputs, batches = case("vgg")
+    pruner = pruner_for(
+        model, inputs, adapter.importance(singe.score(model, batches, progress=False))
+    )
+    told = ("step", "pruning_history", "importance", "current_step", "iterative_steps")
+    fork = SimpleNamespace(**{name: getattr(pruner, name) for name in told})
+    assert adapter.step(fork)

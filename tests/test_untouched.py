@@ -414,3 +414,17 @@ def test_a_model_whose_copies_run_its_own_layers_is_refused(whole):
     with pytest.raises(singe.ModelError, match="a copy of this Held runs the layer 'norm'"):
         singe.score(model, [(torch.randn(4, 3, 8, 8), torch.zeros(4).long())], progress=False)
     assert_unchanged(model, before)
+
+
+def test_a_function_that_holds_a_layer_without_state_does_no_harm():
+    class Activated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.relu, self.head = nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Linear(5, 4)
+            self.activation = lambda x: self.relu(x)
+
+        def forward(self, x):
+            return self.head(self.activation(self.a(x)).mean((2, 3)))
+
+    batches = [(torch.randn(4, 3, 8, 8), torch.zeros(4).long())]
+    assert list(singe.score(Activated().train(), batches, progress=False)) == ["a"]

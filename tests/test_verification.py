@@ -91,7 +91,9 @@ def test_distance_is_of_what_counts() -> None:
     logits = torch.tensor([[1.0, -2.0, -1e9]])
     assert distance([logits], [logits]) == 0.0
     assert distance([logits + torch.tensor([0.2, 0.0, 0.0])], [logits]) == pytest.approx(0.1)
-    assert distance([torch.full((2, 2), -1e9)], [torch.full((2, 2), -2e9)]) == pytest.approx(0.5)
+    # Where all is so low it is no mask: energies.
+    energies = torch.tensor([-3e5, -6e3])
+    assert distance([energies - torch.tensor([0.0, 3e3])], [energies]) == pytest.approx(0.01)
     # NaN is far from everything, wherever it stands.
     for outputs in ([logits, logits * torch.nan], [logits * torch.nan, logits]):
         assert not distance(outputs, [logits, logits]) <= 1.0

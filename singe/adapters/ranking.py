@@ -48,7 +48,7 @@ def normalized(scores: Tensor, how: Normalizer) -> Tensor:
     if how == "gaussian":
         return (scores - scores.mean()) / (scores.std() + EPSILON)
     if how == "lamp":
-        ordered, order = scores.sort()
+        ordered, order = scores.sort(stable=True)
         still_there = scores.sum() - ordered.cumsum(0) + ordered
         return torch.empty_like(scores).scatter_(0, order, ordered / still_there)
     if isinstance(how, str) and how.startswith("sentinel_"):

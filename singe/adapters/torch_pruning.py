@@ -132,13 +132,16 @@ def _why_nothing(pruner: Any) -> str:
 
 def _counts_of(pruner: Any) -> Callable[[], None]:
     """Puts back what a pruner counts, steps and heads, before it removes anything."""
-    taken, heads = pruner.current_step, dict(pruner.num_heads)
-    blocks = dict(pruner.out_channel_groups)
+    taken = pruner.current_step
+    tables = [
+        getattr(pruner, name, {}) for name in ("num_heads", "out_channel_groups")
+    ]  # not in forks
+    before = [dict(table) for table in tables]
 
     def put_back() -> None:
         pruner.current_step = taken
-        pruner.num_heads.update(heads)
-        pruner.out_channel_groups.update(blocks)
+        for table, content in zip(tables, before, strict=True):
+            table.update(content)
 
     return put_back
 
@@ -335,6 +338,8 @@ class Importance:
             self._use(scores)
         try:
             scores_for(self.scores, model)
+            if changed and self.rescore is None:  # made by hand, where nothing else tells
+                raise ScoresError("these are scores of the model before it was pruned")
         except ScoresError as error:
             if not changed or self.rescore is not None:
                 raise
