@@ -139,6 +139,7 @@ step suite 100 "${matrix[@]}" --flush "$RESULTS/suite-cuda.json" \
   "${cell}[resnet20-layer-4]" "${cell}[resnet20-network-4]" "${cell}[resnet20-network-16]"
 step peers 60 "${matrix[@]}" --flush "$RESULTS/peers-cuda.json" benchmarks/bench_peers.py
 step growth 60 "$PYTHON" -m benchmarks.growth --device cuda --axes nodes samples depth
+step latency 45 "$PYTHON" -m benchmarks.latency --device cuda --batch 64 --size 224
 step compiled 80 "$PYTHON" -m benchmarks.compiled --device cuda --batches 8
 
 # The block kernel uses its shared memory again and again between barriers.
@@ -148,7 +149,7 @@ step races 20 compute-sanitizer --tool racecheck --error-exitcode 9 --target-pro
 if [ -n "${ONLY:-}" ]; then  # by what an H200 took for 17 networks, eight take five minutes
   step epochs 460 env CUDA_DEVICE_MAX_CONNECTIONS=32 "$PYTHON" examples/cifar10/side_by_side.py \
     --ranking cost --seeds 1 --speedup 2.11 --batch-size 256 --lr 0.08 --plans "${PLANS:-.carry/plans}" \
-    --criteria "SInGE, layer, Fisher" "SInGE, network" L1 FPGM LAMP Taylor Hessian random
+    --criteria "gradient at 1 (singe, taylor)" "SInGE, layer" "SInGE, network" L1 FPGM LAMP Taylor Hessian
 fi
 
 cp -f "$RESULTS"/*.json benchmarks/results/ 2>/dev/null || true

@@ -1,8 +1,8 @@
 """Whether a plan for a latency target holds when the pruned network is timed anew.
 
-    python -m benchmarks.latency [--batch 8] [--size 128] [--runs 11]
+    python -m benchmarks.latency [--device cpu] [--batch 8] [--size 128] [--runs 11]
 
-ResNet-18 with random weights on this machine's CPU. ``promised`` is the share of the original's time that
+ResNet-18 with random weights. ``promised`` is the share of the original's time that
 the plan measured while it was made; ``found`` is measured afterwards on a network pruned with it, both
 in turn with the original, as medians of the ratios.
 """
@@ -23,10 +23,10 @@ from singe.data import example_batch
 from singe.latency import Stopwatch
 
 
-def measure(batch: int, size: int, runs: int) -> dict[str, Any]:
-    model, _ = network("resnet18")
-    x = torch.randn(2, 3, size, size)
-    data = [(x, torch.zeros(len(x), dtype=torch.long))]
+def measure(device: str, batch: int, size: int, runs: int) -> dict[str, Any]:
+    model = network("resnet18")[0].to(device)
+    x = torch.randn(2, 3, size, size, device=device)
+    data = [(x, torch.zeros(len(x), dtype=torch.long, device=device))]
     scores = singe.score(model, data, criterion="taylor", progress=False)
     timing = singe.Timing(batch_size=batch, runs=runs)
     watch = Stopwatch(model, example_batch(x, x.device), timing)
@@ -57,11 +57,13 @@ def measure(batch: int, size: int, runs: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--runs", type=int, default=11)
     args = parser.parse_args()
-    write("latency-resnet18-cpu", measure(args.batch, args.size, args.runs))
+    found = measure(args.device, args.batch, args.size, args.runs)
+    write(f"latency-resnet18-{args.device}", found)
 
 
 if __name__ == "__main__":

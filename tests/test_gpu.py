@@ -121,6 +121,21 @@ def test_compress_on_the_gpu() -> None:
     assert torch.isfinite(model(data[0][0].cuda())).all()
 
 
+def test_a_latency_budget_on_the_gpu() -> None:
+    """Wide enough for its layers to decide; what the plan promises is what it has measured."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 512, 3), nn.ReLU(), nn.Conv2d(512, 512, 3), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 4)).cuda()
+    x = torch.randn(2, 3, 56, 56, device="cuda")
+    scores = singe.score(model, [(x, torch.arange(2, device="cuda"))], progress=False)
+    timing = singe.Timing(batch_size=64, runs=11)
+    plan = singe.plan(model, scores, x, latency=0.7, timing=timing)
+    assert 0 < plan.meta["after"]["latency"] <= plan.meta["target"]["latency"]
+    assert plan.n_units > 0
+    report = singe.prune(model, plan, x)
+    assert report.macs_after < report.macs_before
+
+
 def test_a_model_on_two_devices_is_refused() -> None:
     model = residual()
     model[0].cuda()
