@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from singe.checkpoint import Folder, digest_of
+from singe.choice import ROUNDS
 from singe.data import as_batch, check_reiterable, device_of
 from singe.errors import CheckpointError, OptionError, expect_callable
 from singe.evaluation import Evaluate, as_evaluate
@@ -27,7 +28,7 @@ from singe.gradients import check_changeable, gradients_on
 from singe.graph import expect_model, separate_copy, unwrapped
 from singe.latency import Timing
 from singe.limits import MAX_PRUNING_RATIO, Share
-from singe.loop import ROUNDS, Loop
+from singe.loop import Loop
 from singe.memory import usual_budget
 from singe.objectives import Loss, Objective
 from singe.plain import plain_count, plain_number

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,17 +14,18 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from singe.checkpoint import Folder
+from singe.choice import Choice
 from singe.cost import count
 from singe.data import device_of, first_batch
-from singe.errors import BudgetError, NonFiniteError, OptionError
+from singe.errors import BudgetError, OptionError
 from singe.evaluation import Evaluate
 from singe.finetune import FinetuneFunction, Stage, call_finetune
-from singe.graph import ModelGraph, unwrapped
-from singe.limits import Limits, absolute, limits_of, warn_of_target
+from singe.graph import unwrapped
+from singe.limits import warn_of_target
 from singe.modes import in_mode
 from singe.original import Original
 from singe.plain import finite
-from singe.plan import Plan, make_plan
+from singe.plan import Plan
 from singe.recalibration import set_statistics
 from singe.removal import Removals, kept_elements, remove_units
 from singe.request import Request
@@ -35,17 +36,14 @@ from singe.rounds import (
     describe,
     minutes_left,
     network_after,
-    portions,
-    target_after,
 )
 from singe.score_checkpoint import digest_of
 from singe.scores import Scores
-from singe.scoring import carry_out
-from singe.seeding import derive, random_state_kept, seed_all
+from singe.seeding import derive, seed_all
 from singe.snapshot import Snapshot
 from singe.telling import progress_bar, say
 from singe.tuner import Tuner
-from singe.units import find_groups, groups_again, small
+from singe.units import find_groups, small
 
 ROUNDS = 5
 
@@ -56,9 +54,6 @@ class Loop:
 
     Attributes:
         kept: per group, the units of the original model that are left, in order.
-        visits: the groups of each round, under ``order="layerwise"``.
-        quota: units that each group still has to lose, under ``order="layerwise"``.
-        failed: groups that did not pass their check any more after some round, and why.
         current: what is known of a round whose network is pruned but not yet fine-tuned.
         good: the network of the last good round, if there is a floor.
     """
@@ -82,9 +77,6 @@ class Loop:
     progress: bool
     seed: int
     kept: dict[str, list[int]] = field(default_factory=dict)
-    visits: list[list[str]] | None = None
-    quota: dict[str, int] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
     current: dict[str, Any] | None = None
     good: dict[str, Any] | None = None
     finished: bool = False
@@ -114,12 +106,10 @@ class Loop:
         graph = find_groups(self.model, small(example), self.request.layers, self.request.ignore)
         timing = pruning.timing if pruning.kind == "latency" else None
         self.original = Original(self.model, self.snapshot, graph, example, timing)
-        self.limits: Limits = limits_of(
-            self.model, graph, pruning.max_pruning_ratio, pruning.min_keep, pruning.max_keep,
-            round_to=pruning.round_to,
-        )  # fmt: skip
+        self.choice = Choice(
+            self.model, self.original, pruning, self.request, self.calibrate, self.seed
+        )
         full = self.original.full
-        self.last = absolute(pruning.target, full[pruning.kind])
         self.report = CompressReport(full["macs"], int(full["params"]), None)
         self.kept = self.original.everything()
 
@@ -132,67 +122,35 @@ class Loop:
                 "is on the metric's own scale, accuracies from batches 0 to 1"
             )
         if self.pruning.order == "layerwise":
-            self._plan_visits()
+            self._scores, self._round_plan = self.choice.settle_visits(self.kept)
+            self._write_decision(0)
         else:
-            kind, groups = self.pruning.kind, self.original.graph.groups
-            full = self.original.full[kind]
-            warn_of_target(kind, self.last, full, self.limits, groups, stacklevel=6)
-        self._note_plan()
-
-    def _plan_visits(self) -> None:
-        """Settle how many units each group loses, from one scoring of the whole network."""
-        scores, graph = self._score(self.kept, 0)
-        plan = self._make(graph, scores, self.last)
-        self.quota = {name: len(units) for name, units in plan.items()}
-        self._scores, self._round_plan = scores, plan
-        self._write_decision(0)
-        names = self.original.in_order_of_calls(plan)
-        if self.pruning.visit == "damage":
-            names.sort(key=lambda n: float(scores[n][plan[n]].sum()))
-        self.visits = portions(names, self.pruning.rounds)
-        if not names:
-            warnings.warn(
-                "the network meets the target as it is, so no layer is visited and nothing is fine-tuned",
-                stacklevel=6,
+            choice, groups = self.choice, self.original.graph.groups
+            warn_of_target(
+                self.pruning.kind, choice.target, choice.full, choice.limits, groups, stacklevel=6
             )
-
-    @property
-    def rounds(self) -> int:
-        """How many rounds there are in all."""
-        return self.pruning.rounds or ROUNDS if self.visits is None else len(self.visits)
+        self._note_plan()
 
     # ------------------------------------------------------------------ one round
 
     def _prune(self) -> None:
         index, began = len(self.report.rounds) + 1, time.perf_counter()
-        if index > self.rounds:  # nothing had to go
+        if index > self.choice.rounds:  # nothing had to go
             self._finish()
             return
-        wanted = [name for name, units in self.kept.items() if len(units) > 1]
-        if self.visits is not None:
-            wanted = self.visits[index - 1]
-        if wanted:
-            scores, graph = self._score_again(wanted, index)
-            self._note_failed(wanted, graph, index)
-            try:
-                plan = self._plan(graph, scores, index)
-            except BudgetError as error:
-                if not self.report.rounds or (self.original.watch is None and not self.failed):
-                    raise
-                # Times are never exact, and groups may fail their check by now: what is done stays, and
-                # another process may try this round again.
-                why = (
-                    f"the target is out of reach with {self._left_out()}"
-                    if self.failed
-                    else str(error)
-                )
-                self.report.stopped = f"{why}; this is {network_after(index - 1)}"
-                warnings.warn(f"stopped: {self.report.stopped}", stacklevel=5)
-                self._end()
-                return
-            self._remove([(g, plan[g.name]) for g in graph.groups if g.name in plan])
-        else:  # every group is down to its last unit
-            scores, plan = self._nothing(), Plan({})
+        try:
+            scores, graph, plan = self.choice.of_round(index, self.kept)
+        except BudgetError as error:
+            if index == 1 or not self.choice.may_fall_short:
+                raise
+            # What is done stays, and another process may try this round again.
+            self.report.stopped = (
+                f"{self.choice.why_short(error)}; this is {network_after(index - 1)}"
+            )
+            warnings.warn(f"stopped: {self.report.stopped}", stacklevel=5)
+            self._end()
+            return
+        self._remove([(g, plan[g.name]) for g in graph.groups if g.name in plan])
         for name, units in plan.items():
             gone = set(units)
             self.kept[name] = [k for u, k in enumerate(self.kept[name]) if u not in gone]
@@ -207,84 +165,10 @@ class Loop:
             "tuned": 0.0,
         }
         self._write_decision(index)
-        steps = self.finetune_steps + (self.final_steps if index == self.rounds else 0)
+        steps = self.finetune_steps + (self.final_steps if index == self.choice.rounds else 0)
         self.current["steps"] = steps
         self.tuner.start(0 if self.finetune else steps)
         self._save()
-
-    def _score(self, wanted: Collection[str], index: int) -> tuple[Scores, ModelGraph]:
-        """Of these groups; what else could be removed by now is not the run's."""
-        seed_all(self.seed, "score", index, loader=self.calibrate)
-        own = {
-            g.name: (g.layers, len(self.kept[g.name]))
-            for g in self.original.graph.groups
-            if g.name in wanted
-        }
-        with random_state_kept():
-            graph = groups_again(self.model, self.original.batch, own, self.request.ignore)
-        if not graph.groups:
-            return self._nothing(), graph
-        scores, _ = carry_out(self.request, self.model, self.calibrate, graph)
-        assert isinstance(scores, Scores)
-        return scores, graph
-
-    def _left_out(self) -> str:
-        return "; ".join(f"all units of {name!r} ({why})" for name, why in self.failed.items())
-
-    def _nothing(self) -> Scores:
-        return Scores({}, {}, {"criterion": self.request.criterion})
-
-    def _note_failed(self, wanted: Iterable[str], graph: ModelGraph, index: int) -> None:
-        """Training may undo what the check of a group relies on: a branch that was closed may open."""
-        found = {g.name for g in graph.groups} | self.failed.keys()
-        for name in [name for name in wanted if name not in found]:
-            root = graph.rejected_layers.get(name, name)
-            why = graph.rejected.get(root, "its units go with those of another by now")
-            self.failed[name] = f"not in round {index}: {why}"
-            warnings.warn(
-                f"group {name!r} fails its check in round {index} and keeps its units, by which the target "
-                f"may be missed: {why}",
-                stacklevel=6,
-            )
-
-    def _score_again(self, wanted: Collection[str], index: int) -> tuple[Scores, ModelGraph]:
-        try:
-            return self._score(wanted, index)
-        except NonFiniteError as error:
-            if not self.report.rounds:
-                raise
-            raise NonFiniteError(
-                f"after the fine-tuning of round {index - 1} the network cannot be scored: {error}. If the "
-                "fine-tuning diverged, lower `lr`"
-            ) from error
-
-    def _plan(self, graph: ModelGraph, scores: Scores, index: int) -> Plan:
-        if self.visits is None:
-            full, done = self.original.full[self.pruning.kind], index / self.rounds
-            target = target_after(self.pruning.schedule, done, full, self.last)
-            return self._make(graph, scores, target)
-        # As many as were settled: no more, no less, and whatever the network costs then.
-        exact = {g.name: g.n_units - self.quota.get(g.name, 0) for g in graph.groups}
-        limits = Limits(exact, exact, 1, dict.fromkeys(exact, "settled by the first scoring"))
-        total = float(sum(g.n_units for g in graph.groups))
-        return make_plan(
-            self.model, graph, scores, self.original.batch, "channels", total, ranking="local",
-            limits=limits,
-        )  # fmt: skip
-
-    def _make(self, graph: ModelGraph, scores: Scores, target: float) -> Plan:
-        last = self.last
-        if self.pruning.kind == "channels":
-            # Not in the graph are groups that are down to one unit, or failed their check.
-            present = {g.name for g in graph.groups}
-            left_out = sum(len(u) for name, u in self.kept.items() if name not in present)
-            target, last = target - left_out, last - left_out
-        timed = self.original.watch is not None
-        return make_plan(
-            self.model, graph, scores, self.original.batch, self.pruning.kind, target,
-            ranking=self.pruning.ranking, limits=self.limits, last=last, watch=self.original.watch,
-            milliseconds=self.original.latency() if timed and self.report.rounds else None,
-        )  # fmt: skip
 
     def _remove(self, removals: Removals) -> None:
         if not removals:
@@ -318,13 +202,13 @@ class Loop:
             self._note_plan()
             self.good = self._network() if self.floor is not None else None
         self._tell(done, index, training)
-        if self.report.stopped or index == self.rounds:
+        if self.report.stopped or index == self.choice.rounds:
             self._finish()
         else:
             self._save()
 
     def _train(self, index: int) -> float | None:
-        title, last = f"round {index}/{self.rounds}: fine-tuning", time.perf_counter()
+        title, last = f"round {index}/{self.choice.rounds}: fine-tuning", time.perf_counter()
         steps, done = self.tuner.steps, self.tuner.step
         with progress_bar(title, steps, self.progress, done) as advance:
 
@@ -346,7 +230,7 @@ class Loop:
         seed = derive(self.seed, "stage", index)
         seed_all(self.seed, "stage", index, loader=self.train)
         stage = Stage(
-            index, self.rounds, self.current["steps"], seed, self.train, self.tuner.teacher
+            index, self.choice.rounds, self.current["steps"], seed, self.train, self.tuner.teacher
         )
         return call_finetune(self.finetune, self.model, stage)
 
@@ -370,7 +254,7 @@ class Loop:
     def _end(self) -> None:
         self.tuner.keep_average()
         self.finished = True
-        if self.original.watch is not None or self.failed:  # timed once, not after every round
+        if self.choice.may_fall_short:  # timed once, not after every round
             self._note_plan()
 
     # ------------------------------------------------------------------ checkpoints
@@ -409,9 +293,7 @@ class Loop:
                 "network": self._network(),
                 "tuner": self.tuner.state(),
                 "report": self.report.to_dict(),
-                "visits": self.visits,
-                "quota": self.quota,
-                "failed": self.failed,
+                **self.choice.state(),
                 "current": self.current,
                 "good": self.good,
                 "finished": self.finished,
@@ -438,11 +320,11 @@ class Loop:
         self._return_to(state["network"])
         if not state["finished"]:
             self.tuner.load(state["tuner"])
-        self.visits, self.quota, self.good = state["visits"], state["quota"], state["good"]
-        self.current, self.finished = state["current"], state["finished"]
-        self.failed = state.get("failed", {})
+        self.choice.load(state)
+        self.current, self.good = state["current"], state["good"]
+        self.finished = state["finished"]
         # What fits in memory decides how sums are cut into passes.
-        self.request = replace(self.request, max_memory=state["max_memory"])
+        self.request = self.choice.request = replace(self.request, max_memory=state["max_memory"])
 
     def _write_decision(self, index: int) -> None:
         if self.folder is None:
@@ -466,22 +348,25 @@ class Loop:
         if self.finished and self.original.watch is not None:
             after["latency"] = self.original.latency()
         meta = {
-            "target": {self.pruning.kind: self.last},
+            "target": {self.pruning.kind: self.choice.target},
             "ranking": self.pruning.ranking,
             "criterion": self.request.criterion,
             "before": self.original.full,
             "after": after,
-            "rejected": {**self.original.graph.rejected, **self.failed},
+            "rejected": {**self.original.graph.rejected, **self.choice.failed},
         }
         rounds = [r.kept for r in report.rounds]
-        report.plan = self.original.plan(self.kept, meta, rounds, self.limits)
+        report.plan = self.original.plan(self.kept, meta, rounds, self.choice.limits)
 
     def _tell(self, done: Round, index: int, training: float) -> None:
         left = minutes_left(
-            done, training, self.rounds - index, self.finetune_steps, self.final_steps
+            done, training, self.choice.rounds - index, self.finetune_steps, self.final_steps
         )
         told = "" if self.report.stopped else left
-        say(f"round {index}/{self.rounds}: {describe(done, self.report)}{told}", self.progress)
+        say(
+            f"round {index}/{self.choice.rounds}: {describe(done, self.report)}{told}",
+            self.progress,
+        )
         if self.report.stopped:
             say(f"stopped: {self.report.stopped}", self.progress)
         if self.on_round is None:

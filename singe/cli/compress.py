@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 import singe
 from singe.budget import left_out
+from singe.choice import ROUNDS
 from singe.cli import finish
 from singe.cli.folders import (
     CHECKPOINT,
@@ -42,7 +43,6 @@ from singe.data import as_batch, device_of
 from singe.errors import ExportError, OptionError
 from singe.finetune import OptimizerFactory, sgd, training_of
 from singe.graph import private_copy, separate_copy
-from singe.loop import ROUNDS
 from singe.objectives import logits_of
 from singe.plain import NOT_NEGATIVE, POSITIVE, plain_number
 from singe.report import write_report
