@@ -25,7 +25,7 @@ from singe.errors import CheckpointError
 from singe.files import InUseError, alone_in, replacing
 from singe.graph import unwrapped
 
-FORMAT = "singe-checkpoint-8"
+FORMAT = "singe-checkpoint-9"
 KEPT = 2
 WRITTEN = ("checkpoint-*", "round-*", "report.json", "plan.json")
 

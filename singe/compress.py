@@ -229,6 +229,9 @@ def compress(
             **vars(pruning), "timing": asdict(pruning.timing), **tuning, "recalibrate": recalibrate,
             "rounds": pruning.rounds or (ROUNDS if order == "global" else None),
             "frozen": [n for n, p in unwrapped(model).named_parameters() if not p.requires_grad],
+            "in_evaluation": [
+                n for n, m in unwrapped(model).named_modules() if model.training and not m.training
+            ],
             "finetune_steps": finetune_steps, "final_steps": final_steps, "finetune": finetune,
             "objective": request.definition.objective.name,
             "finetune_objective": training.objective.name, "accuracy_floor": accuracy_floor,

@@ -337,7 +337,8 @@ class Loop:
     def _metric(self) -> float | None:
         if self.measure is None:
             return None
-        with in_mode(self.model, training=None):  # a metric of the user's may leave another
+        # A metric of the user's may leave other modes.
+        with in_mode(self.model, training=None), torch.enable_grad():
             return self.measure(self.model)
 
     def _note_plan(self) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from singe.data import LABEL_KEYS, Batch
-from singe.errors import DataError, NonFiniteError, OptionError, first_line
+from singe.errors import DataError, NonFiniteError, OptionError, SingeError, first_line
 
 PROBABILITY_TOLERANCE = 0.01  # of their sum; bfloat16 probabilities are off by a few thousandths
 IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default
@@ -249,7 +249,9 @@ class UserObjective(Objective):
     def per_sample(self, outputs: Any, batch: Batch, reference: Any) -> Tensor:
         try:
             loss = self.function(outputs, batch.raw)
-        except (TypeError, AttributeError, LookupError) as error:
+        except SingeError:
+            raise
+        except (TypeError, AttributeError, LookupError, ValueError) as error:
             # A torch loss as it is gets (outputs, (x, y)).
             raise DataError(
                 f"objective {self.name!r} failed on batch {batch.index} ({type(error).__name__}: "

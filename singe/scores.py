@@ -161,6 +161,17 @@ def reading(path: str | PathLike[str]) -> Iterator[None]:
         raise ScoresError(f"cannot read scores from {fspath(path)}: {error}") from error
 
 
+def holds_scores(path: str | PathLike[str]) -> bool:
+    """Whether a file holds scores, of units or of weights."""
+    try:
+        with safe_open(fspath(path), framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("singe", "null"))
+    except (SafetensorError, ValueError, OSError):
+        return False
+    formats = [kind.FORMAT for kind in ScoreTable.__subclasses__()]
+    return isinstance(header, dict) and header.get("format") in formats
+
+
 class Scores(ScoreTable):
     """Group name -> float32 CPU tensor [U], higher = keep.
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
 from singe.errors import DataError
 
@@ -137,4 +138,9 @@ class Stream:
         for generator in _generators(self._batches):
             generator.manual_seed(derive(self._seed, "generator", epoch))
         seed_all(self._seed, "epoch", epoch)
-        self._iterator = iter(self._batches)
+        loader = self._batches
+        if isinstance(loader, DataLoader) and loader.persistent_workers:
+            # Its one iterator goes on with its workers' random numbers, and others may start it again.
+            self._iterator = loader._get_iterator()
+        else:
+            self._iterator = iter(loader)

@@ -141,7 +141,7 @@ def test_a_header_is_damaged_as_well_as_a_tensor(tmp_path, written, damaged):
 def test_checkpoints_of_another_version(tmp_path):
     interrupted(tmp_path)
     for path in tmp_path.glob("checkpoint-*"):
-        path.write_bytes(path.read_bytes().replace(b"singe-checkpoint-8", b"singe-checkpoint-6"))
+        path.write_bytes(path.read_bytes().replace(b"singe-checkpoint-9", b"singe-checkpoint-6"))
     with pytest.raises(
         singe.CheckpointError,
         match=r"another version of singe \(singe-checkpoint-6.*continue with that version",

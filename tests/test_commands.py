@@ -244,6 +244,7 @@ def test_compress_stops_at_the_floor(tmp_path, monkeypatch, capsys):
     assert "below accuracy_floor=0.7" in told["stopped"]
     assert told["failed"] == []
     assert told["after"]["macs"] == told["before"]["macs"]  # not one round was good
+    assert told["abandoned"]["macs"] <= 0.2 * told["before"]["macs"]
     load_pruned(load_model("net.py:make"), tmp_path / "out")
 
 

@@ -429,3 +429,11 @@ def test_the_power_of_its_scores(options, p):
         progress=False, on_round=lambda done, scores, plan: seen.append(scores.meta["p"]), **options,
     )  # fmt: skip
     assert seen == [p]
+
+
+def test_a_norm_that_was_frozen_must_be_frozen_again(tmp_path):
+    model = network().train()
+    next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)).eval()
+    singe.compress(model, macs=0.7, checkpoint=tmp_path, **OPTIONS)
+    with pytest.raises(singe.CheckpointError, match="in_evaluation"):
+        singe.compress(network().train(), macs=0.7, checkpoint=tmp_path, resume=True, **OPTIONS)

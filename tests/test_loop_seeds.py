@@ -10,8 +10,8 @@ import torch
 from helpers import (
     one_thread,  # noqa: F401 - autouse
 )
-from helpers_loop import BATCHES, OPTIONS, network, same_weights
-from torch.utils.data import DataLoader, TensorDataset
+from helpers_loop import BATCHES, OPTIONS, SHAPE, network, same_weights
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import singe
 from singe.seeding import Stream, seed_all
@@ -133,3 +133,27 @@ def test_epochs_are_announced():
     for _ in range(7):
         stream.next()
     assert data.epochs == [0, 1, 2]
+
+
+class Noisy(Dataset):
+    """Samples with noise of torch's global generator, which a worker has of its own."""
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        return torch.full(SHAPE, float(index)) + torch.rand(()), index % 4
+
+
+def test_a_loader_that_keeps_its_workers_is_followed_and_not_shared():
+    loader = DataLoader(Noisy(), 4, shuffle=True, num_workers=1, persistent_workers=True)
+    stream = Stream(loader, seed=1)
+    whole = []
+    for place in range(7):  # of three batches an epoch
+        whole.append(stream.next()[0])
+        if place == 3:
+            next(iter(loader))  # somebody else starts it again: scoring
+    again = Stream(loader, seed=1)
+    again.seek({"epoch": 1, "taken": 2})
+    assert torch.equal(again.next()[0], whole[5])
+    assert torch.equal(again.next()[0], whole[6])

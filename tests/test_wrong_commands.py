@@ -6,11 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import (
     one_thread,  # noqa: F401 - autouse
 )
 from helpers_cli import DATA, FACTORY, LOADER, MODEL, run, run_main
 from PIL import Image
+from safetensors.torch import save_file
 
 import singe
 from singe.cli.folders import require_folder
@@ -22,6 +24,7 @@ from singe.errors import (
     OptionError,
     SingeError,
 )
+from singe.scores import holds_scores
 
 pytestmark = pytest.mark.usefixtures("inside")
 
@@ -277,10 +280,22 @@ def test_a_wrong_file(tmp_path, text, message):
         run("score", *MODEL, "--config", tmp_path / "c.toml")
 
 
-@pytest.mark.parametrize("weights", ["w.safetensors", "run"])
-def test_scores_do_not_replace_the_weights_that_they_are_of(place, weights, monkeypatch):
+@pytest.mark.parametrize(
+    "name", ["weights.safetensors", "model.py", "data.npz", "run/model.safetensors"]
+)
+def test_scores_replace_nothing_but_scores(place, name, monkeypatch):
+    """Neither the weights nor the model nor the data that they are of."""
     monkeypatch.setattr("singe.cli.inputs.load_model", None)
     (place / "run").mkdir(exist_ok=True)
-    out = weights if weights.endswith(".safetensors") else f"{weights}/model.safetensors"
-    with pytest.raises(OptionError, match=rf"--out {out} is where --weights come from"):
-        run("score", *MODEL, "--weights", weights, "--out", out)
+    save_file({"0.weight": torch.zeros(2)}, place / "weights.safetensors")
+    save_file({}, place / "run" / "model.safetensors", {"singe": '{"format": "singe-pruned-1"}'})
+    for other in ("model.py", "data.npz"):
+        (place / other).write_text("anything")
+    with pytest.raises(OptionError, match=rf"--out {name} is there already and holds no scores"):
+        run("score", *MODEL, "--out", name)
+
+
+def test_scores_replace_scores(place):
+    for granularity in ("unit", "weight"):
+        run("score", *MODEL, "--criterion", "magnitude", "--granularity", granularity, "--out", "s")
+        assert holds_scores(place / "s")

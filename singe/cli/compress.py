@@ -158,7 +158,9 @@ def compress(
                 original, inputs, scores, done.plan, options.get("max_memory"), common.seed, voice
             ),
         }
-    seconds = time.perf_counter() - start
+    # Of a run that was continued the rounds took longer than this process.
+    rounds = sum(r.seconds_pruning + r.seconds_finetuning for r in done.rounds)
+    seconds = max(time.perf_counter() - start, rounds)
     content["lead"] = (
         f"{len(done.rounds)} rounds of score, prune and fine-tune; samples: "
         + ", ".join(f"{k} {v}" for k, v in found.describe().items())
@@ -168,7 +170,7 @@ def compress(
         files["report"] = str(write_report(output.out, content))
     written, failed = finish.write_exports(inputs, output.out, formats, voice)
     files |= written
-    keys = ("before", "after", "rounds", "latency", "stopped")
+    keys = ("before", "after", "rounds", "abandoned", "latency", "stopped")
     summary = {k: content[k] for k in keys}
     summary |= {"files": files, "failed": failed, "seconds": seconds}
     voice.result(summary, describe(summary))
@@ -191,6 +193,11 @@ def _optimizer(tuning: TuningOptions) -> OptimizerFactory:
 
 def _content(done: CompressReport, latency: dict[str, Any]) -> dict[str, Any]:
     stopped = f"Stopped early: {done.stopped}." if done.stopped else ""
+    if (given_up := done.abandoned) is not None:
+        stopped += (
+            f" The round that was given up had {given_up.macs / done.macs_before:.1%} of the MACs and "
+            f"{given_up.params / done.params_before:.1%} of the parameters."
+        )
     return {
         "before": {
             "macs": done.macs_before, "params": done.params_before, "metric": done.metric_before,
@@ -199,6 +206,7 @@ def _content(done: CompressReport, latency: dict[str, Any]) -> dict[str, Any]:
             "macs": done.macs_after, "params": done.params_after, "metric": done.metric_after,
         },
         "rounds": done.to_dict()["rounds"],
+        "abandoned": done.to_dict()["abandoned"],
         "latency": latency,
         "stopped": done.stopped,
         "notes": [*filter(None, (stopped, left_out(done.plan.meta["rejected"])))],

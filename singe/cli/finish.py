@@ -23,7 +23,7 @@ from singe.integrand import along_the_path, telling_units
 from singe.latency import Stopwatch, Timing
 from singe.plan import Plan
 from singe.rounds import Pruning
-from singe.scores import Scores
+from singe.scores import Scores, ScoreTable
 from singe.versions import versions
 
 PICTURE_SAMPLES = 64  # the integrand of a few units is drawn from so many
@@ -158,7 +158,7 @@ def limited_by(pruning: Pruning) -> dict[str, Any]:
     return {k: getattr(pruning, k) for k in ("ranking", "max_pruning_ratio", "round_to")}
 
 
-def label(scores: Scores) -> str:
+def label(scores: ScoreTable) -> str:
     """``singe, layer path``; criteria without a path by their name."""
     name = str(scores.meta.get("criterion"))
     if name not in CRITERIA:  # made by other means

@@ -10,6 +10,7 @@ from pathlib import Path
 from singe.cli.images import class_parents
 from singe.errors import OptionError
 from singe.export import PLAN, WEIGHTS
+from singe.scores import holds_scores
 
 EXPORTS = ("pt2", "onnx")  # model.KIND
 REPORT = ("report.html", "report.json")
@@ -45,8 +46,8 @@ def require_folder(out: Path, data: str | None = None) -> None:
                 path.rmdir()
 
 
-def require_place(out: Path, weights: str | None = None) -> None:
-    """See that a file can be written to ``--out``, and is not the one that ``--weights`` are read from.
+def require_place(out: Path) -> None:
+    """See that scores can be written to the file ``--out``, which replace nothing but scores.
 
     Raises:
         OptionError: it cannot.
@@ -55,8 +56,8 @@ def require_place(out: Path, weights: str | None = None) -> None:
         raise OptionError(
             f"--out {out} is a folder; give a file, e.g. {out / 'scores.safetensors'}"
         )
-    if weights is not None and out.resolve() in _files_of(weights):
-        raise OptionError(f"--out {out} is where --weights come from; give another file")
+    if out.exists() and not holds_scores(out):
+        raise OptionError(f"--out {out} is there already and holds no scores; give another file")
     if not out.parent.is_dir():
         raise OptionError(
             f"--out {out}: there is no folder {out.parent}; make it, or give another file"

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 import singe
+from singe.cli import finish
 from singe.cli.folders import require_place
 from singe.cli.groups import takes_groups
 from singe.cli.inputs import Inputs, load_inputs
@@ -42,7 +43,7 @@ def score(
 ) -> None:
     """Score every prunable channel of a model, or every weight: higher = keep."""
     voice = Voice(common)
-    require_place(out, model.weights)
+    require_place(out)
     inputs = load_inputs(model, data, common.seed, voice)
     options = scoring.arguments() | long_run.arguments() | {"granularity": granularity}
     scores = run_score(inputs, options, common.seed, voice)
@@ -54,7 +55,7 @@ def score(
     voice.result(
         content,
         _table(groups),
-        f"{scores.meta['criterion']}, {scores.meta['path']} path, {scores.meta['samples']} samples, "
+        f"{finish.label(scores)}, {scores.meta['samples']} samples, "
         f"{seconds:.1f} s. Scores: {out}"
         + (f". Left out: {len(rejected)} (--json says why)" if rejected else ""),
     )
