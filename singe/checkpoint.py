@@ -22,7 +22,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from singe.errors import CheckpointError
-from singe.files import InUseError, alone_in, replacing
+from singe.files import InUseError, alone_in, header_of, replacing
 from singe.graph import unwrapped
 
 FORMAT = "singe-checkpoint-9"
@@ -203,8 +203,8 @@ def read_stamped(path: Path, form: str) -> tuple[dict[str, Any], dict[str, Tenso
         ValueError, KeyError, TypeError, OSError, SafetensorError: the file is damaged.
     """
     with safe_open(str(path), framework="pt") as file:
-        header = json.loads((file.metadata() or {}).get("singe", "null"))
-        found = header.pop("format", None) if isinstance(header, dict) else None
+        header = header_of(file)
+        found = header.pop("format", None)
         if found != form and str(found).startswith(form.rpartition("-")[0] + "-"):
             raise OtherVersionError(f"{found}, this version continues {form}")
         if found != form:

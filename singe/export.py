@@ -8,7 +8,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import contextmanager, redirect_stderr
 from os import PathLike
 from pathlib import Path
 from threading import Lock
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from singe.data import Batch, device_of, example_batch
 from singe.errors import ExportError, ModelError
-from singe.files import replacing
+from singe.files import header_of, replacing
 from singe.gates import registered
 from singe.graph import NORMS, ROWS, expect_model, private_copy, unwrapped
 from singe.latency import resized
@@ -260,14 +260,12 @@ def _read_header(file: Path) -> dict[str, Any] | None:
     """None where something else wrote the file."""
     try:
         with safe_open(str(file), framework="pt") as content:
-            text = (content.metadata() or {}).get("singe", "null")
+            header = header_of(content)
+    except ValueError:
+        return None
     except (OSError, SafetensorError) as error:
         raise ModelError(f"cannot read weights from {file}: {error}") from error
-    with suppress(ValueError):
-        header = json.loads(text)
-        if isinstance(header, dict) and header.get("format") == FORMAT and "layers" in header:
-            return header
-    return None
+    return header if header.get("format") == FORMAT and "layers" in header else None
 
 
 def _cut_buffers(model: nn.Module) -> set[str]:

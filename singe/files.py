@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -49,6 +51,16 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def header_of(file: Any) -> dict[str, Any]:
+    """What a file of ours, opened with ``safe_open``, says of itself; nothing where it is another's.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    header = json.loads((file.metadata() or {}).get("singe", "null"))
+    return header if isinstance(header, dict) else {}
 
 
 def _ordinary_mode() -> int:

@@ -297,7 +297,7 @@ class Loop:
                 "current": self.current,
                 "good": self.good,
                 "finished": self.finished,
-                "max_memory": self.request.max_memory,
+                "max_memory": self.choice.request.max_memory,
                 "threads": torch.get_num_threads(),
                 "data": self.data,
             }
@@ -324,7 +324,8 @@ class Loop:
         self.current, self.good = state["current"], state["good"]
         self.finished = state["finished"]
         # What fits in memory decides how sums are cut into passes.
-        self.request = self.choice.request = replace(self.request, max_memory=state["max_memory"])
+        choice = self.choice
+        choice.request = replace(choice.request, max_memory=state["max_memory"])
 
     def _write_decision(self, index: int) -> None:
         if self.folder is None:

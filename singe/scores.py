@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from singe.errors import NonFiniteError, ScoresError, expect
-from singe.files import replacing
+from singe.files import header_of, replacing
 from singe.graph import Group, unwrapped
 
 
@@ -138,8 +138,8 @@ class ScoreTable(Mapping[str, Tensor]):
         kinds = ("score", "stderr", "completeness", "units")
         parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
         with safe_open(fspath(path), framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("singe", "null"))
-            if not header or header.get("format") != cls.FORMAT:
+            header = header_of(file)
+            if header.get("format") != cls.FORMAT:
                 raise ScoresError(
                     f"{fspath(path)} is no file of singe scores ({cls.FORMAT})"
                     + (f"; it holds {header.get('format')}" if header else "")
@@ -159,17 +159,6 @@ def reading(path: str | PathLike[str]) -> Iterator[None]:
         raise
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise ScoresError(f"cannot read scores from {fspath(path)}: {error}") from error
-
-
-def holds_scores(path: str | PathLike[str]) -> bool:
-    """Whether a file holds scores, of units or of weights."""
-    try:
-        with safe_open(fspath(path), framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("singe", "null"))
-    except (SafetensorError, ValueError, OSError):
-        return False
-    formats = [kind.FORMAT for kind in ScoreTable.__subclasses__()]
-    return isinstance(header, dict) and header.get("format") in formats
 
 
 class Scores(ScoreTable):

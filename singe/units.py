@@ -111,8 +111,9 @@ def checked_groups(
     Args:
         chosen: leaves out of a graph what need not be checked.
     """
-    _require_own_layers(model, small(batch))
-    model, batch = full_precision(model, _telling(small(batch)))
+    batch = small(batch)
+    _require_own_layers(model, batch)
+    model, batch = full_precision(model, _telling(batch))
     graph = read_graph(model, batch, ignored)
     if graph.folds and not _folds_well(model, batch, graph):
         graph = read_graph(model, batch, ignored, fold=False)

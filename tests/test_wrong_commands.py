@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import singe
-from singe.cli.folders import require_folder
+from singe.cli.folders import holds_scores, require_folder
 from singe.cli.images import class_parents
 from singe.errors import (
     BudgetError,
@@ -24,7 +24,6 @@ from singe.errors import (
     OptionError,
     SingeError,
 )
-from singe.scores import holds_scores
 
 pytestmark = pytest.mark.usefixtures("inside")
 

@@ -237,13 +237,11 @@ class Importance:
         put_back, removed = _counts_of(pruner), len(pruner.pruning_history())
         try:
             if self.max_pruning_ratio < 1.0 or self.round_to > 1:
-                try:
-                    ahead = list(pruner.step(interactive=True))
-                finally:
-                    put_back()
+                ahead = list(pruner.step(interactive=True))
+                put_back()
                 self._check_floors(pruner, ahead)
             pruner.step()
-        except Exception:
+        except BaseException:
             if len(pruner.pruning_history()) == removed:
                 put_back()  # the step can be tried again
             raise

@@ -192,6 +192,7 @@ def _optimizer(tuning: TuningOptions) -> OptimizerFactory:
 
 
 def _content(done: CompressReport, latency: dict[str, Any]) -> dict[str, Any]:
+    plain = done.to_dict()
     stopped = f"Stopped early: {done.stopped}." if done.stopped else ""
     if (given_up := done.abandoned) is not None:
         stopped += (
@@ -205,8 +206,8 @@ def _content(done: CompressReport, latency: dict[str, Any]) -> dict[str, Any]:
         "after": {
             "macs": done.macs_after, "params": done.params_after, "metric": done.metric_after,
         },
-        "rounds": done.to_dict()["rounds"],
-        "abandoned": done.to_dict()["abandoned"],
+        "rounds": plain["rounds"],
+        "abandoned": plain["abandoned"],
         "latency": latency,
         "stopped": done.stopped,
         "notes": [*filter(None, (stopped, left_out(done.plan.meta["rejected"])))],

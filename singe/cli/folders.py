@@ -7,10 +7,14 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from singe.cli.images import class_parents
 from singe.errors import OptionError
 from singe.export import PLAN, WEIGHTS
-from singe.scores import holds_scores
+from singe.files import header_of
+from singe.scores import Scores
+from singe.weight_scores import WeightScores
 
 EXPORTS = ("pt2", "onnx")  # model.KIND
 REPORT = ("report.html", "report.json")
@@ -68,6 +72,15 @@ def require_place(out: Path) -> None:
         raise OptionError(
             f"--out {out}: {out.parent} cannot be written to ({error.strerror}); give another file"
         ) from error
+
+
+def holds_scores(path: Path) -> bool:
+    """Whether a file holds scores, of units or of weights."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return header_of(file).get("format") in (Scores.FORMAT, WeightScores.FORMAT)
+    except (SafetensorError, ValueError, OSError):
+        return False
 
 
 def holds_run(out: Path) -> bool:
